@@ -1,0 +1,27 @@
+# make lift   train OGPO on robosuite Lift
+# make test   lint, format check and all tests
+# Both first install into $(VENV), again only when a requirements file changes. Only wheels: no compiler needed.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+
+.PHONY: lift test
+
+lift: $(VENV)/.installed
+	$(VENV)/bin/python ogpo_state.py --env lift
+
+test: $(VENV)/.installed-dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/python -m pytest
+
+$(VENV)/.installed: requirements.txt requirements-nodeps.txt
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --only-binary :all: -r requirements.txt
+	$(PIP) --only-binary :all: --no-deps -r requirements-nodeps.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+	$(PIP) --only-binary :all: -r requirements-dev.txt
+	touch $@

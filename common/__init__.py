@@ -1,0 +1,1 @@
+"""Helpers without any algorithm: no loss, target, schedule, sampler or network lives here."""

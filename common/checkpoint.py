@@ -1,0 +1,202 @@
+"""Checkpoints that survive a kill at any instant, random-number state, stop signals and a disk check."""
+
+import os
+import shutil
+import signal
+import zipfile
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+import torch
+
+from common.errors import UserError, first_line
+
+_PLAIN = (torch.Tensor, str, int, float, bool, bytes, type(None))
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` to `path` so that a kill or power cut at any instant leaves a loadable file.
+
+    The file that was at `path` becomes `<stem>.prev<suffix>`: the last two checkpoints are kept.
+    `state` may nest dicts, lists and tuples of tensors and plain Python values: what `load` accepts.
+
+    Raises:
+        TypeError: a value that `load` would refuse; the message names it.
+        UserError: the disk is full or not writable. The checkpoints already there stay intact.
+    """
+    _require_plain(state, "state")
+    path = Path(path)
+    tmp = _tmp(path)
+    try:
+        with open(tmp, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if path.exists():
+            os.replace(path, _prev(path))  # from here to the next line, `load` finds the previous file
+        os.replace(tmp, path)
+        _fsync_dir(path.parent)
+    except (OSError, RuntimeError) as error:
+        tmp.unlink(missing_ok=True)
+        raise UserError(
+            f"cannot write the checkpoint {path}: {first_line(error)}; earlier checkpoints are intact; "
+            "free some disk space, then continue with --resume"
+        ) from error
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read the checkpoint at `path` onto the CPU, with checksums verified and no code executed.
+
+    If the newest file is missing or damaged, the previous one is used and a one-line note is printed.
+
+    Raises:
+        UserError: there is no checkpoint, or none of the files kept can be read.
+    """
+    path = Path(path)
+    problems: list[str] = []
+    # A complete temporary file is the newest state when the kill fell between the two renames of `save`.
+    for candidate in (path, _prev(path), _tmp(path)):
+        if not candidate.exists():
+            continue
+        try:
+            with zipfile.ZipFile(candidate) as archive:
+                if (member := archive.testzip()) is not None:  # torch.load checks no checksum itself
+                    raise ValueError(f"bad checksum in {member}")
+            state = torch.load(candidate, map_location="cpu", weights_only=True)
+        except Exception as error:  # whatever a damaged file provokes, the next candidate may be sound
+            problems.append(f"{candidate.name}: {first_line(error)}")
+            continue
+        if candidate != path:
+            why = problems[0] if problems else f"{path.name} is missing"
+            print(f"note: using {candidate.name} instead of the newest checkpoint ({why})", flush=True)
+        return state
+    if problems:
+        raise UserError(f"no readable checkpoint at {path} ({'; '.join(problems)}); start a new run")
+    raise UserError(f"no checkpoint at {path}; check the path, or start a new run without --resume")
+
+
+def rng_state() -> dict[str, Any]:
+    """State of torch's global generators, CPU and every CUDA device, as tensors that `save` accepts.
+
+    A `np.random.Generator` needs no helper: `generator.bit_generator.state` is a plain dict, also on reload.
+    """
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Restore what `rng_state` returned; states of CUDA devices absent here are left out."""
+    torch.set_rng_state(state["cpu"])
+    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(cuda_state, device)
+
+
+class StopSignal:
+    """Context manager: the first SIGTERM or SIGINT (Ctrl-C) asks for a stop, the second aborts at once.
+
+    Poll `requested` where it is safe to save and leave; the abort is a KeyboardInterrupt. Main thread only.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._previous: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignal":
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            self._previous[signum] = signal.signal(signum, self._handle)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for signum, handler in self._previous.items():
+            signal.signal(signum, handler)
+
+    def _handle(self, signum: int, frame: FrameType | None) -> None:
+        if self.requested:
+            raise KeyboardInterrupt
+        self.requested = True
+        name = signal.Signals(signum).name
+        # Not print: the signal may have interrupted one, and print is not re-entrant.
+        os.write(1, f"\nnote: {name} received: saving, then stopping; once more aborts at once\n".encode())
+
+
+def check_run_dir(directory: Path, need_bytes: int) -> None:
+    """Create `directory` and prove, before any training, that `need_bytes` can be written there.
+
+    Raises:
+        UserError: it cannot be created or written, or the disk has less than `need_bytes` free.
+    """
+    directory = Path(directory)
+    probe = directory / ".write_probe"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with open(probe, "wb") as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+            os.fsync(file.fileno())
+        probe.unlink()
+        free = shutil.disk_usage(directory).free
+    except OSError as error:
+        raise UserError(
+            f"cannot write to the run folder {directory}: {first_line(error)}; choose a writable folder"
+        ) from error
+    if free < need_bytes:
+        raise UserError(
+            f"the disk of {directory} has {free / 2**20:.0f} MiB free, the checkpoints of this run need "
+            f"{need_bytes / 2**20:.0f} MiB; free some space or choose another folder"
+        )
+
+
+def _prev(path: Path) -> Path:
+    return path.with_name(f"{path.stem}.prev{path.suffix}")
+
+
+def _tmp(path: Path) -> Path:
+    return path.with_name(path.name + ".tmp")
+
+
+def _fsync_dir(directory: Path) -> None:
+    """Make renames in `directory` durable."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_plain(value: object, name: str) -> None:
+    """Refuse at save time what weights_only loading would refuse only at resume time."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            _require_plain(key, f"a key of {name}")
+            _require_plain(item, f"{name}[{key!r}]")
+    elif isinstance(value, (list, tuple)):
+        for index, item in enumerate(value):
+            _require_plain(item, f"{name}[{index}]")
+    elif type(value) not in _PLAIN and not isinstance(value, torch.Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
+
+
+def pack(owner: object) -> dict[str, Any]:
+    """{attribute: state} of an object's modules, optimizers, generators and plain values: what `save` accepts."""
+    state: dict[str, Any] = {}
+    for name, part in vars(owner).items():
+        if isinstance(part, torch.Generator):
+            state[name] = part.get_state()
+        else:
+            state[name] = part.state_dict() if hasattr(part, "state_dict") else part
+    return state
+
+
+def unpack(owner: object, state: dict[str, Any]) -> None:
+    """Load what `pack` returned into an object built alike."""
+    for name, saved in state.items():
+        part = getattr(owner, name)
+        if isinstance(part, torch.Generator):
+            part.set_state(saved)
+        elif hasattr(part, "load_state_dict"):
+            part.load_state_dict(saved)
+        else:
+            setattr(owner, name, saved)

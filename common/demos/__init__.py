@@ -1,0 +1,62 @@
+"""Demonstrations by source: scripted experts, the robomimic datasets, or a file in their format."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from common.demos.robomimic import read_demos
+from common.envs import resolve
+
+
+@dataclass
+class Demos:
+    """N steps of E successful episodes, one after the other.
+
+    obs (N, O) and actions (N, A) are float32, actions within (-1, 1); ends (E,) int64 is the row after each
+    episode's last; name says where they come from.
+    """
+
+    obs: NDArray[np.float32]
+    actions: NDArray[np.float32]
+    ends: NDArray[np.int64]
+    name: str
+
+
+def get_demos(
+    env_id: str,
+    source: str,
+    num: int,
+    noise: float,
+    cache_dir: str | Path,
+    *,
+    filter_key: str | None = None,
+    seed: int = 0,
+) -> Demos:
+    """Loads demonstrations for a task, making or downloading them on first use.
+
+    Args:
+        env_id: a name in TASKS or "package.module:EnvId".
+        source: "scripted", "robomimic" (the task's proficient-human dataset) or a path FILE.hdf5.
+        num, noise, seed: for "scripted": episodes, tremor of the expert and seed; other sources ignore them.
+        cache_dir: where made and downloaded files are kept.
+        filter_key: use only the episodes that the file's mask of this name lists, e.g. "train".
+
+    Raises UserError with the remedy if there are none for the task, or the file is unusable.
+    """
+    task = resolve(env_id)
+    if source == "scripted":
+        from common.demos.scripted import generate
+
+        path = Path(cache_dir) / f"{task.name}_scripted_n{num}_noise{noise:g}_seed{seed}.hdf5"
+        if not path.exists():
+            generate(task, num, noise, seed, path)
+    elif source == "robomimic":
+        from common.demos.robomimic import download
+
+        path = download(task, Path(cache_dir))
+    else:
+        path = Path(source)
+    obs, actions, ends = read_demos(path, task, filter_key)
+    return Demos(obs, actions, ends, path.name)

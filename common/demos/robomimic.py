@@ -1,0 +1,250 @@
+"""Demonstrations in robomimic's low-dimensional hdf5 schema: reading with checks, writing, downloading.
+
+A file holds groups data/demo_<i> with datasets actions (T, A) and obs/<key> (T, width), and lists of episode
+names in mask/<filter key>. An observation is the concatenation of the task's keys in the order of `TaskSpec`.
+For a user's own environment it is all keys in sorted order, or obs (T, O) itself where that is a dataset; its
+actions are in [-1, 1], as the environment made by `make_env` takes them.
+"""
+
+import hashlib
+import http.client
+import json
+import os
+import re
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from common.envs import TaskSpec
+from common.errors import UserError
+
+HUB = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/"
+ACTION_LIMIT = 1 - 1e-5  # the ends of the range are unreachable for squashed policies
+
+
+@dataclass
+class Episode:
+    """T steps: observation parts (T, width), simulator states (T, S), actions (T, A), rewards (T,)."""
+
+    obs: dict[str, NDArray[np.float32]]
+    states: NDArray[np.float64]
+    actions: NDArray[np.float32]
+    rewards: NDArray[np.float64]
+
+
+def write_demos(path: Path, episodes: list[Episode], env_args: str) -> None:
+    """Writes successful episodes atomically; mask/train lists the first nine tenths, mask/valid the rest."""
+    names = [f"demo_{i}" for i in range(len(episodes))]
+    cut = max(1, len(names) * 9 // 10)
+    with _atomic(path) as temp, h5py.File(temp, "w") as file:
+        data = file.create_group("data")
+        data.attrs["total"] = sum(len(episode.actions) for episode in episodes)
+        data.attrs["env_args"] = env_args
+        for name, episode in zip(names, episodes, strict=True):
+            demo = data.create_group(name)
+            steps = demo.attrs["num_samples"] = len(episode.actions)
+            demo["actions"] = episode.actions
+            demo["rewards"] = episode.rewards
+            demo["states"] = episode.states
+            demo["dones"] = (np.arange(steps) == steps - 1).astype(np.int64)
+            for key, value in episode.obs.items():
+                demo[f"obs/{key}"] = value
+        file["mask/train"] = np.array(names[:cut], "S")
+        file["mask/valid"] = np.array(names[cut:], "S")
+
+
+def read_demos(
+    path: Path, task: TaskSpec, filter_key: str | None = None
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
+    """Reads and checks a file.
+
+    Args:
+        path: the hdf5 file.
+        task: the task it must be for; for a built-in task name, version and widths are checked.
+        filter_key: name of the mask that chooses the episodes; None takes all.
+
+    Returns observations (N, O), actions (N, A) within +-ACTION_LIMIT and exclusive episode ends (E,).
+    Raises UserError if the file cannot serve, naming the first fault.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; give --demos an existing FILE.hdf5, robomimic or scripted")
+    try:
+        file = h5py.File(path, "r")
+    except OSError as error:
+        raise UserError(
+            f"{path} is not a readable hdf5 file ({error}); it may be incomplete: get it again"
+        ) from error
+    with file:
+        names = _episode_names(file, path, filter_key)
+        if task.suite != "gymnasium":
+            _check_origin(file["data"], path, task)
+        episodes = [_read_episode(file["data"][name], f"{path}: {name}", task) for name in names]
+    for name, (obs, actions) in zip(names, episodes, strict=True):
+        if obs.shape[1] != episodes[0][0].shape[1] or actions.shape[1] != episodes[0][1].shape[1]:
+            raise UserError(f"{path}: {name} is not as wide as {names[0]}; all episodes must be of one task")
+    lengths = np.array([len(actions) for _, actions in episodes])
+    if task.horizon and (long := int((lengths > task.horizon).sum())):
+        print(
+            f"warning: {long} episodes of {path} exceed the horizon of {task.horizon} steps", file=sys.stderr
+        )
+    obs, actions = (np.concatenate(column) for column in zip(*episodes, strict=True))
+    return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), np.cumsum(lengths)
+
+
+def _episode_names(file: h5py.File, path: Path, filter_key: str | None) -> list[str]:
+    """Names of the chosen episodes, in numerical order."""
+    data = file.get("data")
+    names = [name for name in data if re.fullmatch(r"demo_\d+", name)] if isinstance(data, h5py.Group) else []
+    if not names:
+        raise UserError(f"{path} has no groups data/demo_<i>; a low-dimensional robomimic file is expected")
+    if filter_key is not None:
+        masks = sorted(file.get("mask", ()))
+        if filter_key not in masks:
+            raise UserError(f"{path} has no mask {filter_key!r}; it has {', '.join(masks) or 'none'}")
+        chosen = {name.decode() for name in file[f"mask/{filter_key}"][()]}
+        if missing := chosen.difference(names):
+            raise UserError(
+                f"{path}: mask {filter_key!r} lists {min(missing)}, which is not in the file; get it again"
+            )
+        if not chosen:
+            raise UserError(f"{path}: mask {filter_key!r} is empty; choose another filter key")
+        names = list(chosen)
+    return sorted(names, key=lambda name: int(name[5:]))
+
+
+def _check_origin(data: h5py.Group, path: Path, task: TaskSpec) -> None:
+    """Refuses files of another task, and of robosuite versions whose observations differ."""
+    try:
+        origin = json.loads(data.attrs["env_args"])
+        env_name, version = origin["env_name"], str(origin["env_version"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{path} does not say what it was recorded in (data attribute env_args); "
+            f"a file for {task.env_name} with env_name and env_version is needed"
+        ) from error
+    if env_name != task.env_name:
+        raise UserError(
+            f"{path} is for {env_name}, not for {task.env_name}; choose the matching task or file"
+        )
+    if task.suite == "robosuite" and _version(version) < (1, 5):
+        raise UserError(
+            f"{path} was recorded with robosuite {version}, which orders the object observation differently; "
+            "use the v1.5 release of the dataset"
+        )
+
+
+def _version(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
+
+
+def _read_episode(
+    demo: h5py.Group, where: str, task: TaskSpec
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Observations (T, O) and actions (T, A) of one episode."""
+    actions = _read_matrix(demo, "actions", where, task.action_dim or None)
+    if (worst := np.abs(actions).max()) > 1 + 1e-6:
+        raise UserError(
+            f"{where}: actions reach {worst:g}; they must be in [-1, 1], as the environment takes them"
+        )
+    layout = dict(task.obs)
+    if not layout:
+        obs = demo.get("obs")
+        layout = {f"obs/{key}": None for key in sorted(obs)} if isinstance(obs, h5py.Group) else {"obs": None}
+    else:
+        layout = {f"obs/{key}": width for key, width in layout.items()}
+    parts = [_read_matrix(demo, key, where, width) for key, width in layout.items()]
+    for key, part in zip(layout, parts, strict=True):
+        if len(part) != len(actions):
+            raise UserError(
+                f"{where}: {key} has {len(part)} rows for {len(actions)} actions; get the file again"
+            )
+    return np.concatenate(parts, axis=1), actions
+
+
+def _read_matrix(demo: h5py.Group, key: str, where: str, width: int | None) -> NDArray[np.float32]:
+    """The dataset `key` as a finite (T, width) array with T > 0; a width of None takes any."""
+    item = demo.get(key)
+    if not isinstance(item, h5py.Dataset):
+        group = demo.get("obs") if key.startswith("obs/") else demo
+        found = ", ".join(sorted(group)) if isinstance(group, h5py.Group) else "nothing"
+        raise UserError(f"{where} has no dataset {key}; a low-dimensional file is needed, found: {found}")
+    shape_ok = item.ndim == 2 and len(item) > 0 and item.shape[1] == (width or item.shape[1])
+    if not shape_ok or item.dtype.kind not in "fiu":
+        raise UserError(
+            f"{where}: {key} is {item.dtype} {item.shape}; "
+            f"numbers of shape (T > 0, {width or 'width'}) are needed: re-export the file"
+        )
+    values = item[()].astype(np.float32)
+    if not np.isfinite(values).all():
+        raise UserError(f"{where}: {key} holds NaN or infinity; leave the episode out or repair the file")
+    return values
+
+
+def download(task: TaskSpec, cache_dir: Path) -> Path:
+    """Path of the task's robomimic dataset in `cache_dir`, downloaded on first use.
+
+    The publisher gives no checksums. The file's sha256 is recorded beside it on first use and compared on
+    every later one, so a change or damage after the download is noticed; the download itself is trusted.
+    Raises UserError without a dataset or a network, or if the file has changed.
+    """
+    if not task.dataset:
+        raise UserError(
+            f"robomimic has no dataset for {task.name}; give demonstrations with --demos FILE.hdf5"
+        )
+    path = cache_dir / "_".join(task.dataset.split("/")[1:])
+    if not path.exists():
+        _fetch(HUB + task.dataset, path)
+    with open(path, "rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    sidecar = path.with_name(path.name + ".sha256")
+    if not sidecar.exists():
+        with _atomic(sidecar) as temp:
+            temp.write_text(f"{digest}  {path.name}\n")
+    elif sidecar.read_text().split()[:1] != [digest]:
+        raise UserError(
+            f"{path} has changed since its first use; delete it and {sidecar.name} to download it again"
+        )
+    return path
+
+
+def _fetch(url: str, path: Path) -> None:
+    """Downloads `url` to `path`, whole or not at all."""
+    try:
+        with (
+            urllib.request.urlopen(url, timeout=60) as response,
+            _atomic(path) as temp,
+            open(temp, "wb") as file,
+        ):
+            size = int(response.headers.get("Content-Length", 0))
+            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
+                while block := response.read(1 << 20):
+                    file.write(block)
+                    bar.update(len(block))
+            if size and file.tell() != size:
+                raise OSError(f"{file.tell()} of {size} bytes arrived")
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"cannot download {url} to {path} ({error}); put the file there by hand, or use --demos scripted"
+        ) from error
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block succeeds."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temp
+        with open(temp, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    finally:
+        temp.unlink(missing_ok=True)

@@ -1,0 +1,114 @@
+"""Environments by name: one contract for the built-in tasks and a user's own.
+
+Observations are float32 vectors, actions float32 vectors in [-1, 1]. `info["success"]` is set at every step;
+the first success terminates the episode, the horizon truncates it (never both). `reset(seed=s)` makes the
+episode a function of s and the actions.
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import gymnasium as gym
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+
+from common.errors import UserError
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """One task. A user's own environment has no horizon, dataset or layout here: it brings its own."""
+
+    name: str
+    suite: str  # "toy", "robosuite" or "gymnasium"
+    env_name: str
+    horizon: int | None = None
+    dataset: str = ""  # path in robomimic's dataset repository
+    obs: tuple[tuple[str, int], ...] = ()  # name and width of the parts of an observation, in order
+    action_dim: int = 0
+
+
+_PANDA = (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2))
+TASKS = {
+    task.name: task
+    for task in (
+        TaskSpec("toy", "toy", "toy", 40, obs=(("state", 6),), action_dim=2),
+        TaskSpec(
+            "lift", "robosuite", "Lift", 300, "v1.5/lift/ph/low_dim_v15.hdf5", (*_PANDA, ("object", 10)), 7
+        ),
+    )
+}
+
+
+def resolve(env_id: str) -> TaskSpec:
+    """The task called `env_id`, or the Gymnasium environment "package.module:EnvId". Raises UserError."""
+    if env_id in TASKS:
+        return TASKS[env_id]
+    module, _, name = env_id.partition(":")
+    if not (module and name):
+        names = ", ".join(TASKS)
+        raise UserError(f"unknown task {env_id!r}; use one of {names}, or package.module:EnvId for your own")
+    return TaskSpec(env_id, "gymnasium", env_id)
+
+
+def make_env(
+    env_id: str, *, horizon: int | None = None, original_step: bool = False, render: bool = False
+) -> gym.Env[Any, Any]:
+    """Makes one environment.
+
+    Args:
+        env_id: a name in TASKS or "package.module:EnvId".
+        horizon: steps until truncation; None takes the task's.
+        original_step: step robosuite tasks with robosuite's own Python instead of the fast path.
+        render: allow `render()`, which returns an RGB image (H, W, 3) uint8.
+
+    Raises UserError if the environment is unknown or cannot be made.
+    """
+    task = resolve(env_id)
+    horizon = horizon or task.horizon
+    if task.suite == "robosuite":
+        from common.envs.robosuite_env import RobosuiteEnv
+
+        return RobosuiteEnv(task, horizon, original_step=original_step, render=render)
+    if task.suite == "toy":
+        from common.envs.toy import ToyReach
+
+        return ToyReach(horizon=horizon, render=render)
+    from common.envs.gymnasium_env import UserEnv
+
+    return UserEnv(task.env_name, horizon, render=render)
+
+
+def _make_worker_env(main_process: int, make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
+    """Makes an environment of a vector; in a process of its own, Ctrl-C is left to the main process."""
+    if os.getpid() != main_process:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return make()
+
+
+def make_vec_env(
+    env_id: str, num_envs: int, *, horizon: int | None = None, original_step: bool = False
+) -> VectorEnv[Any, Any, Any]:
+    """Makes `num_envs` environments, each in a process of its own if there are several.
+
+    Nothing resets by itself: reset finished episodes with `reset(seed=[...], options={"reset_mask": mask})`,
+    a fresh options dictionary at every call. Arguments and errors are those of `make_env`.
+    """
+    make = partial(make_env, env_id, horizon=horizon, original_step=original_step)
+    if num_envs == 1:
+        return SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED)
+    import multiprocessing
+
+    multiprocessing.get_context("forkserver").set_forkserver_preload(
+        ["__main__", "common.envs.robosuite_env"]
+    )
+    context = "spawn" if sys.platform == "win32" else "forkserver"
+    # Worth importing once rather than in every worker; names that cannot be imported are ignored.
+    multiprocessing.set_forkserver_preload(["torch", "common.envs.robosuite_env"])
+    make_worker = partial(_make_worker_env, os.getpid(), make)
+    return AsyncVectorEnv([make_worker] * num_envs, context=context, autoreset_mode=AutoresetMode.DISABLED)

@@ -1,0 +1,69 @@
+"""A user's own Gymnasium environment, brought to the contract of the built-in tasks."""
+
+import importlib
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from common.errors import UserError
+
+
+class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any], NDArray[Any]]):
+    """float32 observations, actions in [-1, 1], and an episode that terminates at the first success.
+
+    Args:
+        env_id: "package.module:EnvId"; the module is imported first, so that it can register EnvId.
+        horizon: steps until truncation; None keeps the environment's own limit.
+        render: make the environment with render_mode="rgb_array".
+
+    Raises UserError for an environment that cannot be made, has spaces other than a 1-D Box of observations
+    and a bounded 1-D Box of actions, or does not report `info["success"]` at every step.
+    """
+
+    def __init__(self, env_id: str, horizon: int | None, *, render: bool = False) -> None:
+        module, _, name = env_id.partition(":")
+        try:
+            importlib.import_module(module)
+            env = gym.make(name, render_mode="rgb_array" if render else None)
+        except (ImportError, gym.error.Error) as error:
+            raise UserError(
+                f"{env_id} cannot be made ({error}); check the module and the registered id"
+            ) from error
+        obs, action = env.observation_space, env.action_space
+        if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
+            raise UserError(f"{env_id} observes {obs}; a 1-D Box is needed; wrap it in FlattenObservation")
+        if not (isinstance(action, gym.spaces.Box) and len(action.shape) == 1 and action.is_bounded()):
+            raise UserError(f"{env_id} acts in {action}; a 1-D Box with finite bounds is needed")
+        if horizon is not None:
+            env = gym.wrappers.TimeLimit(env, horizon)
+        if (action.low != -1).any() or (action.high != 1).any():
+            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+        super().__init__(env)
+        self.env_id = env_id
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, action.shape, np.float32)
+        self.reset(seed=0)
+        self.step(np.zeros(action.shape, np.float32))  # finds a missing info["success"] before training does
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """As the environment's own reset; `info["success"]` is False."""
+        obs, _ = self.env.reset(seed=seed, options=options)
+        return np.asarray(obs, np.float32), {"success": False}
+
+    def step(
+        self, action: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """As the environment's own step; success ends the episode."""
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        if "success" not in info:
+            raise UserError(
+                f'{self.env_id} does not report info["success"]; its step must set it to True or False'
+            )
+        success = bool(info["success"])
+        terminated = success or bool(terminated)
+        truncated = bool(truncated) and not terminated
+        return np.asarray(obs, np.float32), float(reward), terminated, truncated, {"success": success}

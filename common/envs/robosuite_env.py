@@ -1,0 +1,207 @@
+"""robosuite tasks as Gymnasium environments, with the observations and actions of robomimic v1.5."""
+
+import ctypes
+import logging
+import os
+import platform
+from contextlib import suppress
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from numpy.typing import NDArray
+
+from common.envs import TaskSpec
+from common.errors import UserError
+
+
+def _import_robosuite() -> Any:
+    """The robosuite module, imported without its warnings about optional parts.
+
+    MuJoCo picks its OpenGL library on import, and EGL is the one that needs no display. Importing robosuite
+    sets MUJOCO_GL=egl even where there is no EGL, which would keep child processes from importing MuJoCo.
+    """
+    if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
+        with suppress(OSError):
+            ctypes.CDLL("libEGL.so.1")
+            os.environ["MUJOCO_GL"] = "egl"
+    gl = os.environ.get("MUJOCO_GL")
+    logging.disable(logging.WARNING)
+    try:
+        import robosuite
+    except (ImportError, AssertionError) as error:
+        raise UserError(
+            f"robosuite cannot be imported ({error}); install the simulators as the README says"
+        ) from error
+    finally:
+        logging.disable(logging.NOTSET)
+        if gl is None:
+            os.environ.pop("MUJOCO_GL", None)
+    logging.getLogger("robosuite_logs").setLevel(logging.ERROR)
+    return robosuite
+
+
+suite = _import_robosuite()
+
+import mujoco  # noqa: E402  after MUJOCO_GL is set
+
+from common.envs.osc import FastStep  # noqa: E402
+
+MODEL_BLOCK = 16  # seeds that share one compiled model: compiling costs 100 times a plain reset
+ARM_ACTIONS = 7
+CAMERA, IMAGE_SIZE = "agentview", 256
+
+
+def env_kwargs(robots: int) -> dict[str, Any]:
+    """Arguments of `robosuite.make`: robomimic's v1.5 setting, and cheaper `lite_physics` stepping."""
+    arm = {
+        "type": "OSC_POSE",
+        "input_max": 1,
+        "input_min": -1,
+        "output_max": [0.05, 0.05, 0.05, 0.5, 0.5, 0.5],
+        "output_min": [-0.05, -0.05, -0.05, -0.5, -0.5, -0.5],
+        "kp": 150,
+        "damping_ratio": 1,
+        "impedance_mode": "fixed",
+        "kp_limits": [0, 300],
+        "damping_ratio_limits": [0, 10],
+        "position_limits": None,
+        "orientation_limits": None,
+        "uncouple_pos_ori": True,
+        "input_type": "delta",
+        "input_ref_frame": "world",
+        "interpolation": None,
+        "ramp_ratio": 0.2,
+        "gripper": {"type": "GRIP"},
+    }
+    return {
+        "robots": ["Panda"] * robots,
+        "controller_configs": {"type": "BASIC", "body_parts": {"right": arm}},
+        "has_renderer": False,
+        "has_offscreen_renderer": False,
+        "use_camera_obs": False,
+        "use_object_obs": True,
+        "ignore_done": True,
+        "hard_reset": False,
+        "control_freq": 20,
+        "lite_physics": True,
+        "reward_shaping": False,
+    }
+
+
+class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """One robosuite task: 20 Hz pose deltas of a Panda arm, low-dimensional observations, sparse reward.
+
+    Observation, float32 (O,): for each robot end effector position (3), hand quaternion xyzw (4) and finger
+    positions (2), then the task's object state. Action, float32 (7,) a robot in [-1, 1]: position delta in
+    units of 5 cm, rotation vector in units of 0.5 rad, gripper (-1 opens, 1 closes). The reward is 0 or 1, as
+    robosuite gives it; the first success terminates the episode, `horizon` steps truncate it.
+
+    As in robosuite, observations, reward and success after a step are of the body poses at the start of the
+    last 2 ms physics step, but of the joint positions at its end.
+
+    Args:
+        task: names robosuite's environment and the layout of observations and actions.
+        horizon: steps until truncation.
+        original_step: use robosuite's own (slower) `env.step` instead of `FastStep`.
+        render: allow `render()`.
+    """
+
+    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
+
+    def __init__(
+        self, task: TaskSpec, horizon: int, *, original_step: bool = False, render: bool = False
+    ) -> None:
+        self.task, self.horizon = task, horizon
+        self.original_step = original_step
+        self.render_mode = "rgb_array" if render else None
+        width = sum(width for _, width in task.obs)
+        self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
+        self.action_space = gym.spaces.Box(-1, 1, (task.action_dim,), np.float32)
+        self._block: int | None = None
+        self._renderer: mujoco.Renderer | None = None
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+        """Starts the episode that `seed` names, or one drawn from `np_random`.
+
+        The model (e.g. the cube's size) is drawn from seed // MODEL_BLOCK, the placement from the seed.
+        """
+        super().reset(seed=seed)
+        if seed is None:
+            seed = int(self.np_random.integers(2**31))
+        if self._block != seed // MODEL_BLOCK:
+            self.close()
+            self._block = seed // MODEL_BLOCK
+            robots = self.task.action_dim // ARM_ACTIONS
+            self.env = suite.make(self.task.env_name, seed=[1, self._block], **env_kwargs(robots))
+        # robosuite's placement samplers hold references to its generator: restart it in place.
+        self.env.rng.bit_generator.state = np.random.default_rng([0, seed]).bit_generator.state
+        self.env.reset()
+        self._advance = self.env.step if self.original_step else FastStep(self.env)
+        self._steps = 0
+        return self._observe(), {"success": False}
+
+    def step(
+        self, action: NDArray[np.float32]
+    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+        """Applies one action (A,). `info["success"]` is robosuite's success test after the step."""
+        action = np.asarray(action, np.float64)
+        self._advance(action)
+        self._steps += 1
+        success = bool(self.env._check_success())
+        truncated = self._steps >= self.horizon and not success
+        return self._observe(), float(self.env.reward(action)), success, truncated, {"success": success}
+
+    def state(self) -> NDArray[np.float64]:
+        """The simulator's state (S,): time, joint positions, joint velocities, as robomimic stores it."""
+        return self.env.sim.get_state().flatten()
+
+    def _observe(self) -> NDArray[np.float32]:
+        """Reads the sensors of the task's observation, now.
+
+        `_get_observations(force_update=True)` would give the same values, but shifts the phase of robosuite's
+        sampling clock, so that from then on its own step would report observations from before its end.
+        """
+        cache, objects = self.env._obs_cache, []
+        keys = [key for key, _ in self.task.obs if key != "object"]
+        for name, observable in self.env._observables.items():
+            is_object = observable.modality == "object"
+            if is_object or name in keys:
+                value = cache[name] = np.atleast_1d(observable._sensor(cache))
+                if is_object and observable.is_enabled() and observable.is_active():
+                    objects.append(value)
+        return np.concatenate([cache[key] for key in keys] + objects, dtype=np.float32)
+
+    def render(self) -> NDArray[np.uint8] | None:
+        """RGB image (256, 256, 3) of the state, which stays as it is; None if made without render=True.
+
+        Raises UserError where there is no OpenGL.
+        """
+        if self.render_mode is None:
+            return None
+        model, data = self.env.sim.model._model, self.env.sim.data._data
+        if self._renderer is None:
+            # Reflections and multisampling take nine tenths of the time on a CPU and change little.
+            model.vis.quality.offsamples = 0
+            model.vis.global_.offwidth = model.vis.global_.offheight = IMAGE_SIZE
+            try:
+                self._renderer = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
+            except Exception as error:  # every OpenGL library fails in its own way
+                raise UserError(
+                    f"cannot render ({error}); install libegl1 and libgl1, or set MUJOCO_GL to egl or osmesa"
+                ) from error
+            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+            self._scene_option = mujoco.MjvOption()
+            self._scene_option.geomgroup[0] = False  # collision shapes
+        self._renderer.update_scene(data, CAMERA, self._scene_option)
+        return self._renderer.render()
+
+    def close(self) -> None:
+        """Frees the renderer and the simulation; a later reset makes new ones."""
+        if self._renderer is not None:
+            self._renderer.close()
+        if self._block is not None:
+            self.env.close()
+        self._block = self._renderer = None

@@ -1,0 +1,105 @@
+"""Two gaps, one target: a two-dimensional reaching task in plain Python, with a scripted demonstrator.
+
+A point starts on the left, the target lies on the right, and the wall between them has two gaps. Either gap
+serves, so demonstrations are bimodal; both are narrow, so an imprecise clone gets stuck at the wall.
+"""
+
+from collections.abc import Generator
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+
+STEP = 0.1  # distance covered per step at full speed; the arena is [-1, 1]^2
+LAG = 0.5  # share of the old velocity that survives a step
+TARGET_RADIUS = 0.06
+GAP_CENTRE = 0.5  # the gaps lie at y = +-GAP_CENTRE of the wall x = 0
+GAP_HALF_WIDTH = 0.08
+START_SPREAD = 0.6  # the start is (-0.8, y) with |y| at most this
+GOAL_SPREAD = 0.8  # the target is (0.8, y) with |y| at most this
+HORIZON = 40
+
+_PIXELS = 96
+_SKIN = 1e-3  # a blocked point rests this far from the wall
+
+
+class ToyReach(gym.Env):
+    """Reach the target through one of two gaps.
+
+    Observation (6,) float32: position, target, velocity (x and y each, about [-1, 1]).
+    Action (2,) float32 in [-1, 1]: commanded velocity, in units of `STEP` per step.
+    Reward 1 on success, else 0. Success (distance below `TARGET_RADIUS`) terminates; truncation at `horizon`.
+    """
+
+    def __init__(self, horizon: int = HORIZON, render: bool = False) -> None:
+        self.observation_space = gym.spaces.Box(-2.0, 2.0, (6,), np.float32)
+        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
+        self.render_mode = "rgb_array" if render else None
+        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
+        self.horizon = horizon
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[np.ndarray, dict[str, Any]]:
+        """Start an episode that depends on `seed` and the actions alone."""
+        super().reset(seed=seed)
+        noise = self.np_random.uniform(-1.0, 1.0, 2).tolist()
+        self.x, self.y = -0.8, START_SPREAD * noise[0]
+        self.goal_x, self.goal_y = 0.8, GOAL_SPREAD * noise[1]
+        self.vx = self.vy = 0.0
+        self.steps = 0
+        return self._obs(), {"success": False}
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """Move one step; Python floats, because arrays of two would cost ten times as much."""
+        ax, ay = action.tolist()
+        self.vx = LAG * self.vx + (1 - LAG) * min(max(ax, -1.0), 1.0)
+        self.vy = LAG * self.vy + (1 - LAG) * min(max(ay, -1.0), 1.0)
+        x = min(max(self.x + STEP * self.vx, -1.0), 1.0)
+        y = min(max(self.y + STEP * self.vy, -1.0), 1.0)
+        if (x >= 0.0) != (self.x >= 0.0):  # the path crosses the wall: at which height?
+            crossing = self.y + (y - self.y) * self.x / (self.x - x)
+            if abs(abs(crossing) - GAP_CENTRE) > GAP_HALF_WIDTH:
+                x = _SKIN if self.x >= 0.0 else -_SKIN
+                self.vx = 0.0
+        self.x, self.y = x, y
+        self.steps += 1
+        success = (x - self.goal_x) ** 2 + (y - self.goal_y) ** 2 < TARGET_RADIUS**2
+        truncated = not success and self.steps >= self.horizon
+        return self._obs(), float(success), success, truncated, {"success": success}
+
+    def render(self) -> np.ndarray:
+        """Picture (96, 96, 3) uint8: wall, target (green) and point (blue), y upwards."""
+        axis = np.linspace(-1.0, 1.0, _PIXELS)
+        xs, ys = np.meshgrid(axis, axis[::-1])
+        image = np.full((_PIXELS, _PIXELS, 3), 250, np.uint8)
+        image[(np.abs(xs) < 0.02) & (np.abs(np.abs(ys) - GAP_CENTRE) > GAP_HALF_WIDTH)] = (60, 60, 60)
+        image[(xs - self.goal_x) ** 2 + (ys - self.goal_y) ** 2 < TARGET_RADIUS**2] = (40, 170, 70)
+        image[(xs - self.x) ** 2 + (ys - self.y) ** 2 < 0.04**2] = (40, 90, 220)
+        return image
+
+    def _obs(self) -> np.ndarray:
+        return np.array((self.x, self.y, self.goal_x, self.goal_y, self.vx, self.vy), np.float32)
+
+
+def toy_expert(
+    env: ToyReach, obs: np.ndarray, rng: np.random.Generator, noise: float
+) -> Generator[np.ndarray, np.ndarray, None]:
+    """Demonstrator as a generator: yields an action (2,) float32, is sent the next observation.
+
+    It takes one of the gaps at random and steers through it to the target with hand tremor of standard
+    deviation `noise` (in units of the action range). `env` is unused: the observation tells everything.
+    """
+    gap = GAP_CENTRE if rng.random() < 0.5 else -GAP_CENTRE
+    while True:
+        x, y, goal_x, goal_y = obs[:4].tolist()
+        if x < -0.12 or (x < 0.0 and abs(y - gap) > 0.6 * GAP_HALF_WIDTH):
+            aim_x, aim_y = -0.1, gap  # line up in front of the gap
+        elif x < 0.1:
+            aim_x, aim_y = 0.2, gap  # go straight through
+        else:
+            aim_x, aim_y = goal_x, goal_y
+        command = np.array((aim_x - x, aim_y - y)) / STEP
+        command /= max(1.0, float(np.abs(command).max()))
+        action = np.clip(command + noise * rng.standard_normal(2), -1.0, 1.0).astype(np.float32)
+        obs = yield action

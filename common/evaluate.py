@@ -1,0 +1,163 @@
+"""Episodes with open-loop action chunks: success, length, confidence interval and video."""
+
+import math
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+
+from common.errors import UserError, first_line
+
+Act = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """Outcome of E episodes, in the order of their seeds."""
+
+    success: np.ndarray  # (E,) bool
+    length: np.ndarray  # (E,) int64, environment steps
+
+    @property
+    def rate(self) -> float:
+        """Fraction of episodes that succeeded."""
+        return float(self.success.mean())
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Wilson 95 % interval of the success probability."""
+        return wilson(int(self.success.sum()), len(self.success))
+
+    @property
+    def mean_length(self) -> float:
+        """Mean number of environment steps per episode, failures included."""
+        return float(self.length.mean())
+
+    def __str__(self) -> str:
+        low, high = self.interval
+        return (
+            f"success {self.rate:.2f} [{low:.2f}, {high:.2f}] over {len(self.success)} episodes, "
+            f"mean length {self.mean_length:.1f}"
+        )
+
+
+def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
+    """Wilson score interval of a proportion: `k` successes in `n` trials, `z` standard normal quantile."""
+    if not 0 <= k <= n or n == 0:
+        raise ValueError(f"wilson needs 0 <= k <= n and n > 0, got k={k}, n={n}")
+    p = k / n
+    scale = 1 / (1 + z * z / n)
+    centre = (p + z * z / (2 * n)) * scale
+    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) * scale
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int) -> EvalResult:
+    """Run `episodes` episodes; episode i starts from `reset(seed=seed + i)`.
+
+    Args:
+        envs: W environments with autoreset disabled and `info["success"]` at every step.
+        act: maps observations (n, O) of the environments that need a chunk to chunks (n, H, A). Chunks are
+            executed open loop, one action a step; the end of an episode discards the rest.
+        episodes: number of episodes E; worker w runs a contiguous block of them.
+        seed: seed of the first episode.
+
+    For a policy that treats rows independently the result does not depend on W.
+    """
+    if episodes < 1:
+        raise ValueError(f"evaluate needs at least one episode, got {episodes}")
+    workers = envs.num_envs
+    blocks = np.array_split(np.arange(episodes), workers)
+    episode = np.array([block[0] if len(block) else -1 for block in blocks])  # -1: nothing left to run
+    last = np.array([block[-1] if len(block) else -1 for block in blocks])
+    success = np.zeros(episodes, dtype=bool)
+    length = np.zeros(episodes, dtype=np.int64)
+
+    def seeds() -> list[int]:
+        # A worker without episodes still has to step: it replays a spare seed and nobody looks.
+        return [seed + int(e) if e >= 0 else seed + episodes for e in episode]
+
+    obs, _ = envs.reset(seed=seeds())
+    queues: list[list[np.ndarray]] = [[] for _ in range(workers)]
+    actions = np.zeros(envs.action_space.shape, dtype=envs.single_action_space.dtype)
+    while (episode >= 0).any():
+        active = np.flatnonzero(episode >= 0)
+        empty = [w for w in active if not queues[w]]
+        if empty:
+            for w, chunk in zip(empty, act(obs[empty]), strict=True):
+                queues[w] = list(chunk)
+        actions[episode < 0] = 0
+        for w in active:
+            actions[w] = queues[w].pop(0)
+        obs, _, terminated, truncated, info = envs.step(actions)
+        length[episode[active]] += 1
+        success[episode[active]] |= info["success"][active].astype(bool)
+        done = terminated | truncated
+        if done.any():
+            for w in active[done[active]]:
+                episode[w] = episode[w] + 1 if episode[w] < last[w] else -1
+                queues[w] = []
+            obs, _ = envs.reset(seed=seeds(), options={"reset_mask": done})
+    return EvalResult(success, length)
+
+
+def record_video(env: gym.Env, act: Act, path: Path, seed: int, episodes: int = 3, fps: int = 20) -> None:
+    """Write `episodes` episodes, seeds `seed`, `seed + 1`, ..., to the mp4 file `path`.
+
+    `env` was made with render=True; `act` is as in `evaluate`, called with one observation. The last picture
+    of each episode stays for half a second, with a green (success) or red (failure) border.
+
+    Raises:
+        UserError: no working OpenGL or ffmpeg. Training can go on without the video.
+    """
+    path = Path(path)
+    tmp = path.with_name(f"{path.stem}.tmp{path.suffix}")
+    try:
+        import imageio.v2 as imageio
+
+        writer = imageio.get_writer(tmp, fps=fps, macro_block_size=2)  # the pixel format needs even sizes
+    except Exception as error:
+        raise UserError(f"no video: {first_line(error)}; run: pip install imageio imageio-ffmpeg") from error
+    try:
+        with writer:
+            for i in range(episodes):
+                for picture in _film(env, act, seed + i, hold=fps // 2):
+                    writer.append_data(picture)
+        os.replace(tmp, path)
+    except OSError as error:
+        raise UserError(f"no video: ffmpeg stopped ({first_line(error)})") from error
+    finally:
+        tmp.unlink(missing_ok=True)
+
+
+def _film(env: gym.Env, act: Act, seed: int, hold: int) -> Iterator[np.ndarray]:
+    """Pictures of one episode, and `hold` more of its end with a border that shows the outcome."""
+    obs, _ = env.reset(seed=seed)
+    queue: list[np.ndarray] = []
+    done = success = False
+    yield _picture(env)
+    while not done:
+        queue = queue or list(act(obs[None])[0])
+        obs, _, terminated, truncated, info = env.step(queue.pop(0))
+        success |= bool(info["success"])
+        done = terminated or truncated
+        yield _picture(env)
+    end = _picture(env).copy()
+    edge = max(2, end.shape[0] // 40)
+    for side in (end[:edge], end[-edge:], end[:, :edge], end[:, -edge:]):
+        side[:] = (40, 170, 70) if success else (210, 50, 50)
+    for _ in range(hold):
+        yield end
+
+
+def _picture(env: gym.Env) -> np.ndarray:
+    """One picture (H, W, 3) uint8; any failure of the OpenGL stack becomes a UserError."""
+    try:
+        return np.asarray(env.render())
+    except Exception as error:
+        raise UserError(
+            f"no video: cannot render ({first_line(error)}); try MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa"
+        ) from error

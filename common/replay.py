@@ -1,0 +1,122 @@
+"""Replay buffer of whole episodes, sampled as action chunks, with success marks."""
+
+from collections import deque
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+
+@dataclass
+class Batch:
+    """n action chunks of H steps, each from inside one episode."""
+
+    obs: torch.Tensor  # (n, O) observation at the chunk's first step
+    actions: torch.Tensor  # (n, H, A)
+    rewards: torch.Tensor  # (n, H)
+    next_obs: torch.Tensor  # (n, O) observation after the chunk's last step
+    terminated: torch.Tensor  # (n,) 1.0 where the episode ended for good with the chunk's last step
+
+
+class IndexQueue:
+    """First-in first-out set of row numbers with O(1) uniform sampling."""
+
+    def __init__(self, capacity: int) -> None:
+        self.rows = np.zeros(capacity, np.int64)
+        self.head = self.size = 0
+
+    def push(self, rows: np.ndarray) -> None:
+        self.rows[(self.head + self.size + np.arange(len(rows))) % len(self.rows)] = rows
+        self.size += len(rows)
+
+    def drop(self, n: int) -> None:
+        self.head = (self.head + n) % len(self.rows)
+        self.size -= n
+
+    def sample(self, n: int, rng: np.random.Generator) -> np.ndarray:
+        return self.rows[(self.head + rng.integers(self.size, size=n)) % len(self.rows)]
+
+
+class ReplayBuffer:
+    """Keeps the newest episodes that fit into `capacity` rows; the oldest episodes leave whole.
+
+    An episode of T steps takes T+1 rows (the last one holds only the final observation). Every step from which H
+    steps remain inside the episode is a chunk start, not only the steps at which the policy decided; a chunk never
+    crosses an episode's end.
+    """
+
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, horizon: int) -> None:
+        self.capacity, self.horizon = capacity, horizon
+        self.obs = np.zeros((capacity, obs_dim), np.float32)
+        self.actions = np.zeros((capacity, act_dim), np.float32)
+        self.rewards = np.zeros(capacity, np.float32)
+        self.terminated = np.zeros(capacity, np.float32)
+        self.episodes: deque[tuple[int, int, bool]] = deque()  # first row, one past the last row, success
+        self.row = 0  # next row to write
+        self.starts, self.success_starts = IndexQueue(capacity), IndexQueue(capacity)
+
+    def add_episode(
+        self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: bool, success: bool
+    ) -> None:
+        """obs (T+1, O), actions (T, A), rewards (T,); terminated: the last step ended the episode for good."""
+        n = len(obs)
+        if n > self.capacity:
+            raise ValueError(f"an episode of {n - 1} steps does not fit into {self.capacity} rows")
+        if self.row + n > self.capacity:
+            self._evict(self.row, self.capacity)
+            self.row = 0
+        lo, hi = self.row, self.row + n
+        self._evict(lo, hi)
+        self.obs[lo:hi], self.actions[lo : hi - 1], self.rewards[lo : hi - 1] = obs, actions, rewards
+        self.terminated[lo:hi] = 0.0
+        self.terminated[hi - 2] = float(terminated)
+        self.row = hi
+        self._append(lo, hi, success)
+
+    def _append(self, lo: int, hi: int, success: bool) -> None:
+        self.episodes.append((lo, hi, success))
+        starts = np.arange(lo, max(lo, hi - self.horizon))
+        self.starts.push(starts)
+        if success:
+            self.success_starts.push(starts)
+
+    def _evict(self, lo: int, hi: int) -> None:
+        while self.episodes and self.episodes[0][0] < hi and self.episodes[0][1] > lo:
+            first, end, success = self.episodes.popleft()
+            n = max(0, end - first - self.horizon)
+            self.starts.drop(n)
+            if success:
+                self.success_starts.drop(n)
+
+    def sample(self, n: int, rng: np.random.Generator, device: torch.device, success: bool = False) -> Batch:
+        """n chunk starts, uniform with replacement, over all episodes or over the successful ones."""
+        start = (self.success_starts if success else self.starts).sample(n, rng)  # (n,)
+        rows = start[:, None] + np.arange(self.horizon)  # (n, H)
+        last = start + self.horizon
+
+        def tensor(x: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(x).to(device)
+
+        return Batch(
+            obs=tensor(self.obs[start]),
+            actions=tensor(self.actions[rows]),
+            rewards=tensor(self.rewards[rows]),
+            next_obs=tensor(self.obs[last]),
+            terminated=tensor(self.terminated[last - 1]),
+        )
+
+    def state_dict(self) -> dict:
+        used = max((hi for _, hi, _ in self.episodes), default=0)
+        arrays = dict(obs=self.obs, actions=self.actions, rewards=self.rewards, terminated=self.terminated)
+        state = {k: torch.from_numpy(v[:used].copy()) for k, v in arrays.items()}
+        return state | {"row": self.row, "episodes": [list(e) for e in self.episodes]}
+
+    def load_state_dict(self, state: dict) -> None:
+        used = len(state["obs"])
+        if used > self.capacity:
+            raise ValueError(f"the saved buffer has {used} rows, this one only {self.capacity}")
+        for k in ("obs", "actions", "rewards", "terminated"):
+            getattr(self, k)[:used] = state[k].numpy()
+        self.row = state["row"]
+        for lo, hi, success in state["episodes"]:
+            self._append(lo, hi, success)

@@ -1,0 +1,162 @@
+"""One training run: its folder, log, environments, replay buffer and counters, and how they are saved and resumed."""
+
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+
+from common import checkpoint
+from common.collect import Collector
+from common.demos import Demos, get_demos
+from common.envs import make_env, make_vec_env
+from common.errors import UserError
+from common.evaluate import EvalResult, evaluate, record_video
+from common.replay import ReplayBuffer
+from common.runlog import RunLog, plot_curves
+
+Policy = Callable[[np.ndarray, torch.Generator], np.ndarray]  # observations (n, O), noise source -> chunks (n, H, A)
+EVAL_SEEDS = {"final": 0, "bc": 100_000, "interval": 200_000}  # the final episodes never decided anything
+CHECKPOINT = "checkpoint.pt"
+
+
+class Run:
+    """Holds everything but the agent, which `attach` brings in.
+
+    `args` are the flat arguments of the script ({name: value}); this class reads: env, seed, device, threads, horizon,
+    original_step, num_envs, eval_envs, eval_seed, demos, num_demos, demo_noise, filter_key, data_dir, replay_size,
+    total_steps, chunk, video, wandb_project, tensorboard.
+    """
+
+    def __init__(
+        self,
+        args: Mapping[str, Any],
+        run_dir: Path,
+        stop: checkpoint.StopSignal,
+        saved: dict[str, Any] | None,
+        reward: Callable[[float, bool], float],
+        training: bool = True,
+    ) -> None:
+        """saved: the checkpoint to go on from; reward(raw, success) is what the buffer stores."""
+        self.flat, self.dir, self.stop, self.saved = dict(args), run_dir, stop, saved
+        a = self.a = SimpleNamespace(**args)
+        self.device = pick_device(a.device)
+        torch.set_num_threads(a.threads)
+        self.state: dict[str, Any] = saved["state"] if saved else {"step": 0}
+        env_args = {"horizon": a.horizon, "original_step": a.original_step}
+        if training:
+            checkpoint.check_run_dir(run_dir, 2**20)
+        self.eval_envs = make_vec_env(a.env, a.eval_envs, **env_args)
+        self.obs_dim = self.eval_envs.single_observation_space.shape[0]
+        self.act_dim = self.eval_envs.single_action_space.shape[0]
+        self.demos: Demos | None = None
+        if not training:
+            return
+        rows = min(a.replay_size, 2 * a.total_steps)
+        checkpoint.check_run_dir(run_dir, 3 * (4 * rows * (self.obs_dim + self.act_dim + 2) + 2**25))
+        if not (saved and saved["agent"]["bc_done"]):
+            self.demos = get_demos(
+                a.env, a.demos, a.num_demos, a.demo_noise, Path(a.data_dir), filter_key=a.filter_key or None
+            )
+        self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)
+        self.collector = Collector(make_vec_env(a.env, a.num_envs, **env_args), self.buffer, reward, a.seed)
+        self.rng = np.random.default_rng(a.seed)  # replay indices
+        self.log = RunLog(
+            run_dir,
+            total_steps=a.total_steps,
+            wandb_project=a.wandb_project,
+            tensorboard=a.tensorboard,
+            resume_bytes=saved["log"] if saved else None,
+            args=self.flat,
+        )
+
+    def attach(self, agent: object) -> None:
+        """The agent to save with this run; on a resume, everything is restored here."""
+        self.agent = agent
+        if not self.saved:
+            return
+        checkpoint.unpack(agent, self.saved["agent"])
+        if hasattr(self, "collector"):
+            self.rng.bit_generator.state = self.saved["rng"]
+            self.buffer.load_state_dict(self.saved["buffer"])
+            if self.saved["collector"]["episodes"]:
+                self.collector.load_state_dict(self.saved["collector"])
+        self.saved = None
+
+    def save(self, name: str = CHECKPOINT) -> None:
+        checkpoint.save(
+            self.dir / name,
+            {
+                "args": {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat.items()},
+                "agent": checkpoint.pack(self.agent),
+                "state": self.state,
+                "rng": self.rng.bit_generator.state,
+                "buffer": self.buffer.state_dict(),
+                "collector": self.collector.state_dict(),
+                "log": self.log.position(),
+            },
+        )
+
+    def evaluate(self, policies: Mapping[str, Policy], use: str, episodes: int) -> dict[str, EvalResult]:
+        """{name: result}. Fixed episode seeds and a noise source of its own: the same weights give the same numbers."""
+        results = {}
+        for name, policy in policies.items():
+            rng = torch.Generator(self.device).manual_seed(self.a.eval_seed)
+            first = self.a.eval_seed + EVAL_SEEDS[use]
+            results[name] = evaluate(self.eval_envs, lambda obs, p=policy, r=rng: p(obs, r), episodes, first)
+        return results
+
+    def log_eval(self, results: Mapping[str, EvalResult], prefix: str = "eval") -> None:
+        rates = {f"{prefix}/{k}_success": r.rate for k, r in results.items()}
+        self.log.log(self.state["step"], rates | {f"{prefix}/{k}_length": r.mean_length for k, r in results.items()})
+
+    def log_training(self, metrics: Mapping[str, float]) -> None:
+        """One line of metrics.jsonl: the given metrics and those of the last 20 training episodes."""
+        c = self.collector
+        recent = {"success": np.mean(c.successes), "length": np.mean(c.lengths)} if c.successes else {}
+        recent["episodes"] = c.finished
+        self.log.log(self.state["step"], dict(metrics) | {f"train/{k}": float(v) for k, v in recent.items()})
+
+    def check_finite(self, metrics: Mapping[str, float]) -> None:
+        """Stop the process with exit code 1 and a dump beside the last good checkpoint if a value is not finite."""
+        if bad := [k for k, v in metrics.items() if not np.isfinite(v)]:
+            self.save("nonfinite.pt")
+            sys.exit(
+                f"stopped at step {self.state['step']}: {', '.join(bad)} not finite; state dumped to "
+                f"{self.dir / 'nonfinite.pt'}, last good state in {CHECKPOINT}"
+            )
+
+    def video(self, policy: Policy, name: str) -> None:
+        """Write three episodes as mp4, or a one-line note on why there is no video."""
+        if not self.a.video:
+            return
+        rng = torch.Generator(self.device).manual_seed(self.a.eval_seed)
+        try:
+            env = make_env(self.a.env, horizon=self.a.horizon, render=True)
+            record_video(env, lambda obs: policy(obs, rng), self.dir / name, self.a.eval_seed)
+            env.close()
+        except UserError as error:
+            self.log.say(f"note: {error}")
+
+    def close(self) -> None:
+        """Draw the learning curve and end the worker processes."""
+        self.eval_envs.close()
+        if hasattr(self, "collector"):
+            self.log.close()
+            self.collector.envs.close()
+            if self.state["step"]:
+                print(f"learning curve: {plot_curves(self.dir)}")
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: cuda if there is a GPU, else cpu. Raises UserError on a device this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
+    return torch.device(name)

@@ -1,0 +1,253 @@
+"""Run folder: args.json, metrics.jsonl, the progress line, TensorBoard and W&B doors, learning curves."""
+
+import importlib
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import deque
+from datetime import timedelta
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from common.errors import UserError, first_line
+from common.machine import describe_machine
+
+_LIVE_PERIOD = 0.2  # seconds between refreshes of the live line on a terminal
+_PLAIN_PERIOD = 15.0  # seconds between progress lines in a file or pipe
+_RATE_WINDOW = 60.0  # seconds over which the speed is averaged
+
+
+def new_run_dir(root: Path, name: str) -> Path:
+    """The folder `root/name` of a new run (not created here).
+
+    Raises:
+        UserError: it exists and is not empty.
+    """
+    path = Path(root) / name
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{path} already exists; choose another --run-name, or continue it with --resume {path}")
+    return path
+
+
+class RunLog:
+    """Writes one JSON line per `log` call to `metrics.jsonl`, and prints progress.
+
+    Wall-clock metrics carry the prefix "time/": all other keys of a run that was killed and resumed are
+    the same, line by line, as those of an uninterrupted run.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        total_steps: int,
+        wandb_project: str = "",
+        tensorboard: bool = False,
+        resume_bytes: int | None = None,
+        args: dict[str, Any],
+    ) -> None:
+        """Open the log of a new run, or of one that goes on from a checkpoint.
+
+        Args:
+            run_dir: folder of the run; created if need be.
+            total_steps: step at which the run ends, for percentage and ETA.
+            wandb_project: also send scalars to this W&B project; empty: never.
+            tensorboard: also write TensorBoard events to `run_dir/tensorboard`.
+            resume_bytes: None for a new run, which writes `args.json`. Else the `position()` kept in the
+                checkpoint: lines written after it are dropped.
+            args: the arguments of the run.
+
+        Raises:
+            UserError: TensorBoard or W&B was asked for and is not installed.
+        """
+        # First of all, so that a missing package leaves no half-made run folder behind.
+        events = _import("torch.utils.tensorboard", "tensorboard", "--tensorboard") if tensorboard else None
+        wandb = _import("wandb", "wandb", "--wandb-project") if wandb_project else None
+        self.run_dir = Path(run_dir)
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        self._total_steps = total_steps
+        self._marks: deque[tuple[float, int]] = deque()
+        self._last_shown = -math.inf
+        self._live = sys.stdout.isatty()
+        path = self.run_dir / "metrics.jsonl"
+        if resume_bytes is None:
+            write_json(self.run_dir / "args.json", {"args": args} | describe_machine())
+            path.unlink(missing_ok=True)
+        else:
+            _truncate(path, resume_bytes)
+        self._file = open(path, "ab")
+        self._tensorboard: Any = None
+        self._wandb: Any = None
+        if events is not None:
+            # Viewers drop the events of steps that the resumed run repeats.
+            rows = read_metrics(self.run_dir)
+            purge_step = rows[-1]["step"] + 1 if rows else None
+            self._tensorboard = events.SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
+        if wandb is not None:
+            self._start_wandb(wandb, wandb_project, args)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Append the scalars of environment step `step`; a NaN or infinity is written as null."""
+        values = {key: float(value) for key, value in scalars.items()}
+        clean = {key: value if math.isfinite(value) else None for key, value in values.items()}
+        self._file.write(json.dumps({"step": step} | clean).encode() + b"\n")
+        self._file.flush()
+        if self._tensorboard is not None:
+            for key, value in values.items():
+                self._tensorboard.add_scalar(key, value, step)
+        if self._wandb is not None:
+            try:
+                self._wandb.log({"step": step} | values)
+            except Exception as error:
+                self._lose_wandb(error)
+
+    def position(self) -> int:
+        """Length of metrics.jsonl in bytes, made durable: belongs in the checkpoint."""
+        os.fsync(self._file.fileno())
+        return self._file.tell()
+
+    def progress(self, step: int, text_fields: dict[str, str]) -> None:
+        """Show step, percentage, speed, ETA and `text_fields`; call it as often as you like.
+
+        On a terminal one line is refreshed in place (5 Hz at most), elsewhere a line is added every 15 s.
+        """
+        now = time.monotonic()
+        if now - self._last_shown < (_LIVE_PERIOD if self._live else _PLAIN_PERIOD):
+            return
+        self._last_shown = now
+        self._marks.append((now, step))
+        while now - self._marks[0][0] > _RATE_WINDOW and len(self._marks) > 2:
+            self._marks.popleft()
+        since, first = self._marks[0]
+        rate = (step - first) / (now - since) if now > since else 0.0
+        eta = str(timedelta(seconds=int((self._total_steps - step) / rate))) if rate > 0 else "?"
+        percent = 100 * step / max(self._total_steps, 1)
+        parts = [f"step {step}/{self._total_steps} ({percent:.0f} %)", f"{rate:.0f} steps/s", f"ETA {eta}"]
+        line = "  ".join(parts + [f"{key} {value}" for key, value in text_fields.items()])
+        if self._live:
+            width = shutil.get_terminal_size().columns
+            print(f"\r\x1b[K{line[: width - 1]}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def say(self, text: str) -> None:
+        """Print a lasting line without disturbing the live one."""
+        print(f"\r\x1b[K{text}" if self._live else text, flush=True)
+
+    def close(self) -> None:
+        """Finish the live line and close every door; safe to call twice."""
+        if self._file.closed:
+            return
+        if self._live and self._marks:
+            print(flush=True)
+        self._file.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
+        if self._wandb is not None:
+            try:
+                self._wandb.finish()
+            except Exception as error:
+                self._lose_wandb(error)
+
+    def _start_wandb(self, wandb: ModuleType, project: str, args: dict[str, Any]) -> None:
+        """Open a W&B run, or go on with the one this run folder began."""
+        id_file = self.run_dir / "wandb_id.json"
+        try:
+            self._wandb = wandb.init(
+                project=project,
+                name=self.run_dir.name,
+                dir=self.run_dir,
+                config=args,
+                id=json.loads(id_file.read_text()) if id_file.exists() else None,
+                resume="allow",
+            )
+            self._wandb.define_metric("*", step_metric="step")
+            write_json(id_file, self._wandb.id)
+        except Exception as error:
+            self._lose_wandb(error)
+
+    def _lose_wandb(self, error: Exception) -> None:
+        """An account or network problem must not cost the run."""
+        self._wandb = None
+        self.say(f"note: W&B is off for the rest of this run ({first_line(error)}); metrics.jsonl has every number")
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write `value` to `path` atomically; what JSON lacks (paths, ...) becomes a string."""
+    tmp = path.with_name(path.name + ".tmp")
+    with open(tmp, "w") as file:
+        json.dump(value, file, indent=2, default=str)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(tmp, path)
+
+
+def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl; an unfinished last line (of a killed run) is left out."""
+    path = Path(run_dir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def plot_curves(run_dir: Path) -> Path:
+    """Draw success and episode length over environment steps to `learning_curve.png`; returns its path.
+
+    Raises:
+        UserError: `run_dir` holds no metrics, or matplotlib is not installed.
+    """
+    rows = read_metrics(run_dir)
+    if not rows:
+        raise UserError(f"nothing to draw: {run_dir} holds no metrics.jsonl with lines; give the folder of a run")
+    _import("matplotlib", "matplotlib", "the learning curve")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 6), layout="constrained")
+    FigureCanvasAgg(figure)
+    top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    dots: dict[str, Any] = {"marker": "o", "markersize": 3}
+    for prefix, label, style in (
+        ("train/", "training episodes", {"color": "tab:gray", "linewidth": 1, "alpha": 0.7}),
+        ("eval/ode_", "evaluation, ODE", {"color": "tab:blue"} | dots),
+        ("eval/bon_", "evaluation, best of N", {"color": "tab:orange"} | dots),
+    ):
+        for axis, key in ((top, f"{prefix}success"), (bottom, f"{prefix}length")):
+            points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=label, **style)
+                axis.legend(loc="best")
+    top.set(ylabel="success rate", ylim=(-0.03, 1.03), title=Path(run_dir).resolve().name)
+    bottom.set(ylabel="episode length (steps)", xlabel="environment steps")
+    for axis in (top, bottom):
+        axis.grid(alpha=0.3)
+    path = Path(run_dir) / "learning_curve.png"
+    tmp = path.with_name("learning_curve.tmp.png")
+    figure.savefig(tmp, dpi=150)
+    os.replace(tmp, path)
+    return path
+
+
+def _truncate(path: Path, size: int) -> None:
+    """Cut `path` to `size` bytes; a file that is shorter keeps its complete lines."""
+    data = path.read_bytes() if path.exists() else b""
+    if len(data) < size:
+        size = data.rfind(b"\n") + 1
+        print(
+            f"note: {path.name} is shorter than the checkpoint remembers; the missing lines are lost",
+            flush=True,
+        )
+    with open(path, "ab") as file:
+        file.truncate(size)
+
+
+def _import(module: str, package: str, wanted_by: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{wanted_by} needs {package}, not installed; run: pip install {package}") from error

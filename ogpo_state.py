@@ -1,0 +1,802 @@
+"""OGPO from state: off-policy generative policy optimization of a flow policy over action chunks.
+
+Paper: "OGPO: Sample Efficient Full-Finetuning of Generative Control Policies", arXiv 2605.03065 v3 (ICML 2026), whose
+equations reach this file through the project page [S] and the released code [C], generation 3 of its run scripts.
+Tags such as [S 1.4] or [C] name the source of a line; [deviation: why] marks where we differ. docs/ogpo_state.md
+holds the whole list.
+
+A weak policy is cloned from demonstrations (flow matching), the demonstrations are dropped, and the policy is improved
+online: off-policy critics score the finished action chunk, which is the terminal reward of the denoising process, and
+a clipped policy-gradient objective trains every denoising step at once.
+
+    python ogpo_state.py --env lift                        # robosuite Lift, <TIME> on 2 cores, success <RESULT>
+    python ogpo_state.py --env toy                         # no simulator, under a minute on one core
+    python ogpo_state.py --env lift --variant ogpo         # plain OGPO; ogpo+ and ogpo+ca (default) add stabilizers
+    python ogpo_state.py --env my_package.my_module:MyEnv-v0 --demos my_demos.hdf5
+    python ogpo_state.py --env lift --preset paper         # the released settings, for a GPU
+    python ogpo_state.py --eval runs/NAME                  # evaluate a checkpoint
+    python ogpo_state.py --resume runs/NAME                # continue a run exactly
+
+Symbols
+    paper            here                        shape
+    s                obs                         (n, O)
+    a, chunk of H    action                      (n, D), D = H * A, in [-1, 1]
+    a_K ... a_0      chain[:, 0] ... chain[:, K] (n, K+1, D)   the paper counts down, the code counts up
+    t_k              times                       (K,) = 0, 1/K, ..., (K-1)/K
+    v_theta          actor                       (n, D)        velocity network
+    theta-bar        actor_ema                                 acts, proposes chains, is the old policy of the ratio
+    sigma_k          sigmas                      (K,)          noise of each denoising step
+    Q_m, Q-bar_m     critic, critic_ema          (M, n)        ensemble of M heads
+    omega            ratio                       (n,)          one per chain
+    A                advantage                   (n,)          from G chains per state
+    D_succ           success batches             marks in the replay buffer
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve small tensors
+
+import copy
+import math
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from common import checkpoint, cli
+from common.demos import Demos
+from common.errors import UserError
+from common.replay import Batch, ReplayBuffer
+from common.run import Policy, Run
+from common.runlog import new_run_dir
+from common.stopwatch import Stopwatch
+
+# --- Arguments. Values below are the `cpu` preset; SETTINGS holds what other presets and tasks change. ---------------
+
+
+@dataclass
+class RunArgs:
+    """What to run, and where its files go."""
+
+    env: str = "lift"  # lift, toy, or your own Gymnasium environment as package.module:EnvId
+    preset: Literal["auto", "cpu", "paper"] = (
+        "auto"  # cpu: small networks for two cores; paper: the released settings; auto: paper if there is a GPU, else cpu
+    )
+    variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = (
+        "ogpo+ca"  # ogpo: vanilla advantages, no success buffer, no best-of-N; ogpo+: adds both; ogpo+ca: conservative advantages
+    )
+    seed: int = 1  # seeds networks, noise, batches and environments
+    eval: str = ""  # run folder to evaluate: no training; prints success over --eval-episodes of both policies
+    resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
+    run_name: str = ""  # name of the run folder; default: env, variant, seed and time
+    run_dir: str = "runs"  # folder of all run folders
+    device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
+    threads: int = 1  # torch threads on a CPU; networks this small run best with one
+    compile: bool = (
+        False  # torch.compile the losses and the sampler (needs a C++ compiler on a CPU; CUDA graphs on a GPU)
+    )
+    profile: bool = (
+        False  # print the share of time in env, acting, sampling chains, actor and critic at every evaluation
+    )
+    video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
+    wandb_project: str = ""  # also log to this Weights & Biases project
+    tensorboard: bool = False  # also log to TensorBoard files in the run folder
+    log_every: int = 500  # environment steps between lines of metrics.jsonl
+    checkpoint_every: int = 5_000  # environment steps between checkpoints; the last two are kept
+
+
+@dataclass
+class TaskArgs:
+    """Environment, demonstrations and evaluation protocol."""
+
+    horizon: int = 300  # episode cap in steps (a truncation: it bootstraps)
+    reward_offset: float = -1.0  # added to every raw reward: -1 per step makes speed count [C]
+    success_bonus: float = 5.0  # added on the step that succeeds [C]
+    original_step: bool = False  # robosuite's own env.step instead of the fast path (equal trajectories, slower)
+    num_envs: int = 1  # environments collecting in parallel processes
+    demos: str = (
+        "scripted"  # scripted: generate once and cache; robomimic: download the task's file; or a robomimic FILE.hdf5
+    )
+    num_demos: int = 60  # number of scripted demonstrations
+    demo_noise: float = 0.5  # noise of the scripted expert's actions, in units of the action range
+    filter_key: str = ""  # only the demonstrations under mask/<key> of the file
+    data_dir: str = "data"  # where demonstrations are cached
+    eval_every: int = 4_000  # environment steps between evaluations during training
+    eval_interval_episodes: int = 20  # episodes of each evaluation during training
+    eval_episodes: int = 100  # episodes of the first and last evaluation and of --eval
+    eval_envs: int = 2  # evaluation processes
+    eval_seed: int = 0  # first of the fixed seeds of the evaluation episodes
+
+
+@dataclass
+class PolicyArgs:
+    """Flow policy over action chunks [S 1.1-1.3] and how it acts [S 1.8]."""
+
+    chunk: int = 4  # H, environment steps per action chunk, all executed
+    flow_steps: int = 4  # K, denoising steps
+    actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the velocity network
+    normalize_obs: bool = (
+        True  # standardise observations with the demonstrations' statistics; the released code does not
+    )
+    noise_std: float = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
+    noise_clip: float = 3.0  # standard normal draws are clipped to this many deviations [C]
+    score_correction: Literal["matched", "released"] = (
+        "matched"  # drift that keeps the marginals: matched to the per-step noise, or 1/K of it as in the released code
+    )
+    clip_mean: Literal["last", "all"] = (
+        "last"  # clip to [-1, 1] the mean of the last denoising step, or of all steps [C]
+    )
+    clip_chain_end: bool = False  # score the clipped last state under the new policy, the unclipped one under the old: biases the ratio [C]
+    best_of_n: int = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
+    best_of_n_heads: int = (
+        2  # a candidate's score is the minimum of this many heads drawn at random; 0: mean of all heads [C]
+    )
+    best_of_n_after: int = (
+        250  # critic updates before best-of-N starts: an untrained critic picks worse than chance; released code: 0
+    )
+    actor_ema: float = 0.02  # step size of the target actor towards the actor
+
+
+@dataclass
+class PretrainArgs:
+    """Behaviour cloning by flow matching [S 1.2], stopped while the policy is still mediocre."""
+
+    bc_steps: int = 20_000  # most gradient steps
+    bc_lr: float = 3e-4  # learning rate
+    bc_batch: int = 256  # chunks per step
+    bc_stop_success: float = (
+        0.5  # stop at the first evaluation above this success and keep the last policy at or below it
+    )
+    bc_eval_every: int = 250  # gradient steps between evaluations
+    bc_eval_episodes: int = 32  # episodes of each of them
+
+
+@dataclass
+class ActorArgs:
+    """Policy extraction [S 1.4-1.6] and success-buffer regularization [S 1.8]."""
+
+    advantage: Literal["conservative", "vanilla", "penultimate", "positive"] = (
+        "conservative"  # how M heads make one advantage [S 1.5]
+    )
+    states: int = 64  # replay states per update
+    group: int = 8  # G, chains per state
+    clip: float = 0.01  # epsilon of the clipped objective, on the normalised ratio
+    bc_coef: float = 1.0  # lambda, weight of the flow-matching loss on successful episodes; 0 turns it off
+    bc_fallback: bool = False  # use any replay chunk for that loss until enough successes exist [C]
+    success_batch: int = 256  # chunks per success batch; it starts once this many chunk starts have succeeded
+    actor_lr: float = 3e-4  # peak learning rate
+    actor_lr_min: float = 3e-4  # learning rate at the start and end of each period
+    actor_lr_warmup: int = 0  # updates of linear warm-up at the start of each period
+    actor_lr_period: int = 0  # updates per warm-up and cosine decay period, repeated; 0: constant
+    actor_weight_decay: float = 0.0  # AdamW weight decay of the actor
+    micro_batch: int = 1024  # chains processed at a time: bounds memory, changes nothing else
+    skip_zero: bool = True  # leave chains with zero advantage out of the likelihood pass: exact, saves time
+
+
+@dataclass
+class CriticArgs:
+    """Critic ensemble on chunked temporal-difference targets [S 1.7]."""
+
+    gamma: float = 0.99  # discount per environment step
+    heads: int = 4  # M, independent critics
+    critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
+    critic_batch: int = 256  # chunks per update
+    critic_lr: float = 3e-4  # learning rate
+    critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
+    critic_ema: float = 0.05  # step size of the target critics
+    success_critic: bool = False  # a second critic step on a success batch [C]
+
+
+@dataclass
+class LoopArgs:
+    """Online loop."""
+
+    total_steps: int = 24_000  # environment steps
+    start_training: int = 2_000  # environment steps collected before the first update
+    update_every: int = 4  # environment steps per update (one actor and one critic step)
+    replay_size: int = 1_000_000  # replay rows
+    max_grad_norm: float = 1_000.0  # gradient-norm clip [C], in practice inactive
+
+
+@dataclass
+class Args:
+    run: RunArgs = field(default_factory=RunArgs)
+    task: TaskArgs = field(default_factory=TaskArgs)
+    policy: PolicyArgs = field(default_factory=PolicyArgs)
+    pretrain: PretrainArgs = field(default_factory=PretrainArgs)
+    actor: ActorArgs = field(default_factory=ActorArgs)
+    critic: CriticArgs = field(default_factory=CriticArgs)
+    loop: LoopArgs = field(default_factory=LoopArgs)
+
+
+# Released settings, generation 3, Square column [C]; the script for Lift was never released, so Lift takes Square's.
+PAPER = dict(
+    chunk=4, flow_steps=10, actor_hidden=(512,) * 4, normalize_obs=False, noise_std=0.05, score_correction="released",
+    clip_mean="all", clip_chain_end=True, best_of_n=8, best_of_n_heads=2, best_of_n_after=0, actor_ema=0.005,
+    bc_steps=500_000, bc_lr=3e-4, bc_batch=256, bc_stop_success=0.45, bc_eval_every=10_000, bc_eval_episodes=64,
+    advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0, bc_fallback=True, success_batch=256,
+    actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000, actor_weight_decay=0.0,
+    gamma=0.99, heads=10, critic_hidden=(512,) * 4, critic_batch=256, critic_lr=4.5e-5, critic_weight_decay=1e-5,
+    critic_ema=0.05, success_critic=True, total_steps=2_000_000, start_training=10_000, update_every=1,
+    replay_size=2_000_000, max_grad_norm=1_000.0, eval_every=10_000, eval_interval_episodes=64, reward_offset=-1.0,
+    success_bonus=5.0, checkpoint_every=20_000,
+)  # fmt: skip
+TOY = dict(
+    horizon=40, actor_hidden=(64, 64), critic_hidden=(64, 64), num_demos=40, demo_noise=0.3, total_steps=8_000,
+    start_training=1_000, eval_every=2_000, bc_eval_every=100, bc_steps=1500, states=32, success_batch=128, critic_batch=128,
+    bc_batch=128, eval_envs=1, eval_interval_episodes=50,
+)  # fmt: skip
+SETTINGS: dict[tuple[str, str], dict] = {  # (preset, task) -> changes to the defaults; later rows win over earlier
+    ("paper", "*"): PAPER,
+    ("cpu", "toy"): TOY,
+    ("paper", "toy"): dict(horizon=40, num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
+}
+VARIANTS: dict[str, dict] = {
+    "ogpo": dict(advantage="vanilla", bc_coef=0.0, success_critic=False, best_of_n=1),
+    "ogpo+": dict(advantage="vanilla"),
+    "ogpo+ca": {},
+}
+
+
+def default_args(env: str, preset: str, variant: str) -> Args:
+    """Defaults for an environment: dataclass < preset < task < variant. Raises UserError on an unknown name."""
+    if preset == "auto":
+        preset = "paper" if torch.cuda.is_available() else "cpu"
+    if preset not in ("cpu", "paper"):
+        raise UserError(f"--preset {preset}: expected auto, cpu or paper")
+    if variant not in VARIANTS:
+        raise UserError(f"--variant {variant}: expected one of {', '.join(VARIANTS)}")
+    args = cli.override(Args(), dict(env=env, preset=preset, variant=variant))
+    rows = [SETTINGS.get((preset, task), {}) for task in ("*", env)]
+    for row in (*rows, VARIANTS[variant]):
+        args = cli.override(args, row)
+    return args
+
+
+# --- Networks --------------------------------------------------------------------------------------------------------
+
+
+def gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+class VelocityNet(nn.Module):
+    """v_theta(s, x, t): MLP on [observation, noised chunk, time embedding] [C]. No layer norm in the actor."""
+
+    obs_mean: Tensor
+    obs_std: Tensor
+    freqs: Tensor
+
+    def __init__(self, obs_dim: int, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("obs_mean", mean.clone())  # (O,)
+        self.register_buffer("obs_std", std.clone())
+        self.register_buffer("freqs", torch.exp(torch.arange(16) * (-math.log(10_000) / 15)))  # (16,) 1 ... 1e-4
+        self.time = nn.Sequential(nn.Linear(32, 64), nn.GELU("tanh"), nn.Linear(64, 32))
+        sizes = (obs_dim + chunk_dim + 32, *hidden)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.out = nn.Linear(sizes[-1], chunk_dim)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):  # variance scaling (1, fan_avg, uniform), zero biases [C]
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+
+    def embed(self, t: Tensor) -> Tensor:
+        """t (...,) in [0, 1] -> (..., 32)"""
+        angle = t[..., None] * self.freqs
+        return self.time(torch.cat([angle.sin(), angle.cos()], -1))
+
+    def forward(self, obs: Tensor, x: Tensor, t_emb: Tensor) -> Tensor:
+        """obs (..., O), x (..., D), t_emb (..., 32), broadcastable -> velocity (..., D)"""
+        lead = torch.broadcast_shapes(obs.shape[:-1], x.shape[:-1], t_emb.shape[:-1])
+        obs = (obs - self.obs_mean) / self.obs_std
+        h = torch.cat([z.expand(*lead, -1) for z in (obs, x, t_emb)], -1)
+        for layer in self.layers:
+            h = gelu(layer(h))
+        return self.out(h)
+
+
+class CriticEnsemble(nn.Module):
+    """M independent heads Q_m(s, chunk), linear -> layer norm -> GELU, as batched matrix products [C]."""
+
+    obs_mean: Tensor
+    obs_std: Tensor
+
+    def __init__(
+        self, heads: int, obs_dim: int, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor
+    ) -> None:
+        super().__init__()
+        self.register_buffer("obs_mean", mean.clone())
+        self.register_buffer("obs_std", std.clone())
+        sizes = (obs_dim + chunk_dim, *hidden, 1)
+        bounds = [math.sqrt(6 / (i + o)) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+        self.weights = nn.ParameterList(
+            torch.empty(heads, i, o).uniform_(-b, b) for i, o, b in zip(sizes[:-1], sizes[1:], bounds, strict=True)
+        )
+        self.biases = nn.ParameterList(torch.zeros(heads, 1, o) for o in sizes[1:])
+        self.scales = nn.ParameterList(torch.ones(heads, 1, o) for o in hidden)
+        self.shifts = nn.ParameterList(torch.zeros(heads, 1, o) for o in hidden)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """obs (n, O), action (n, D) -> (M, n)"""
+        h = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)
+        h = h.expand(len(self.weights[0]), -1, -1)  # (M, n, O+D)
+        for w, b, scale, shift in zip(self.weights, self.biases, self.scales, self.shifts, strict=False):
+            h = torch.baddbmm(b, h, w)
+            h = gelu(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale))
+        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).squeeze(-1)
+
+
+# --- Samplers. Randomness comes in as tensors of standard normal draws, so that each is a pure function. -------------
+
+
+def flow_schedule(p: PolicyArgs, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """times t_k = k/K, sigmas c * sqrt(1 - t_k) and bounds of the mean, each (K,) [C: tapered noise]"""
+    times = torch.arange(p.flow_steps, device=device) / p.flow_steps
+    bounds = torch.full_like(times, 1.0 if p.clip_mean == "all" else math.inf)
+    bounds[-1] = 1.0
+    return times, p.noise_std * (1 - times).sqrt(), bounds
+
+
+def chain_mean(x: Tensor, v: Tensor, t: Tensor, bound: Tensor, p: PolicyArgs) -> Tensor:
+    """Mean of the next chain state: an Euler step along v plus the score correction [S 1.3].
+
+    On the linear path the score is (t v - x) / (1 - t). A step with noise c sqrt(1-t) belongs to a diffusion with
+    g^2 = c^2 (1-t) K, whose marginals stay those of the flow if the drift gains (g^2/2) * score = (c^2 K / 2)(t v - x).
+    The released code omits the K [num. checked: its correction is nearly inert].
+    """
+    gain = 0.5 * p.noise_std**2 * (p.flow_steps if p.score_correction == "matched" else 1)
+    mean = x + (v + gain * (t * v - x)) / p.flow_steps
+    return torch.minimum(torch.maximum(mean, -bound), bound)
+
+
+def normalise(log_prob: Tensor, chunk_dim: int, p: PolicyArgs) -> Tensor:
+    """Per-chain log-probability divided by the number of Gaussian coordinates, (K+1) D [C]."""
+    return log_prob / ((p.flow_steps + 1) * chunk_dim)
+
+
+def sample_chain(net: VelocityNet, obs: Tensor, noise: Tensor, p: PolicyArgs) -> tuple[Tensor, Tensor]:
+    """Stochastic denoising chain and its normalised log-probability, up to a constant [S 1.3, 1.4].
+
+    obs (n, O), noise (n, K+1, D) standard normal -> chain (n, K+1, D), log_prob (n,). The action is the clipped last
+    state; the last state itself is kept unclipped, so that old and new policy score the same number
+    [deviation: the released code scores the clipped one under the new policy only, which biases the ratio above 1].
+    """
+    times, sigmas, bounds = flow_schedule(p, obs.device)
+    t_emb = net.embed(times)  # (K, 32)
+    z = noise[:, 1:].clamp(-p.noise_clip, p.noise_clip)  # (n, K, D)
+    x = noise[:, 0]
+    chain = [x]
+    for k in range(p.flow_steps):
+        x = chain_mean(x, net(obs, x, t_emb[k]), times[k], bounds[k], p) + sigmas[k] * z[:, k]
+        chain.append(x)
+    log_prob = -0.5 * (noise[:, 0].square().sum(-1) + z.square().sum((1, 2)))
+    if p.clip_chain_end:
+        chain[-1] = chain[-1].clamp(-1, 1)
+    return torch.stack(chain, 1), normalise(log_prob, noise.shape[-1], p)
+
+
+def chain_log_prob(net: VelocityNet, obs: Tensor, chain: Tensor, p: PolicyArgs) -> Tensor:
+    """Normalised log-probability of stored chains, up to the same constant: obs (n, O), chain (n, K+1, D) -> (n,).
+
+    Given the chain its steps are independent: one pass of the network over all n * K states [S 1.4].
+    """
+    times, sigmas, bounds = (s[:, None] for s in flow_schedule(p, obs.device))  # (K, 1)
+    x, x_next = chain[:, :-1], chain[:, 1:]  # (n, K, D)
+    v = net(obs[:, None], x, net.embed(times[:, 0]))
+    z = (x_next - chain_mean(x, v, times, bounds, p)) / sigmas
+    log_prob = -0.5 * (chain[:, 0].square().sum(-1) + z.square().sum((1, 2)))
+    return normalise(log_prob, chain.shape[-1], p)
+
+
+def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Tensor:
+    """Noise-free policy: obs (n, O), x (n, D) standard normal -> action (n, D), K Euler steps, one final clip [S 1.2]."""
+    t_emb = net.embed(torch.arange(flow_steps, device=obs.device) / flow_steps)
+    for k in range(flow_steps):
+        x = x + net(obs, x, t_emb[k]) / flow_steps
+    return x.clamp(-1, 1)
+
+
+def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
+    """Index of the best candidate: q (M, n, N), draws (M, n, N) uniform -> (n,) [S 1.8].
+
+    A candidate's score is the minimum of `heads` heads drawn for it without replacement [C]; 0: the mean of all.
+    """
+    if heads == 0:
+        return q.mean(0).argmax(-1)
+    picked = draws.argsort(0)[: min(heads, len(q))]
+    return q.gather(0, picked).amin(0).argmax(-1)
+
+
+# --- Losses ----------------------------------------------------------------------------------------------------------
+
+
+def bc_loss(net: VelocityNet, obs: Tensor, action: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Flow matching [S 1.2]: obs (n, O), action (n, D), x0 (n, D) normal, t (n,) uniform -> scalar."""
+    x_t = (1 - t[:, None]) * x0 + t[:, None] * action
+    return (net(obs, x_t, net.embed(t)) - (action - x0)).square().mean()
+
+
+def group_advantage(q: Tensor, kind: str) -> Tensor:
+    """q (M, B, G) of G chains per state -> advantage (B, G) [S 1.5]. Never divided by the group's deviation.
+
+    vanilla       mean over heads, minus its group mean
+    conservative  per head minus its group mean; the smallest magnitude if all heads agree on the sign, else 0
+    penultimate   the same gate, the second smallest magnitude
+    positive      vanilla, negative values set to 0
+    """
+    per_head = q - q.mean(-1, keepdim=True)
+    if kind in ("vanilla", "positive"):
+        mean = per_head.mean(0)
+        return mean.clamp(min=0) if kind == "positive" else mean
+    low, high = per_head.amin(0), per_head.amax(0)
+    if kind == "penultimate" and len(q) > 1:
+        ranked = per_head.sort(0).values
+        return torch.where(low > 0, ranked[1], torch.where(high < 0, ranked[-2], 0.0))
+    return torch.where(low > 0, low, torch.where(high < 0, high, 0.0))
+
+
+def ppo_loss(
+    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Clipped objective with one ratio per chain [S 1.6]; all (n,). Returns the sum over chains, to be divided once."""
+    ratio = (log_prob - old_log_prob).exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).sum()
+    with torch.no_grad():
+        off = (ratio - 1).abs()
+        info = {"ratio_off": off.sum(), "clipped": (off > clip).float().sum()}
+    return loss, info
+
+
+def td_target(rewards: Tensor, terminated: Tensor, q_next: Tensor, gamma: float) -> Tensor:
+    """Chunked target [S 1.7]: rewards (n, H), terminated (n,), q_next (M, n) of target heads -> (n,).
+
+    sum_i gamma^i r_i + gamma^H (1 - terminated) mean_m Q_m. A truncated episode bootstraps, a terminated one does not.
+    """
+    horizon = rewards.shape[1]
+    powers = gamma ** torch.arange(horizon, device=rewards.device)
+    return (rewards * powers).sum(-1) + gamma**horizon * (1 - terminated) * q_next.mean(0)
+
+
+def critic_loss(
+    critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Tensor
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Every head regresses to the same target [S 1.7]: obs (n, O), action (n, D), target (n,)."""
+    q = critic(obs, action)
+    return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": q.detach().std(0).mean()}
+
+
+def periodic_lr(step: int, peak: float, low: float, warmup: int, period: int) -> float:
+    """Linear warm-up from low to peak, cosine back to low, repeated every `period` updates; constant if 0 [C]."""
+    if period == 0:
+        return peak
+    step = step % period
+    if step < warmup:
+        return low + (peak - low) * step / warmup
+    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * (step - warmup) / (period - warmup)))
+
+
+# --- Agent and updates -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Agent:
+    actor: VelocityNet
+    actor_ema: VelocityNet
+    critic: CriticEnsemble
+    critic_ema: CriticEnsemble
+    actor_opt: torch.optim.Optimizer
+    critic_opt: torch.optim.Optimizer
+    rng: torch.Generator  # every random draw of training; evaluation has its own
+    updates: int = 0  # online updates so far
+    bc_step: int = 0
+    bc_done: bool = False
+
+    def randn(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self.rng, device=self.rng.device)
+
+    def rand(self, *shape: int) -> Tensor:
+        return torch.rand(shape, generator=self.rng, device=self.rng.device)
+
+
+def adamw(net: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+
+
+def make_agent(args: Args, obs_dim: int, act_dim: int, device: torch.device, demo_obs: Tensor | None = None) -> Agent:
+    """demo_obs (N, O) gives the statistics that standardise observations; a checkpoint brings its own."""
+    torch.manual_seed(args.run.seed)
+    p, dim = args.policy, args.policy.chunk * act_dim
+    mean, std = torch.zeros(obs_dim), torch.ones(obs_dim)
+    if p.normalize_obs and demo_obs is not None:
+        mean, std = demo_obs.mean(0), demo_obs.std(0) + 1e-2  # the floor keeps nearly constant entries from exploding
+    actor = VelocityNet(obs_dim, dim, p.actor_hidden, mean, std).to(device)
+    critic = CriticEnsemble(args.critic.heads, obs_dim, dim, args.critic.critic_hidden, mean, std).to(device)
+    return Agent(
+        actor=actor,
+        actor_ema=copy.deepcopy(actor).requires_grad_(False),
+        critic=critic,
+        critic_ema=copy.deepcopy(critic).requires_grad_(False),
+        actor_opt=adamw(actor, args.pretrain.bc_lr, args.actor.actor_weight_decay),
+        critic_opt=adamw(critic, args.critic.critic_lr, args.critic.critic_weight_decay),
+        rng=torch.Generator(device).manual_seed(args.run.seed),
+    )
+
+
+@torch.no_grad()
+def ema(target: nn.Module, source: nn.Module, rate: float) -> None:
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
+
+
+def update_bc(agent: Agent, obs: Tensor, action: Tensor, args: Args) -> Tensor:
+    """One cloning step: obs (n, O), action (n, D)."""
+    loss = bc_loss(agent.actor, obs, action, agent.randn(*action.shape), agent.rand(len(action)))
+    agent.actor_opt.zero_grad()
+    loss.backward()
+    agent.actor_opt.step()
+    ema(agent.actor_ema, agent.actor, args.policy.actor_ema)
+    return loss.detach()
+
+
+def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args, watch: Stopwatch) -> dict[str, Tensor]:
+    """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
+    p, a = args.policy, args.actor
+    dim, chains = agent.actor.out.out_features, len(obs) * a.group
+    for group in agent.actor_opt.param_groups:
+        group["lr"] = periodic_lr(agent.updates, a.actor_lr, a.actor_lr_min, a.actor_lr_warmup, a.actor_lr_period)
+    agent.actor_opt.zero_grad()
+    parts: list[dict[str, Tensor]] = []
+    for states in obs.split(max(1, a.micro_batch // a.group)):
+        with watch("sample chains"), torch.no_grad():
+            rows = states.repeat_interleave(a.group, 0)  # (n, O), chains of one state side by side
+            chain, old = sample_chain(agent.actor_ema, rows, agent.randn(len(rows), p.flow_steps + 1, dim), p)
+            q = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1))  # (M, n)
+            advantage = group_advantage(q.unflatten(1, (-1, a.group)), a.advantage).flatten()  # (n,)
+            info = {"nonzero": (advantage != 0).float().sum(), "advantage": advantage.abs().sum()}
+            if a.skip_zero:  # a chain without advantage has no gradient
+                keep = advantage.nonzero().squeeze(-1)
+                rows, chain, old, advantage = rows[keep], chain[keep], old[keep], advantage[keep]
+        with watch("actor"):
+            if len(rows):
+                loss, ppo_info = ppo_loss(chain_log_prob(agent.actor, rows, chain, p), old, advantage, a.clip)
+                (loss / chains).backward()
+                info |= {"pg_loss": loss.detach()} | ppo_info
+        parts.append(info)
+    out = {k: torch.stack([i[k] for i in parts if k in i]).sum() / chains for k in set().union(*parts)}
+    with watch("actor"):
+        if success is not None:
+            action = success.actions.flatten(1)
+            loss = bc_loss(agent.actor, success.obs, action, agent.randn(*action.shape), agent.rand(len(action)))
+            (a.bc_coef * loss).backward()
+            out["bc_loss"] = loss.detach()
+        out["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.loop.max_grad_norm)
+        agent.actor_opt.step()
+        ema(agent.actor_ema, agent.actor, p.actor_ema)
+    return out
+
+
+def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
+    """One critic step [S 1.7]: one chain of the target actor at the next state, no best-of-N in the target."""
+    p, c = args.policy, args.critic
+    action = batch.actions.flatten(1)  # (n, D)
+    with torch.no_grad():
+        noise = agent.randn(len(action), p.flow_steps + 1, action.shape[1])
+        next_action = sample_chain(agent.actor_ema, batch.next_obs, noise, p)[0][:, -1].clamp(-1, 1)
+        q_next = agent.critic_ema(batch.next_obs, next_action)
+        target = td_target(batch.rewards, batch.terminated, q_next, c.gamma)
+    loss, info = critic_loss(agent.critic, batch.obs, action, target)
+    agent.critic_opt.zero_grad()
+    loss.backward()
+    info["critic_grad"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), args.loop.max_grad_norm)
+    agent.critic_opt.step()
+    ema(agent.critic_ema, agent.critic, c.critic_ema)
+    return info | {"td_loss": loss.detach()}
+
+
+def update(
+    agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator, watch: Stopwatch
+) -> dict[str, Tensor]:
+    """Actor first, then critic, on the same states [C]."""
+    a, device = args.actor, agent.rng.device
+    batch = buffer.sample(max(args.critic.critic_batch, a.states), rng, device)
+    success = None
+    enough = buffer.success_starts.size >= a.success_batch
+    if (a.bc_coef > 0 or args.critic.success_critic) and (enough or a.bc_fallback):
+        success = buffer.sample(a.success_batch, rng, device, success=enough)
+    info = update_actor(agent, batch.obs[: a.states], success if a.bc_coef > 0 else None, args, watch)
+    with watch("critic"):
+        info |= update_critic(agent, batch, args)
+        if args.critic.success_critic and enough:
+            update_critic(agent, success, args)
+    agent.updates += 1
+    return info
+
+
+# --- Acting and evaluation -------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def act_ode(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
+    """The noise-free policy of the online actor: obs (n, O) -> chunks (n, H, A)."""
+    s = torch.from_numpy(obs).float().to(rng.device)
+    noise = torch.randn((len(s), agent.actor.out.out_features), generator=rng, device=rng.device)
+    action = sample_ode(agent.actor, s, noise, args.policy.flow_steps)
+    return action.unflatten(1, (args.policy.chunk, -1)).cpu().numpy()
+
+
+@torch.no_grad()
+def act_best_of_n(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
+    """The acting policy: N noisy chains of the target actor, the target critics pick one [S 1.8]."""
+    p, dim = args.policy, agent.actor.out.out_features
+    n = p.best_of_n if agent.updates >= p.best_of_n_after else 1
+    rows = torch.from_numpy(obs).float().to(rng.device).repeat_interleave(n, 0)  # (B * N, O)
+    noise = torch.randn((len(rows), p.flow_steps + 1, dim), generator=rng, device=rng.device)
+    action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B * N, D)
+    if n > 1:
+        q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
+        best = best_of_n(q, torch.rand(q.shape, generator=rng, device=rng.device), p.best_of_n_heads)
+        action = action.unflatten(0, (-1, n))[torch.arange(len(obs)), best]
+    return action.unflatten(1, (p.chunk, -1)).cpu().numpy()
+
+
+def policies(agent: Agent, args: Args) -> dict[str, Policy]:
+    return {
+        "ode": lambda obs, rng: act_ode(agent, obs, args, rng),
+        "bon": lambda obs, rng: act_best_of_n(agent, obs, args, rng),
+    }
+
+
+# --- Training -----------------------------------------------------------------------------------------------------------
+
+
+def demo_chunks(demos: Demos, horizon: int) -> tuple[Tensor, Tensor]:
+    """Every step of every demonstration as a chunk start: (N, O), (N, H * A).
+
+    Past an episode's end the last action is repeated [deviation: the released code weights these steps 0; repeated,
+    they teach the policy to finish what it is doing, and the loss needs no mask].
+    """
+    starts = np.arange(len(demos.obs))
+    end = demos.ends[np.searchsorted(demos.ends, starts, side="right")]  # (N,)
+    rows = np.minimum(starts[:, None] + np.arange(horizon), end[:, None] - 1)  # (N, H)
+    return torch.from_numpy(demos.obs), torch.from_numpy(demos.actions[rows]).flatten(1)
+
+
+def pretrain(run: Run, agent: Agent, args: Args) -> None:
+    """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it."""
+    c, state = args.pretrain, run.state
+    nets = {"actor": agent.actor, "actor_ema": agent.actor_ema}
+    ode = {"ode": policies(agent, args)["ode"]}
+    obs, action = (x.to(run.device) for x in demo_chunks(run.demos, args.policy.chunk))
+    while not run.stop.requested:
+        rows = torch.randint(len(obs), (c.bc_batch,), generator=agent.rng, device=run.device)
+        loss = update_bc(agent, obs[rows], action[rows], args)
+        agent.bc_step += 1
+        if agent.bc_step % c.bc_eval_every and agent.bc_step < c.bc_steps:
+            continue
+        run.check_finite({"bc_loss": loss.item()})
+        result = run.evaluate(ode, "bc", c.bc_eval_episodes)["ode"]
+        run.log.log(0, {"bc/step": agent.bc_step, "bc/loss": loss.item(), "bc/success": result.rate})
+        run.log.say(f"cloning step {agent.bc_step}: loss {loss.item():.3f}, {result}")
+        if result.rate <= c.bc_stop_success:
+            state["below"] = copy.deepcopy({k: net.state_dict() for k, net in nets.items()})
+        elif "below" in state:
+            for k, weights in state["below"].items():
+                nets[k].load_state_dict(weights)
+        if result.rate > c.bc_stop_success or agent.bc_step >= c.bc_steps:
+            break
+        run.save()
+    else:
+        return
+    state.pop("below", None)
+    agent.bc_done = True
+    agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # starts afresh [C]
+    results = run.evaluate(ode, "final", args.task.eval_episodes)
+    run.log_eval(results)
+    run.log.say(f"cloned policy: {results['ode']}")
+    run.video(ode["ode"], "before.mp4")
+    run.collector.start()
+    run.save()
+
+
+def train_online(run: Run, agent: Agent, args: Args) -> None:
+    """Collect with the best-of-N policy into an empty buffer; one update every `update_every` environment steps."""
+    loop, state, collector, watch = args.loop, run.state, run.collector, Stopwatch(args.run.profile)
+    pending = state.setdefault("pending", [])  # metrics of the updates since the last log line, still on the device
+    started, first_update = time.perf_counter(), agent.updates
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        with watch("acting"):
+            return act_best_of_n(agent, obs, args, agent.rng)
+
+    while state["step"] < loop.total_steps and not run.stop.requested:
+        before = state["step"]
+        with watch("env"):
+            step = state["step"] = before + collector.step(act)
+        if step >= loop.start_training and run.buffer.starts.size >= args.critic.critic_batch:
+            for _ in range(step // loop.update_every - before // loop.update_every):
+                pending.append(update(agent, run.buffer, args, run.rng, watch))
+        intervals = {"log": args.run.log_every, "eval": args.task.eval_every, "save": args.run.checkpoint_every}
+        due = {name for name, every in intervals.items() if before // every != step // every}
+        if due:
+            names = sorted(set().union(*pending))
+            metrics = {k: torch.stack([i[k] for i in pending if k in i]).mean().item() for k in names}
+            pending.clear()
+            run.check_finite(metrics)
+            run.log_training({f"ogpo/{k}": v for k, v in metrics.items()})
+        if "eval" in due:
+            with watch("evaluation"):
+                results = run.evaluate(policies(agent, args), "interval", args.task.eval_interval_episodes)
+            run.log_eval(results)
+            run.log.say(f"step {step}: " + "; ".join(f"{k} {r}" for k, r in results.items()))
+            if args.run.profile:
+                run.log.say("time: " + ", ".join(f"{k} {v:.0%}" for k, v in watch.shares().items()))
+        if "save" in due:
+            run.save()
+        rate = (agent.updates - first_update) / (time.perf_counter() - started)
+        recent = f"{np.mean(collector.successes):.2f}" if collector.successes else "-"
+        run.log.progress(step, {"updates/s": f"{rate:.1f}", "success of the last 20 episodes": recent})
+
+
+def compile_hot_paths(device: torch.device) -> None:
+    """Same functions, compiled; on a GPU as CUDA graphs, which save the launches of many small kernels."""
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    for name in ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"):
+        globals()[name] = torch.compile(globals()[name], mode=mode)
+
+
+# A checkpoint's weights and buffer fit only these settings.
+FIXED = ("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "heads", "num_envs", "replay_size")
+AT_LEAST = dict(
+    chunk=1, flow_steps=1, best_of_n=1, group=2, states=1, heads=1, update_every=1, num_envs=1, eval_envs=1,
+    eval_episodes=1, bc_eval_episodes=1, eval_interval_episodes=1, horizon=1, critic_batch=1, success_batch=1, bc_batch=1,
+    bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1, noise_std=1e-6, clip=0.0,
+)  # fmt: skip
+
+
+def main(argv: list[str]) -> None:
+    flags = cli.peek(argv, "env", "preset", "variant", "eval", "resume")
+    if old := flags.get("eval") or flags.get("resume"):
+        run_dir, saved = Path(old), checkpoint.load(Path(old) / "checkpoint.pt")
+        args = cli.parse_saved(Args(), saved["args"], argv, __doc__, FIXED)
+    else:
+        default = default_args(flags.get("env", "lift"), flags.get("preset", "auto"), flags.get("variant", "ogpo+ca"))
+        args, saved = cli.parse(default, argv, __doc__), None
+        name = f"{args.run.env}__{args.run.variant}__s{args.run.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = new_run_dir(Path(args.run.run_dir), args.run.run_name or name.replace(":", "-"))
+    flat = cli.flatten(args)
+    cli.check_at_least(flat, AT_LEAST)
+    with checkpoint.StopSignal() as stop:
+        offset, bonus = args.task.reward_offset, args.task.success_bonus
+        run = Run(flat, run_dir, stop, saved, lambda raw, success: raw + offset + bonus * success, not args.run.eval)
+        try:
+            demo_obs = torch.from_numpy(run.demos.obs) if run.demos else None
+            agent = make_agent(args, run.obs_dim, run.act_dim, run.device, demo_obs)
+            run.attach(agent)
+            if args.run.compile:
+                compile_hot_paths(run.device)
+            if not args.run.eval:
+                if not agent.bc_done:
+                    pretrain(run, agent, args)
+                if agent.bc_done:
+                    train_online(run, agent, args)
+                run.save()
+                if stop.requested:
+                    run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
+                    return
+                run.video(policies(agent, args)["bon"], "after.mp4")
+            results = run.evaluate(policies(agent, args), "final", args.task.eval_episodes)
+            if not args.run.eval:
+                run.log_eval(results)
+            print(f"ODE policy:       {results['ode']}\nbest-of-N policy: {results['bon']}")
+        finally:
+            run.close()
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))

@@ -1,0 +1,448 @@
+"""ogpo_state.py's own functions against closed forms, enumeration and torch.distributions."""
+
+import ast
+import itertools
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal
+
+import ogpo_state as og
+from common import cli
+from common.demos import Demos
+from common.replay import Batch, ReplayBuffer
+from common.stopwatch import Stopwatch
+
+SCRIPT = Path(og.__file__)
+DATA_STD, DATA_MEAN = 0.3, 0.2
+
+
+class GaussianFlow(torch.nn.Module):
+    """Exact velocity of the linear path from N(0, 1) to N(DATA_MEAN, DATA_STD^2), the same for every coordinate."""
+
+    out = torch.nn.Linear(1, 3)  # only its width is read
+
+    def embed(self, t):
+        return t[..., None].expand(*t.shape, 1)
+
+    def forward(self, obs, x, t_emb):
+        t = t_emb
+        var = (1 - t) ** 2 + (t * DATA_STD) ** 2
+        return DATA_MEAN + (t * DATA_STD**2 - (1 - t)) / var * (x - t * DATA_MEAN)
+
+
+def small_agent(seed: int = 1, **changes: object) -> tuple[og.Agent, og.Args]:
+    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), states=8, group=4, heads=3, micro_batch=8, seed=seed)
+    args = cli.override(og.default_args("toy", "cpu", "ogpo+ca"), values | changes)
+    return og.make_agent(args, 5, 2, torch.device("cpu")), args
+
+
+def perturbed(net: torch.nn.Module, scale: float, seed: int = 0) -> None:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=g))
+
+
+# --- the stochastic chain ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("correction", ["matched", "released"])
+def test_chain_marginals_follow_the_affine_recursion(correction: str) -> None:
+    """On a linear-Gaussian flow every step is affine, so mean and variance of each state are known exactly."""
+    p = og.PolicyArgs(flow_steps=6, noise_std=0.2, score_correction=correction, clip_mean="last")
+    n, net = 200_000, GaussianFlow()
+    noise = torch.randn(n, p.flow_steps + 1, 1, generator=torch.Generator().manual_seed(0))
+    chain, _ = og.sample_chain(net, torch.zeros(n, 1), noise, replace(p, noise_clip=10.0))
+    mean, var = 0.0, 1.0
+    for k in range(p.flow_steps - 1):  # the last step clips its mean: not affine
+        t = k / p.flow_steps
+        gain = 0.5 * p.noise_std**2 * (p.flow_steps if correction == "matched" else 1)
+        slope_v = (t * DATA_STD**2 - (1 - t)) / ((1 - t) ** 2 + (t * DATA_STD) ** 2)
+        slope = 1 + (slope_v + gain * (t * slope_v - 1)) / p.flow_steps
+        offset = (1 + gain * t) * (DATA_MEAN - slope_v * t * DATA_MEAN) / p.flow_steps
+        mean, var = slope * mean + offset, slope**2 * var + p.noise_std**2 * (1 - t)
+        x = chain[:, k + 1, 0]
+        assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(var / n))
+        assert x.var().item() == pytest.approx(var, rel=5 * math.sqrt(2 / n))
+
+
+def test_matched_correction_keeps_the_marginals_and_the_released_one_does_not() -> None:
+    """Per-step noise g sqrt(1-t) sqrt(dt) is a diffusion; with many steps only the matched drift ends at the data."""
+    steps, n = 200, 20_000
+    noise = torch.randn(n, steps + 1, 1, generator=torch.Generator().manual_seed(1))
+    std = {}
+    for correction in ("matched", "released"):
+        p = og.PolicyArgs(
+            flow_steps=steps, noise_std=1.5 / math.sqrt(steps), score_correction=correction, noise_clip=10.0
+        )
+        p = replace(p, clip_mean="last")
+        chain, _ = og.sample_chain(GaussianFlow(), torch.zeros(n, 1), noise, p)
+        std[correction] = chain[:, -2].std().item()
+    assert std["matched"] == pytest.approx(DATA_STD, rel=0.05)
+    assert std["released"] > 1.5 * DATA_STD
+
+
+def test_ode_transports_noise_to_the_data() -> None:
+    """The exact flow map of a Gaussian is x -> mean + std * x."""
+    x = torch.linspace(-1.5, 1.5, 7)[:, None]
+    out = og.sample_ode(GaussianFlow(), torch.zeros(7, 1), x, 2_000)
+    assert torch.allclose(out, (DATA_MEAN + DATA_STD * x).clamp(-1, 1), atol=2e-3)
+
+
+@pytest.mark.parametrize("clip_mean", ["last", "all"])
+def test_log_prob_matches_torch_distributions(clip_mean: str) -> None:
+    agent, args = small_agent(clip_mean=clip_mean, noise_std=0.3)
+    p, n, dim = args.policy, 16, 8
+    obs = torch.randn(n, 5)
+    chain, sampled = og.sample_chain(agent.actor_ema, obs, torch.randn(n, p.flow_steps + 1, dim), p)
+    perturbed(agent.actor, 0.02)
+    want = torch.zeros(n)
+    constant = torch.zeros(())
+    for k in range(p.flow_steps):
+        t, sigma = torch.tensor(k / p.flow_steps), p.noise_std * math.sqrt(1 - k / p.flow_steps)
+        x = chain[:, k]
+        v = agent.actor(obs, x, agent.actor.embed(t))
+        drift = v + 0.5 * p.noise_std**2 * p.flow_steps * (t * v - x)
+        mean = x + drift / p.flow_steps
+        if clip_mean == "all" or k == p.flow_steps - 1:
+            mean = mean.clamp(-1, 1)
+        want += Normal(mean, sigma).log_prob(chain[:, k + 1]).sum(-1)
+        constant += dim * Normal(0.0, sigma).log_prob(torch.zeros(()))
+    want += Normal(0.0, 1.0).log_prob(chain[:, 0]).sum(-1)
+    constant += dim * Normal(0.0, 1.0).log_prob(torch.zeros(()))
+    got = og.chain_log_prob(agent.actor, obs, chain, p)
+    assert torch.allclose(got, (want - constant) / ((p.flow_steps + 1) * dim), atol=1e-5)
+
+
+def test_ratio_is_one_at_equal_parameters_and_biased_with_the_released_clip() -> None:
+    agent, args = small_agent(noise_std=0.3)
+    perturbed(agent.actor, 0.3)
+    agent.actor_ema.load_state_dict(agent.actor.state_dict())
+    obs, noise = torch.randn(256, 5), torch.randn(256, args.policy.flow_steps + 1, 8)
+    chain, old = og.sample_chain(agent.actor_ema, obs, noise, args.policy)
+    ratio = (og.chain_log_prob(agent.actor, obs, chain, args.policy) - old).exp()
+    assert torch.allclose(ratio, torch.ones(256), atol=1e-5)
+    released = replace(args.policy, clip_chain_end=True)
+    chain, old = og.sample_chain(agent.actor_ema, obs, noise, released)
+    assert chain[:, -1].abs().max() <= 1
+    ratio = (og.chain_log_prob(agent.actor, obs, chain, released) - old).exp()
+    assert (ratio > 1 + 1e-4).any() and ratio.mean() > 1.001
+
+
+def test_noise_clip_bounds_every_step() -> None:
+    agent, args = small_agent()
+    p = replace(args.policy, noise_clip=0.5)
+    noise = torch.randn(64, p.flow_steps + 1, 8)
+    chain, _ = og.sample_chain(agent.actor, torch.zeros(64, 5), noise, p)
+    times, sigmas, bounds = og.flow_schedule(p, torch.device("cpu"))
+    for k in range(p.flow_steps):
+        v = agent.actor(torch.zeros(64, 5), chain[:, k], agent.actor.embed(times[k]))
+        step = chain[:, k + 1] - og.chain_mean(chain[:, k], v, times[k], bounds[k], p)
+        assert step.abs().max() <= 0.5 * sigmas[k] + 1e-5
+
+
+# --- advantages and the policy loss -----------------------------------------------------------------------------------
+
+
+def test_conservative_gate_on_hand_made_ensembles() -> None:
+    # one state, three chains, three heads; group means are 0 for every head
+    q = torch.tensor([[[3.0, -1.0, -2.0]], [[1.0, -3.0, 2.0]], [[2.0, -2.0, 0.0]]])
+    assert og.group_advantage(q, "conservative").tolist() == [[1.0, -1.0, 0.0]]
+    assert og.group_advantage(q, "penultimate").tolist() == [[2.0, -2.0, 0.0]]
+    assert torch.allclose(og.group_advantage(q, "vanilla"), torch.tensor([[2.0, -2.0, 0.0]]))
+    assert torch.allclose(og.group_advantage(q, "positive"), torch.tensor([[2.0, 0.0, 0.0]]))
+    # a constant per head and state changes nothing
+    shift = torch.tensor([5.0, -7.0, 100.0])[:, None, None]
+    assert torch.allclose(og.group_advantage(q + shift, "conservative"), og.group_advantage(q, "conservative"), atol=1e-5)
+
+
+def test_conservative_gate_against_enumeration() -> None:
+    q = torch.randn(4, 6, 5)
+    got, second = og.group_advantage(q, "conservative"), og.group_advantage(q, "penultimate")
+    for b, g in itertools.product(range(6), range(5)):
+        heads = sorted((q[m, b, g] - q[m, b].mean() for m in range(4)), key=abs)
+        agree = all(h > 0 for h in heads) or all(h < 0 for h in heads)
+        assert got[b, g].item() == pytest.approx(heads[0].item() if agree else 0.0, abs=1e-6)
+        assert second[b, g].item() == pytest.approx(heads[1].item() if agree else 0.0, abs=1e-6)
+
+
+def test_vanilla_advantages_sum_to_zero_in_each_group_and_keep_their_scale() -> None:
+    q = torch.randn(5, 7, 6)
+    a = og.group_advantage(q, "vanilla")
+    assert torch.allclose(a.sum(-1), torch.zeros(7), atol=1e-5)
+    assert torch.allclose(og.group_advantage(10 * q, "vanilla"), 10 * a, atol=1e-4)
+
+
+def test_ppo_loss_values_and_gradients() -> None:
+    """Four cases: inside the clip, beyond it where the clip bites, beyond it where it must not, zero advantage."""
+    ratios = torch.tensor([1.005, 1.05, 1.05, 0.9])
+    adv = torch.tensor([2.0, 2.0, -2.0, 0.0])
+    log_prob = ratios.log().requires_grad_()
+    loss, info = og.ppo_loss(log_prob, torch.zeros(4), adv, 0.01)
+    assert loss.item() == pytest.approx(-(1.005 * 2 + 1.01 * 2 - 1.05 * 2 + 0), rel=1e-6)
+    loss.backward()
+    assert torch.allclose(log_prob.grad, torch.tensor([-2.01, 0.0, 2.10, 0.0]), atol=1e-5)
+    assert info["clipped"].item() == 3
+
+
+def test_skipping_zero_advantage_chains_is_exact() -> None:
+    """Same draws with and without skipping, over several micro-batches: equal gradients, up to summation order."""
+    grads, shares = [], []
+    for skip in (False, True):
+        agent, args = small_agent(skip_zero=skip)
+        perturbed(agent.critic_ema, 0.3)
+        perturbed(agent.actor, 0.02)
+        agent.actor_opt.step = lambda: None
+        info = og.update_actor(agent, torch.randn(8, 5, generator=torch.Generator().manual_seed(3)), None, args, Stopwatch())
+        grads.append(torch.cat([p.grad.flatten() for p in agent.actor.parameters()]))
+        shares.append(info["nonzero"].item())
+    assert 0 < shares[0] < 1 and shares[0] == shares[1]
+    assert grads[0].abs().max() > 0
+    assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-8)
+
+
+# --- critic -----------------------------------------------------------------------------------------------------------
+
+
+def test_td_target_on_a_hand_solved_chain() -> None:
+    """Three-step corridor, reward -1, +4 at the end, gamma 0.5, chunks of 2; Q-bar of the next state is known."""
+    rewards = torch.tensor([[-1.0, -1.0], [-1.0, 4.0], [-1.0, -1.0]])
+    terminated = torch.tensor([0.0, 1.0, 0.0])  # the third ends by the time limit: it bootstraps
+    q_next = torch.tensor([[8.0, 99.0, 4.0], [4.0, -99.0, 0.0]])  # heads: mean 6, ignored, 2
+    want = [-1 - 0.5 + 0.25 * 6, -1 + 0.5 * 4, -1 - 0.5 + 0.25 * 2]
+    assert og.td_target(rewards, terminated, q_next, 0.5).tolist() == pytest.approx(want)
+
+
+def test_critic_heads_are_independent_and_equal_their_single_nets() -> None:
+    agent, _ = small_agent()
+    perturbed(agent.critic, 0.2)
+    obs, action = torch.randn(6, 5), torch.randn(6, 8)
+    q = agent.critic(obs, action)
+    for m in range(3):
+        h = torch.cat([obs, action], -1)
+        c = agent.critic
+        for w, b, g, s in zip(c.weights, c.biases, c.scales, c.shifts, strict=False):
+            h = h @ w[m] + b[m, 0]
+            h = torch.nn.functional.layer_norm(h, h.shape[-1:], g[m, 0], s[m, 0], eps=1e-6)
+            h = torch.nn.functional.gelu(h, approximate="tanh")
+        h = h @ c.weights[-1][m] + c.biases[-1][m, 0]
+        assert torch.allclose(q[m], h[:, 0], atol=1e-5)
+    q[1].sum().backward()
+    assert all(p.grad[0].abs().sum() == 0 and p.grad[2].abs().sum() == 0 for p in agent.critic.parameters())
+
+
+def test_critic_loss_is_the_mean_squared_error_of_every_head() -> None:
+    agent, _ = small_agent()
+    obs, action, y = torch.randn(6, 5), torch.randn(6, 8), torch.randn(6)
+    loss, _ = og.critic_loss(agent.critic, obs, action, y)
+    assert loss.item() == pytest.approx(((agent.critic(obs, action) - y) ** 2).mean().item(), rel=1e-5)
+
+
+def test_critic_learns_the_values_of_a_two_state_mdp() -> None:
+    """State 0 -> state 1 -> end, reward -1 a step, chunks of 1: Q(0) = -1 - gamma, Q(1) = -1."""
+    agent, args = small_agent(chunk=1, gamma=0.9, critic_lr=3e-3, critic_ema=0.1, noise_std=0.1)
+    states = torch.eye(5)[:2]
+    batch = Batch(
+        obs=states.repeat(32, 1),
+        actions=torch.rand(64, 1, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1,
+        rewards=-torch.ones(64, 1),
+        next_obs=states.flip(0).repeat(32, 1),
+        terminated=torch.tensor([0.0, 1.0]).repeat(32),
+    )
+    for _ in range(400):
+        og.update_critic(agent, batch, args)
+    q = agent.critic_ema(states, torch.zeros(2, 2)).mean(0)
+    assert q.tolist() == pytest.approx([-1.9, -1.0], abs=0.1)
+
+
+# --- behaviour cloning, acting ----------------------------------------------------------------------------------------
+
+
+def test_bc_loss_is_minimised_by_the_exact_velocity() -> None:
+    """With Gaussian data the minimiser is known; any constant or scaled change of it costs more."""
+    n, g = 200_000, torch.Generator().manual_seed(0)
+    action = DATA_MEAN + DATA_STD * torch.randn(n, 1, generator=g)
+    x0, t = torch.randn(n, 1, generator=g), torch.rand(n, generator=g)
+
+    class Changed(GaussianFlow):
+        def __init__(self, offset: float, scale: float) -> None:
+            super().__init__()
+            self.offset, self.scale = offset, scale
+
+        def forward(self, obs, x, t_emb):
+            return self.offset + self.scale * super().forward(obs, x, t_emb)
+
+    def loss(offset: float, scale: float) -> float:
+        return og.bc_loss(Changed(offset, scale), torch.zeros(n, 1), action, x0, t).item()
+
+    best = loss(0.0, 1.0)
+    # expectation: E[Var(a - x0 | x_t)] = integral of s^2 / ((1-t)^2 + t^2 s^2) dt, in closed form (pi/2) s
+    assert best == pytest.approx(math.pi / 2 * DATA_STD, rel=0.02)
+    for offset, scale in ((0.05, 1.0), (-0.05, 1.0), (0.0, 1.1), (0.0, 0.9)):
+        assert loss(offset, scale) > best
+
+
+def test_best_of_n_against_enumeration() -> None:
+    g = torch.Generator().manual_seed(0)
+    q, draws = torch.randn(4, 5, 8, generator=g), torch.rand(4, 5, 8, generator=g)
+    for heads in (1, 2, 4):
+        got = og.best_of_n(q, draws, heads)
+        for i in range(5):
+            scores = []
+            for n in range(8):
+                order = sorted(range(4), key=lambda m: draws[m, i, n].item())
+                scores.append(min(q[m, i, n].item() for m in order[:heads]))
+            assert got[i].item() == int(np.argmax(scores))
+    assert torch.equal(og.best_of_n(q, draws, 0), q.mean(0).argmax(-1))
+
+
+def test_acting_picks_the_candidate_its_critics_prefer() -> None:
+    """A critic that values only the first coordinate: best-of-N acts with a larger one than a single sample."""
+    agent, args = small_agent(noise_std=0.5, best_of_n_after=0, best_of_n=16)
+
+    class First(torch.nn.Module):
+        def forward(self, obs, action):
+            return action[:, 0].expand(3, -1)
+
+    agent.critic_ema = First()
+    obs = np.zeros((200, 5), np.float32)
+    many = og.act_best_of_n(agent, obs, args, torch.Generator().manual_seed(0))
+    one = og.act_best_of_n(agent, obs, cli.override(args, {"best_of_n": 1}), torch.Generator().manual_seed(0))
+    assert many.shape == one.shape == (200, 4, 2)
+    assert many[:, 0, 0].mean() > one[:, 0, 0].mean() + 0.3
+
+
+def test_best_of_n_waits_for_a_trained_critic() -> None:
+    agent, args = small_agent(best_of_n_after=10)
+    obs = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+    single = cli.override(args, {"best_of_n": 1})
+
+    def act(a: og.Args) -> np.ndarray:
+        return og.act_best_of_n(agent, obs, a, torch.Generator().manual_seed(0))
+
+    agent.updates = 9
+    assert np.array_equal(act(args), act(single))
+    agent.updates = 10
+    assert not np.array_equal(act(args), act(single))
+
+
+def test_demo_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> None:
+    demos = Demos(
+        obs=np.arange(5, dtype=np.float32)[:, None],
+        actions=np.arange(5, dtype=np.float32)[:, None],
+        ends=np.array([3, 5]),
+        name="two episodes",
+    )
+    obs, action = og.demo_chunks(demos, 3)
+    assert obs[:, 0].tolist() == [0, 1, 2, 3, 4]
+    assert action.tolist() == [[0, 1, 2], [1, 2, 2], [2, 2, 2], [3, 4, 4], [4, 4, 4]]
+
+
+# --- schedules, presets, flags ----------------------------------------------------------------------------------------
+
+
+def test_periodic_learning_rate() -> None:
+    lr = lambda step: og.periodic_lr(step, 4.5e-5, 2e-5, 2_000, 50_000)  # noqa: E731
+    assert lr(0) == 2e-5 and lr(2_000) == pytest.approx(4.5e-5)
+    assert lr(1_000) == pytest.approx(3.25e-5) and lr(26_000) == pytest.approx(3.25e-5)
+    assert lr(49_999) == pytest.approx(2e-5, rel=1e-4) and lr(50_000) == 2e-5
+    assert og.periodic_lr(123, 1e-3, 0.0, 10, 0) == 1e-3
+
+
+def test_paper_preset_is_the_released_table() -> None:
+    """Generation 3 of the released run scripts, Square column."""
+    a = cli.flatten(og.default_args("lift", "paper", "ogpo+ca"))
+    want = dict(
+        chunk=4, gamma=0.99, flow_steps=10, critic_ema=0.05, actor_ema=0.005, noise_std=0.05, bc_coef=1.0,
+        advantage="conservative", success_critic=True, actor_hidden=(512,) * 4, critic_hidden=(512,) * 4,
+        bc_steps=500_000, bc_stop_success=0.45, start_training=10_000, total_steps=2_000_000, eval_every=10_000,
+        critic_batch=256, states=256, success_batch=256, group=32, clip=0.01, heads=10, update_every=1,
+        replay_size=2_000_000, best_of_n=8, best_of_n_heads=2, noise_clip=3.0, max_grad_norm=1_000.0,
+        normalize_obs=False, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000,
+        critic_lr=4.5e-5, actor_weight_decay=0.0, critic_weight_decay=1e-5, bc_lr=3e-4, bc_batch=256,
+        reward_offset=-1.0, success_bonus=5.0, eval_interval_episodes=64, bc_eval_episodes=64,
+        score_correction="released", clip_mean="all", clip_chain_end=True, bc_fallback=True, horizon=300,
+    )  # fmt: skip
+    assert {k: a[k] for k in want} == want
+
+
+def test_variants_differ_only_in_their_stabilizers() -> None:
+    full, plus, plain = (cli.flatten(og.default_args("lift", "cpu", v)) for v in ("ogpo+ca", "ogpo+", "ogpo"))
+    changed = lambda other: {k for k in full if full[k] != other[k]} - {"variant"}  # noqa: E731
+    assert changed(plus) == {"advantage"} and plus["advantage"] == "vanilla"
+    assert changed(plain) == {"advantage", "bc_coef", "best_of_n"}
+    assert (plain["bc_coef"], plain["best_of_n"], full["best_of_n"], full["bc_coef"]) == (0.0, 1, 8, 1.0)
+
+
+def test_a_flag_wins_over_preset_task_and_variant() -> None:
+    default = og.default_args("toy", "paper", "ogpo")
+    args = cli.parse(default, ["--env", "toy", "--flow-steps", "7", "--best-of-n", "3", "--horizon", "9"], "")
+    assert (args.policy.flow_steps, args.policy.best_of_n, args.task.horizon) == (7, 3, 9)
+    assert args.critic.heads == 10  # the preset's
+
+
+def test_every_flag_is_documented_and_read() -> None:
+    tree = ast.parse(SCRIPT.read_text())
+    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    flags = cli.flatten(og.Args())
+    unread = [f for f in flags if f not in reads]
+    assert unread == []
+    lines = SCRIPT.read_text().splitlines()
+    fields = [
+        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args") and c.name != "Args"
+        for n in c.body if isinstance(n, ast.AnnAssign)
+    ]  # fmt: skip
+    assert {n.target.id for n in fields} == set(flags)
+    undocumented = [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]]
+    assert undocumented == []
+
+
+# --- replay -----------------------------------------------------------------------------------------------------------
+
+
+def fill(buffer: ReplayBuffer, length: int, first: int, terminated: bool, success: bool) -> None:
+    """Observation t of the episode is first + t, action t is 10 * (first + t), reward t is t."""
+    t = np.arange(length + 1, dtype=np.float32)
+    buffer.add_episode(first + t[:, None], 10 * (first + t[:-1, None]), t[:-1], terminated, success)
+
+
+def test_replay_chunks_never_cross_an_episode_end() -> None:
+    buffer = ReplayBuffer(100, 1, 1, 3)
+    fill(buffer, 5, 0, True, True)
+    fill(buffer, 2, 50, False, False)  # shorter than a chunk: no start
+    fill(buffer, 4, 80, False, False)
+    batch = buffer.sample(2_000, np.random.default_rng(0), torch.device("cpu"))
+    starts = batch.obs[:, 0]
+    assert set(starts.tolist()) == {0, 1, 2, 80, 81}
+    assert torch.equal(batch.next_obs[:, 0], starts + 3)
+    assert torch.equal(batch.actions[:, :, 0], 10 * (starts[:, None] + torch.arange(3)))
+    # only the chunk that ends with the terminating step is terminal; a truncated episode has none
+    assert torch.equal(batch.terminated, (starts == 2).float())
+    good = buffer.sample(500, np.random.default_rng(0), torch.device("cpu"), success=True)
+    assert set(good.obs[:, 0].tolist()) == {0, 1, 2}
+
+
+def test_replay_drops_whole_old_episodes_and_survives_a_round_trip() -> None:
+    buffer = ReplayBuffer(40, 1, 1, 2)
+    rng = np.random.default_rng(0)
+    for e in range(60):
+        fill(buffer, int(rng.integers(1, 12)), 100 * e, bool(e % 2), bool(e % 3))
+        rows = sum(hi - lo for lo, hi, _ in buffer.episodes)
+        assert rows <= 40
+        want = [buffer.obs[r, 0] for lo, hi, _ in buffer.episodes for r in range(lo, max(lo, hi - 2))]
+        q = buffer.starts
+        got = [buffer.obs[q.rows[(q.head + i) % 40], 0] for i in range(q.size)]
+        assert got == want
+        good = sum(max(0, hi - lo - 2) for lo, hi, s in buffer.episodes if s)
+        assert buffer.success_starts.size == good
+    copy = ReplayBuffer(40, 1, 1, 2)
+    copy.load_state_dict(buffer.state_dict())
+    one, two = (b.sample(50, np.random.default_rng(1), torch.device("cpu")) for b in (buffer, copy))
+    assert all(torch.equal(getattr(one, k), getattr(two, k)) for k in vars(one))
+    fill(buffer, 9, 7, True, True), fill(copy, 9, 7, True, True)
+    assert buffer.episodes == copy.episodes
