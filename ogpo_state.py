@@ -40,6 +40,7 @@ import copy
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -197,7 +198,7 @@ class CriticArgs:
 class LoopArgs:
     """Online loop."""
 
-    total_steps: int = 24_000  # environment steps
+    total_steps: int = 20_000  # environment steps
     start_training: int = 2_000  # environment steps collected before the first update
     update_every: int = 4  # environment steps per update (one actor and one critic step)
     replay_size: int = 1_000_000  # replay rows
@@ -262,10 +263,6 @@ def default_args(env: str, preset: str, variant: str) -> Args:
 # --- Networks --------------------------------------------------------------------------------------------------------
 
 
-def gelu(x: Tensor) -> Tensor:
-    return F.gelu(x, approximate="tanh")
-
-
 class VelocityNet(nn.Module):
     """v_theta(s, x, t): MLP on [observation, noised chunk, time embedding] [C]. No layer norm in the actor."""
 
@@ -278,7 +275,7 @@ class VelocityNet(nn.Module):
         self.register_buffer("obs_mean", mean.clone())  # (O,)
         self.register_buffer("obs_std", std.clone())
         self.register_buffer("freqs", torch.exp(torch.arange(16) * (-math.log(10_000) / 15)))  # (16,) 1 ... 1e-4
-        self.time = nn.Sequential(nn.Linear(32, 64), nn.GELU("tanh"), nn.Linear(64, 32))
+        self.time = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
         sizes = (obs_dim + chunk_dim + 32, *hidden)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
         self.out = nn.Linear(sizes[-1], chunk_dim)
@@ -298,8 +295,11 @@ class VelocityNet(nn.Module):
         obs = (obs - self.obs_mean) / self.obs_std
         h = torch.cat([z.expand(*lead, -1) for z in (obs, x, t_emb)], -1)
         for layer in self.layers:
-            h = gelu(layer(h))
+            h = F.gelu(layer(h))
         return self.out(h)
+
+
+Params = Sequence[Tensor]
 
 
 class CriticEnsemble(nn.Module):
@@ -325,12 +325,21 @@ class CriticEnsemble(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """obs (n, O), action (n, D) -> (M, n)"""
-        h = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)
-        h = h.expand(len(self.weights[0]), -1, -1)  # (M, n, O+D)
-        for w, b, scale, shift in zip(self.weights, self.biases, self.scales, self.shifts, strict=False):
-            h = torch.baddbmm(b, h, w)
-            h = gelu(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale))
-        return torch.baddbmm(self.biases[-1], h, self.weights[-1]).squeeze(-1)
+        x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)
+        layers = (self.weights, self.biases, self.scales, self.shifts)
+        if x.is_cuda or torch.is_grad_enabled():  # all heads in batched products
+            return self.heads(x.expand(len(self.weights[0]), -1, -1), *layers)
+        heads = zip(*(zip(*(p.unbind() for p in ps), strict=True) for ps in layers), strict=True)
+        return torch.stack([self.heads(x, *head) for head in heads])  # head by head: stays in the CPU's cache
+
+    @staticmethod
+    def heads(h: Tensor, weights: Params, biases: Params, scales: Params, shifts: Params) -> Tensor:
+        """One head, h (n, O+D) -> (n,), or M heads with a leading dimension."""
+        affine = torch.addmm if h.dim() == 2 else torch.baddbmm
+        for w, b, scale, shift in zip(weights, biases, scales, shifts, strict=False):
+            h = affine(b, h, w)
+            h = F.gelu(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale))
+        return affine(biases[-1], h, weights[-1]).squeeze(-1)
 
 
 # --- Samplers. Randomness comes in as tensors of standard normal draws, so that each is a pure function. -------------
@@ -792,7 +801,7 @@ def main(argv: list[str]) -> None:
                 run.video(policies(agent, args)["bon"], "after.mp4")
             results = run.evaluate(policies(agent, args), "final", args.task.eval_episodes)
             if not args.run.eval:
-                run.log_eval(results)
+                run.log_eval(results, "final")
             print(f"ODE policy:       {results['ode']}\nbest-of-N policy: {results['bon']}")
         finally:
             run.close()

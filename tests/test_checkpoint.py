@@ -113,9 +113,7 @@ def test_the_last_two_are_kept_and_nothing_else(tmp_path):
     assert checkpoint.load(tmp_path / "checkpoint.prev.pt")["n"] == 2
 
 
-@pytest.mark.parametrize(
-    "harm", [lambda p: os.truncate(p, 1000), lambda p: os.truncate(p, 0), damage, os.unlink]
-)
+@pytest.mark.parametrize("harm", [lambda p: os.truncate(p, 1000), lambda p: os.truncate(p, 0), damage, os.unlink])
 def test_a_damaged_newest_file_falls_back_with_a_note(tmp_path, capsys, harm):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, make_state(1))
@@ -209,9 +207,7 @@ def test_a_write_that_fails_is_reported_and_harms_nothing(tmp_path):
     checkpoint.save(path, make_state(1))
     checkpoint.save(path, make_state(2))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(
-        resource.RLIMIT_FSIZE, (100_000, hard)
-    )  # the kernel refuses the rest, as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))  # the kernel refuses the rest, as on a full disk
     try:
         with pytest.raises(UserError, match="earlier checkpoints are intact") as error:
             checkpoint.save(path, make_state(3))

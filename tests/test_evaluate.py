@@ -76,9 +76,7 @@ def test_policy_is_asked_only_at_chunk_borders_and_only_for_running_episodes():
         return faithful_act(obs)
 
     result = evaluate(vector(4), act, episodes=7, seed=20)
-    queries = [
-        (20 + i, step) for i, length in enumerate(result.length) for step in range(0, int(length), CHUNK)
-    ]
+    queries = [(20 + i, step) for i, length in enumerate(result.length) for step in range(0, int(length), CHUNK)]
     assert sorted(asked) == sorted(queries)
 
 
@@ -153,9 +151,9 @@ def test_video_shows_every_step_and_the_outcome(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     frames = np.stack(imageio.mimread(tmp_path / "a.mp4", memtest=False))
     hold = 5  # half a second
-    assert frames.shape == (result.length.sum() + 6 * (1 + hold), 96, 96, 3)
+    assert frames.shape == (result.length.sum() + 6 * (1 + hold), 192, 192, 3)
     ends = np.cumsum(result.length + 1 + hold) - 1
-    red, green = frames[ends, 0, 48, 0].astype(int), frames[ends, 0, 48, 1].astype(int)
+    red, green = frames[ends, 0, 96, 0].astype(int), frames[ends, 0, 96, 1].astype(int)
     assert ((green > red) == result.success).all()
 
 

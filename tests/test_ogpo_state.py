@@ -158,7 +158,9 @@ def test_conservative_gate_on_hand_made_ensembles() -> None:
     assert torch.allclose(og.group_advantage(q, "positive"), torch.tensor([[2.0, 0.0, 0.0]]))
     # a constant per head and state changes nothing
     shift = torch.tensor([5.0, -7.0, 100.0])[:, None, None]
-    assert torch.allclose(og.group_advantage(q + shift, "conservative"), og.group_advantage(q, "conservative"), atol=1e-5)
+    assert torch.allclose(
+        og.group_advantage(q + shift, "conservative"), og.group_advantage(q, "conservative"), atol=1e-5
+    )
 
 
 def test_conservative_gate_against_enumeration() -> None:
@@ -198,7 +200,9 @@ def test_skipping_zero_advantage_chains_is_exact() -> None:
         perturbed(agent.critic_ema, 0.3)
         perturbed(agent.actor, 0.02)
         agent.actor_opt.step = lambda: None
-        info = og.update_actor(agent, torch.randn(8, 5, generator=torch.Generator().manual_seed(3)), None, args, Stopwatch())
+        info = og.update_actor(
+            agent, torch.randn(8, 5, generator=torch.Generator().manual_seed(3)), None, args, Stopwatch()
+        )
         grads.append(torch.cat([p.grad.flatten() for p in agent.actor.parameters()]))
         shares.append(info["nonzero"].item())
     assert 0 < shares[0] < 1 and shares[0] == shares[1]
@@ -229,7 +233,7 @@ def test_critic_heads_are_independent_and_equal_their_single_nets() -> None:
         for w, b, g, s in zip(c.weights, c.biases, c.scales, c.shifts, strict=False):
             h = h @ w[m] + b[m, 0]
             h = torch.nn.functional.layer_norm(h, h.shape[-1:], g[m, 0], s[m, 0], eps=1e-6)
-            h = torch.nn.functional.gelu(h, approximate="tanh")
+            h = torch.nn.functional.gelu(h)
         h = h @ c.weights[-1][m] + c.biases[-1][m, 0]
         assert torch.allclose(q[m], h[:, 0], atol=1e-5)
     q[1].sum().backward()

@@ -139,9 +139,9 @@ def test_expert_without_noise_never_fails_and_is_quick():
 def test_picture():
     env = at(-0.5, 0.5, render=True)
     before = env.render()
-    assert before.shape == (96, 96, 3) and before.dtype == np.uint8
+    assert before.shape == (192, 192, 3) and before.dtype == np.uint8
     blue = np.argwhere((before == (40, 90, 220)).all(-1)).mean(0)
-    assert blue == pytest.approx((0.25 * 95, 0.25 * 95), abs=1)  # left, and in the upper half
+    assert blue == pytest.approx((0.25 * 191, 0.25 * 191), abs=1)  # left, and in the upper half
     env.step(act(1.0, 1.0))
     assert (env.render() != before).any()
 

@@ -79,9 +79,7 @@ def read_demos(
     try:
         file = h5py.File(path, "r")
     except OSError as error:
-        raise UserError(
-            f"{path} is not a readable hdf5 file ({error}); it may be incomplete: get it again"
-        ) from error
+        raise UserError(f"{path} is not a readable hdf5 file ({error}); it may be incomplete: get it again") from error
     with file:
         names = _episode_names(file, path, filter_key)
         if task.suite != "gymnasium":
@@ -92,9 +90,7 @@ def read_demos(
             raise UserError(f"{path}: {name} is not as wide as {names[0]}; all episodes must be of one task")
     lengths = np.array([len(actions) for _, actions in episodes])
     if task.horizon and (long := int((lengths > task.horizon).sum())):
-        print(
-            f"warning: {long} episodes of {path} exceed the horizon of {task.horizon} steps", file=sys.stderr
-        )
+        print(f"warning: {long} episodes of {path} exceed the horizon of {task.horizon} steps", file=sys.stderr)
     obs, actions = (np.concatenate(column) for column in zip(*episodes, strict=True))
     return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), np.cumsum(lengths)
 
@@ -111,9 +107,7 @@ def _episode_names(file: h5py.File, path: Path, filter_key: str | None) -> list[
             raise UserError(f"{path} has no mask {filter_key!r}; it has {', '.join(masks) or 'none'}")
         chosen = {name.decode() for name in file[f"mask/{filter_key}"][()]}
         if missing := chosen.difference(names):
-            raise UserError(
-                f"{path}: mask {filter_key!r} lists {min(missing)}, which is not in the file; get it again"
-            )
+            raise UserError(f"{path}: mask {filter_key!r} lists {min(missing)}, which is not in the file; get it again")
         if not chosen:
             raise UserError(f"{path}: mask {filter_key!r} is empty; choose another filter key")
         names = list(chosen)
@@ -131,9 +125,7 @@ def _check_origin(data: h5py.Group, path: Path, task: TaskSpec) -> None:
             f"a file for {task.env_name} with env_name and env_version is needed"
         ) from error
     if env_name != task.env_name:
-        raise UserError(
-            f"{path} is for {env_name}, not for {task.env_name}; choose the matching task or file"
-        )
+        raise UserError(f"{path} is for {env_name}, not for {task.env_name}; choose the matching task or file")
     if task.suite == "robosuite" and _version(version) < (1, 5):
         raise UserError(
             f"{path} was recorded with robosuite {version}, which orders the object observation differently; "
@@ -145,15 +137,11 @@ def _version(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
-def _read_episode(
-    demo: h5py.Group, where: str, task: TaskSpec
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _read_episode(demo: h5py.Group, where: str, task: TaskSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Observations (T, O) and actions (T, A) of one episode."""
     actions = _read_matrix(demo, "actions", where, task.action_dim or None)
     if (worst := np.abs(actions).max()) > 1 + 1e-6:
-        raise UserError(
-            f"{where}: actions reach {worst:g}; they must be in [-1, 1], as the environment takes them"
-        )
+        raise UserError(f"{where}: actions reach {worst:g}; they must be in [-1, 1], as the environment takes them")
     layout = dict(task.obs)
     if not layout:
         obs = demo.get("obs")
@@ -163,9 +151,7 @@ def _read_episode(
     parts = [_read_matrix(demo, key, where, width) for key, width in layout.items()]
     for key, part in zip(layout, parts, strict=True):
         if len(part) != len(actions):
-            raise UserError(
-                f"{where}: {key} has {len(part)} rows for {len(actions)} actions; get the file again"
-            )
+            raise UserError(f"{where}: {key} has {len(part)} rows for {len(actions)} actions; get the file again")
     return np.concatenate(parts, axis=1), actions
 
 
@@ -196,9 +182,7 @@ def download(task: TaskSpec, cache_dir: Path) -> Path:
     Raises UserError without a dataset or a network, or if the file has changed.
     """
     if not task.dataset:
-        raise UserError(
-            f"robomimic has no dataset for {task.name}; give demonstrations with --demos FILE.hdf5"
-        )
+        raise UserError(f"robomimic has no dataset for {task.name}; give demonstrations with --demos FILE.hdf5")
     path = cache_dir / "_".join(task.dataset.split("/")[1:])
     if not path.exists():
         _fetch(HUB + task.dataset, path)
@@ -209,9 +193,7 @@ def download(task: TaskSpec, cache_dir: Path) -> Path:
         with _atomic(sidecar) as temp:
             temp.write_text(f"{digest}  {path.name}\n")
     elif sidecar.read_text().split()[:1] != [digest]:
-        raise UserError(
-            f"{path} has changed since its first use; delete it and {sidecar.name} to download it again"
-        )
+        raise UserError(f"{path} has changed since its first use; delete it and {sidecar.name} to download it again")
     return path
 
 

@@ -20,9 +20,7 @@ MAX_STEPS = 150  # an expert that needs longer has dropped the object
 SEED_BASE = 10**9  # far from the seeds that training and evaluation start from
 
 
-def lift_expert(
-    env: gym.Env[Any, Any], obs: NDArray[np.float32], rng: np.random.Generator, noise: float
-) -> Expert:
+def lift_expert(env: gym.Env[Any, Any], obs: NDArray[np.float32], rng: np.random.Generator, noise: float) -> Expert:
     """Expert for Lift: above the cube, down, close, up. Yields actions (7,), is sent observations (19,).
 
     `noise` is the standard deviation of a tremor on the six pose commands, in units of the action range; with
@@ -35,21 +33,21 @@ def lift_expert(
     yaw = np.arctan2(hand[1, 1], hand[0, 1])
     turn = np.arctan2(cube[1, 0], cube[0, 0]) - yaw
     yaw += (turn + np.pi / 4) % (np.pi / 2) - np.pi / 4
-    y, down = np.array([np.cos(yaw), np.sin(yaw), 0.0]), np.array([0.0, 0.0, -1.0])
-    grasp = Rotation.from_matrix(np.stack([np.cross(y, down), y, down], axis=1))
+    y, up = np.array([np.cos(yaw), np.sin(yaw), 0.0]), np.array([0.0, 0.0, 1.0])
+    grasp = Rotation.from_matrix(np.stack([np.cross(up, y), y, -up], axis=1))
 
     phase, closing, lifted = "above", 0, np.zeros(3)
     while True:
         pos, cube_pos = obs[:3].astype(np.float64), obs[9:12].astype(np.float64)
         turn_left = (grasp * Rotation.from_quat(obs[3:7]).inv()).as_rotvec()
-        if phase == "above" and _near(cube_pos + [0, 0, 0.08], pos, 0.015) and _near(turn_left, 0, 0.15):
+        if phase == "above" and _near(cube_pos + 0.08 * up, pos, 0.015) and _near(turn_left, 0, 0.15):
             phase = "down"
         elif phase == "down" and _near(cube_pos + miss, pos, 0.008):
             phase = "close"
         elif phase == "close" and closing == 5:
-            phase, lifted = "up", pos + [0, 0, 0.12]
+            phase, lifted = "up", pos + 0.12 * up
         closing += phase == "close"
-        target = {"above": cube_pos + [0, 0, 0.08], "up": lifted}.get(phase, cube_pos + miss)
+        target = {"above": cube_pos + 0.08 * up, "up": lifted}.get(phase, cube_pos + miss)
         command = np.concatenate([1.5 * (target - pos) / 0.05, turn_left / 0.5])
         command = np.clip(command, -1, 1) + noise * rng.standard_normal(6)
         grip = 1.0 if phase in ("close", "up") else -1.0

@@ -38,9 +38,7 @@ TASKS = {
     task.name: task
     for task in (
         TaskSpec("toy", "toy", "toy", 40, obs=(("state", 6),), action_dim=2),
-        TaskSpec(
-            "lift", "robosuite", "Lift", 300, "v1.5/lift/ph/low_dim_v15.hdf5", (*_PANDA, ("object", 10)), 7
-        ),
+        TaskSpec("lift", "robosuite", "Lift", 300, "v1.5/lift/ph/low_dim_v15.hdf5", (*_PANDA, ("object", 10)), 7),
     )
 }
 
@@ -102,13 +100,10 @@ def make_vec_env(
     make = partial(make_env, env_id, horizon=horizon, original_step=original_step)
     if num_envs == 1:
         return SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED)
-    import multiprocessing
-
-    multiprocessing.get_context("forkserver").set_forkserver_preload(
-        ["__main__", "common.envs.robosuite_env"]
-    )
-    context = "spawn" if sys.platform == "win32" else "forkserver"
-    # Worth importing once rather than in every worker; names that cannot be imported are ignored.
-    multiprocessing.set_forkserver_preload(["torch", "common.envs.robosuite_env"])
+    context = "spawn"
+    if sys.platform != "win32":
+        context = "forkserver"
+        # Worth importing once rather than in every worker; what cannot be imported is left to the workers.
+        multiprocessing.set_forkserver_preload(["torch", "common.envs.robosuite_env"])
     make_worker = partial(_make_worker_env, os.getpid(), make)
     return AsyncVectorEnv([make_worker] * num_envs, context=context, autoreset_mode=AutoresetMode.DISABLED)

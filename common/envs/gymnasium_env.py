@@ -28,9 +28,7 @@ class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any]
             importlib.import_module(module)
             env = gym.make(name, render_mode="rgb_array" if render else None)
         except (ImportError, gym.error.Error) as error:
-            raise UserError(
-                f"{env_id} cannot be made ({error}); check the module and the registered id"
-            ) from error
+            raise UserError(f"{env_id} cannot be made ({error}); check the module and the registered id") from error
         obs, action = env.observation_space, env.action_space
         if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
             raise UserError(f"{env_id} observes {obs}; a 1-D Box is needed; wrap it in FlattenObservation")
@@ -39,7 +37,7 @@ class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any]
         if horizon is not None:
             env = gym.wrappers.TimeLimit(env, horizon)
         if (action.low != -1).any() or (action.high != 1).any():
-            env = gym.wrappers.RescaleAction(env, np.float32(-1), np.float32(1))
+            env = gym.wrappers.RescaleAction(env, action.dtype.type(-1), action.dtype.type(1))
         super().__init__(env)
         self.env_id = env_id
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
@@ -54,15 +52,11 @@ class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any]
         obs, _ = self.env.reset(seed=seed, options=options)
         return np.asarray(obs, np.float32), {"success": False}
 
-    def step(
-        self, action: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """As the environment's own step; success ends the episode."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         if "success" not in info:
-            raise UserError(
-                f'{self.env_id} does not report info["success"]; its step must set it to True or False'
-            )
+            raise UserError(f'{self.env_id} does not report info["success"]; its step must set it to True or False')
         success = bool(info["success"])
         terminated = success or bool(terminated)
         truncated = bool(truncated) and not terminated

@@ -70,7 +70,7 @@ def _apply_osc(
     Full-model inputs are MuJoCo's: mass_full (nv, nv), jac_full (6, nv) of the end effector site, qpos, qvel
     and bias. pos (3,) and mat (9,) are the site's pose, goal_pos (3,) and goal_mat (3, 3) its target. gains
     (2, 7) are stiffness and damping of the six pose coordinates, then of the null space. rest (n,) is the
-    null-space posture, limits (2, n) the torque range, index (3, n) the joints' addresses in qpos, qvel, ctrl.
+    null-space posture, limits (2, n) the torque range, index (3, n) the joints' places in qpos, qvel, ctrl.
     """
     n = index.shape[1]
     mass, jac_t, q_dot, posture = np.empty((n, n)), np.empty((n, 6)), np.empty(n), np.empty((n, 1))
@@ -97,8 +97,8 @@ def _apply_osc(
             v += jac_t[i, r] * q_dot[i]
         acc[r, 0] = gains[0, r] * acc[r, 0] - gains[1, r] * v
 
-    # With X = M^-1 J^T the inverse operational inertia is J X. Position and orientation use their own blocks of
-    # it ("uncoupled"). The posture torque M p is projected by N^T = 1 - J^T (J X)^-1 X^T, where X^T M = J.
+    # With X = M^-1 J^T the inverse operational inertia is J X. Position and orientation use their own
+    # blocks of it ("uncoupled"). The posture torque M p is projected by N^T = 1 - J^T (J X)^-1 X^T (X^T M = J).
     minv_jt = _solve_spd(mass, jac_t)
     inertia_inv, drift = np.zeros((6, 6)), np.zeros((6, 1))
     for r in range(6):

@@ -5,7 +5,7 @@ import logging
 import os
 import platform
 from contextlib import suppress
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -30,9 +30,7 @@ def _import_robosuite() -> Any:
     try:
         import robosuite
     except (ImportError, AssertionError) as error:
-        raise UserError(
-            f"robosuite cannot be imported ({error}); install the simulators as the README says"
-        ) from error
+        raise UserError(f"robosuite cannot be imported ({error}); install the simulators as the README says") from error
     finally:
         logging.disable(logging.NOTSET)
         if gl is None:
@@ -89,6 +87,12 @@ def env_kwargs(robots: int) -> dict[str, Any]:
     }
 
 
+class _Renderer(mujoco.Renderer):
+    """A renderer whose deletion is silent if OpenGL failed before it was complete."""
+
+    _gl_context = _mjr_context = None
+
+
 class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     """One robosuite task: 20 Hz pose deltas of a Panda arm, low-dimensional observations, sparse reward.
 
@@ -107,11 +111,9 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         render: allow `render()`.
     """
 
-    metadata: dict[str, Any] = {"render_modes": ["rgb_array"], "render_fps": 20}
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}
 
-    def __init__(
-        self, task: TaskSpec, horizon: int, *, original_step: bool = False, render: bool = False
-    ) -> None:
+    def __init__(self, task: TaskSpec, horizon: int, *, original_step: bool = False, render: bool = False) -> None:
         self.task, self.horizon = task, horizon
         self.original_step = original_step
         self.render_mode = "rgb_array" if render else None
@@ -119,7 +121,7 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (task.action_dim,), np.float32)
         self._block: int | None = None
-        self._renderer: mujoco.Renderer | None = None
+        self._renderer: _Renderer | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -143,9 +145,7 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self._steps = 0
         return self._observe(), {"success": False}
 
-    def step(
-        self, action: NDArray[np.float32]
-    ) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
         """Applies one action (A,). `info["success"]` is robosuite's success test after the step."""
         action = np.asarray(action, np.float64)
         self._advance(action)
@@ -187,7 +187,7 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             model.vis.quality.offsamples = 0
             model.vis.global_.offwidth = model.vis.global_.offheight = IMAGE_SIZE
             try:
-                self._renderer = mujoco.Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
+                self._renderer = _Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
             except Exception as error:  # every OpenGL library fails in its own way
                 raise UserError(
                     f"cannot render ({error}); install libegl1 and libgl1, or set MUJOCO_GL to egl or osmesa"

@@ -19,7 +19,7 @@ START_SPREAD = 0.6  # the start is (-0.8, y) with |y| at most this
 GOAL_SPREAD = 0.8  # the target is (0.8, y) with |y| at most this
 HORIZON = 40
 
-_PIXELS = 96
+_PIXELS = 192
 _SKIN = 1e-3  # a blocked point rests this far from the wall
 
 
@@ -69,13 +69,13 @@ class ToyReach(gym.Env):
         return self._obs(), float(success), success, truncated, {"success": success}
 
     def render(self) -> np.ndarray:
-        """Picture (96, 96, 3) uint8: wall, target (green) and point (blue), y upwards."""
+        """Picture (192, 192, 3) uint8: wall, target (green) and point (blue), y upwards."""
         axis = np.linspace(-1.0, 1.0, _PIXELS)
         xs, ys = np.meshgrid(axis, axis[::-1])
         image = np.full((_PIXELS, _PIXELS, 3), 250, np.uint8)
         image[(np.abs(xs) < 0.02) & (np.abs(np.abs(ys) - GAP_CENTRE) > GAP_HALF_WIDTH)] = (60, 60, 60)
         image[(xs - self.goal_x) ** 2 + (ys - self.goal_y) ** 2 < TARGET_RADIUS**2] = (40, 170, 70)
-        image[(xs - self.x) ** 2 + (ys - self.y) ** 2 < 0.04**2] = (40, 90, 220)
+        image[(xs - self.x) ** 2 + (ys - self.y) ** 2 < 0.05**2] = (40, 90, 220)
         return image
 
     def _obs(self) -> np.ndarray:

@@ -1,0 +1,262 @@
+"""Demonstrations: experts, the robomimic schema, and one clear refusal for every way a file can be wrong."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import h5py
+import numpy as np
+import pytest
+
+from common.demos import get_demos, robomimic, scripted
+from common.demos.robomimic import ACTION_LIMIT, Episode, download, read_demos, write_demos
+from common.envs import TASKS, TaskSpec, make_env, resolve
+from common.errors import UserError
+
+LIFT = TASKS["lift"]
+LENGTHS = (4, 7, 3)
+
+
+def env_args(task: TaskSpec = LIFT, version: str = "1.5.1") -> str:
+    return json.dumps({"env_name": task.env_name, "env_version": version, "type": 1, "env_kwargs": {}})
+
+
+def episodes(task: TaskSpec = LIFT, lengths: tuple[int, ...] = LENGTHS) -> list[Episode]:
+    rng = np.random.default_rng(0)
+    return [
+        Episode(
+            {key: rng.standard_normal((n, width)).astype(np.float32) for key, width in task.obs},
+            rng.standard_normal((n, 5)),
+            rng.uniform(-1, 1, (n, task.action_dim)).astype(np.float32),
+            np.zeros(n),
+        )
+        for n in lengths
+    ]
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> Path:
+    """A valid file of three episodes for Lift."""
+    write_demos(tmp_path / "lift.hdf5", episodes(), env_args())
+    return tmp_path / "lift.hdf5"
+
+
+def test_round_trip(path: Path) -> None:
+    written = episodes()
+    obs, actions, ends = read_demos(path, LIFT)
+    assert ends.tolist() == np.cumsum(LENGTHS).tolist() and ends.dtype == np.int64
+    order = ("robot0_eef_pos", "robot0_eef_quat", "robot0_gripper_qpos", "object")
+    np.testing.assert_array_equal(obs[4:11], np.concatenate([written[1].obs[key] for key in order], axis=1))
+    np.testing.assert_array_equal(actions, np.concatenate([episode.actions for episode in written]))
+    assert obs.dtype == actions.dtype == np.float32
+    assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary files
+
+
+def test_schema_is_robomimics(path: Path) -> None:
+    with h5py.File(path) as file:
+        assert file["data"].attrs["total"] == sum(LENGTHS)
+        assert json.loads(file["data"].attrs["env_args"])["env_name"] == "Lift"
+        demo = file["data/demo_1"]
+        assert demo.attrs["num_samples"] == 7 and demo["dones"][()].tolist() == [0] * 6 + [1]
+        assert {"actions", "rewards", "dones", "states", "obs"} == set(demo)
+        assert file["mask/train"][()].tolist() == [b"demo_0", b"demo_1"]
+        assert file["mask/valid"][()].tolist() == [b"demo_2"]
+
+
+def test_filter_key_chooses_episodes(path: Path) -> None:
+    obs, _, ends = read_demos(path, LIFT, "valid")
+    np.testing.assert_array_equal(obs, read_demos(path, LIFT)[0][11:])
+    assert ends.tolist() == [3]
+    with pytest.raises(UserError, match=r"no mask 'better'; it has train, valid"):
+        read_demos(path, LIFT, "better")
+
+
+def test_episodes_are_in_numerical_order(tmp_path: Path) -> None:
+    lengths = tuple(range(1, 13))
+    write_demos(tmp_path / "many.hdf5", episodes(lengths=lengths), env_args())
+    assert read_demos(tmp_path / "many.hdf5", LIFT)[2].tolist() == np.cumsum(lengths).tolist()
+
+
+def test_actions_stay_off_the_ends_of_the_range(path: Path) -> None:
+    with h5py.File(path, "r+") as file:
+        file["data/demo_0/actions"][0] = [-1, 1, 0.5, 0, 0, 0, 1 + 5e-7]
+    actions = read_demos(path, LIFT)[1]
+    limit = np.float32(ACTION_LIMIT)
+    np.testing.assert_array_equal(actions[0], np.array([-limit, limit, 0.5, 0, 0, 0, limit], np.float32))
+
+
+def replace(key: str, value: np.ndarray) -> Callable[[h5py.File], None]:
+    def edit(file: h5py.File) -> None:
+        del file[key]
+        file[key] = value
+
+    return edit
+
+
+def set_args(text: str) -> Callable[[h5py.File], None]:
+    return lambda file: file["data"].attrs.__setitem__("env_args", text)
+
+
+def poke(key: str, value: float) -> Callable[[h5py.File], None]:
+    return lambda file: file[key].__setitem__((0, 0), value)
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (lambda file: file.__delitem__("data"), r"no groups data/demo_<i>"),
+        (lambda file: [file.__delitem__(f"data/demo_{i}") for i in range(3)], r"no groups data/demo_<i>"),
+        (lambda file: file.__delitem__("data/demo_1/obs/object"), r"demo_1 has no dataset obs/object.*robot0_eef_pos"),
+        (lambda file: file.__delitem__("data/demo_1/actions"), r"demo_1 has no dataset actions.*found: dones, obs"),
+        (replace("data/demo_0/obs/object", np.zeros((4, 14))), r"demo_0: obs/object is float64 \(4, 14\).*10"),
+        (replace("data/demo_0/obs/object", np.zeros((5, 10))), r"obs/object has 5 rows for 4 actions"),
+        (replace("data/demo_0/actions", np.zeros((4, 14))), r"demo_0: actions is float64 \(4, 14\)"),
+        (replace("data/demo_0/actions", np.zeros((0, 7))), r"demo_0: actions is .*\(T > 0, 7\)"),
+        (replace("data/demo_0/actions", np.zeros((4, 7), "S1")), r"demo_0: actions is \|S1"),
+        (poke("data/demo_2/actions", 1.01), r"demo_2: actions reach 1.01"),
+        (poke("data/demo_2/actions", np.nan), r"demo_2: actions holds NaN"),
+        (poke("data/demo_2/obs/robot0_eef_pos", np.inf), r"demo_2: obs/robot0_eef_pos holds NaN or inf"),
+        (set_args(env_args(TASKS["toy"])), r"is for toy, not for Lift"),
+        (set_args(env_args(version="1.4.1")), r"robosuite 1.4.1, which orders the object observation"),
+        (set_args("{}"), r"does not say what it was recorded in"),
+        (set_args("?"), r"does not say what it was recorded in"),
+        (lambda file: file["data"].attrs.__delitem__("env_args"), r"does not say what it was recorded in"),
+    ],
+)
+def test_unusable_file_is_a_user_error(path: Path, edit: Callable[[h5py.File], None], words: str) -> None:
+    with h5py.File(path, "r+") as file:
+        edit(file)
+    with pytest.raises(UserError, match=words) as caught:
+        read_demos(path, LIFT)
+    assert "\n" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"<html>", "not a readable hdf5 file")])
+def test_missing_or_broken_file_is_a_user_error(tmp_path: Path, content: bytes | None, words: str) -> None:
+    path = tmp_path / "demos.hdf5"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(UserError, match=words):
+        get_demos("lift", str(path), 1, 0.0, tmp_path)
+
+
+@pytest.mark.parametrize(("names", "words"), [([b"demo_9"], "lists demo_9"), ([], "is empty")])
+def test_bad_mask_is_a_user_error(path: Path, names: list[bytes], words: str) -> None:
+    with h5py.File(path, "r+") as file:
+        replace("mask/train", np.array(names, "S8"))(file)
+    with pytest.raises(UserError, match=words):
+        read_demos(path, LIFT, "train")
+
+
+def test_long_episodes_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    write_demos(tmp_path / "long.hdf5", episodes(lengths=(301, 300)), env_args())
+    assert len(read_demos(tmp_path / "long.hdf5", LIFT)[0]) == 601
+    assert "warning: 1 episodes" in capsys.readouterr().err
+
+
+def test_file_for_a_users_environment(tmp_path: Path) -> None:
+    task, path = resolve("package:Env-v0"), tmp_path / "own.hdf5"
+    b, a = np.ones((3, 2), np.float32), np.zeros((3, 1), np.float32)
+    with h5py.File(path, "w") as file:
+        for i in range(2):
+            file[f"data/demo_{i}/actions"] = np.zeros((3, 2))
+            file[f"data/demo_{i}/obs/b"], file[f"data/demo_{i}/obs/a"] = b, a
+    np.testing.assert_array_equal(read_demos(path, task)[0][:3], np.concatenate([a, b], axis=1))  # sorted keys
+    with h5py.File(path, "w") as file:
+        file["data/demo_0/actions"], file["data/demo_0/obs"] = np.zeros((3, 2)), b
+    np.testing.assert_array_equal(read_demos(path, task)[0], b)
+    with h5py.File(path, "r+") as file:
+        file["data/demo_1/actions"], file["data/demo_1/obs"] = np.zeros((3, 2)), a
+    with pytest.raises(UserError, match="demo_1 is not as wide as demo_0"):
+        read_demos(path, task)
+
+
+def test_scripted_toy_is_a_function_of_its_arguments(tmp_path: Path) -> None:
+    first = get_demos("toy", "scripted", 5, 0.1, tmp_path / "a", seed=3)
+    assert len(first.ends) == 5 and first.ends[-1] == len(first.obs) == len(first.actions)
+    assert first.name == "toy_scripted_n5_noise0.1_seed3.hdf5" and (tmp_path / "a" / first.name).exists()
+    again = get_demos("toy", "scripted", 5, 0.1, tmp_path / "b", seed=3)
+    np.testing.assert_array_equal(first.obs, again.obs)
+    np.testing.assert_array_equal(first.actions, again.actions)
+    other = get_demos("toy", "scripted", 5, 0.1, tmp_path / "a", seed=4)
+    assert other.obs.shape != first.obs.shape or (other.obs != first.obs).any()
+
+
+def test_scripted_episodes_replay_to_success(tmp_path: Path) -> None:
+    demos = get_demos("toy", "scripted", 3, 0.1, tmp_path)
+    with h5py.File(tmp_path / demos.name) as file:
+        for i in range(3):
+            rewards = file[f"data/demo_{i}/rewards"][()]
+            assert rewards[-1] == 1 and not rewards[:-1].any()  # ends at the first success
+    env, starts = make_env("toy"), [0, *demos.ends[:-1]]
+    for seed in range(scripted.SEED_BASE, scripted.SEED_BASE + 10):
+        obs, _ = env.reset(seed=seed)
+        matches = [k for k, start in enumerate(starts) if (demos.obs[start] == obs).all()]
+        for k in matches:
+            *_, last = (env.step(action) for action in demos.actions[starts[k] : demos.ends[k]])
+            assert last[4]["success"]
+            starts[k] = -1
+    assert starts == [-1, -1, -1]
+
+
+def test_scripted_demos_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    get_demos("toy", "scripted", 2, 0.1, tmp_path)
+    monkeypatch.setattr(scripted, "generate", lambda *args: pytest.fail("made twice"))
+    assert len(get_demos("toy", "scripted", 2, 0.1, tmp_path).ends) == 2
+
+
+def test_scripted_lift(tmp_path: Path) -> None:
+    demos = get_demos("lift", "scripted", 3, 0.2, tmp_path)
+    assert demos.obs.shape[1] == 19 and demos.actions.shape[1] == 7 and len(demos.ends) == 3
+    last = demos.obs[demos.ends - 1]
+    assert (last[:, 11] > 0.82).all()  # the cube is off the table
+    with h5py.File(tmp_path / demos.name) as file:
+        state = file["data/demo_0/states"][0]
+        np.testing.assert_allclose(state[10:13], file["data/demo_0/obs/object"][0, :3], atol=1e-6)
+
+
+def test_hopeless_expert_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="toy expert fails with noise 50"):
+        get_demos("toy", "scripted", 1, 50.0, tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_expert_for_a_users_environment(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no scripted expert; give demonstrations with --demos FILE.hdf5"):
+        get_demos("package:Env-v0", "scripted", 1, 0.0, tmp_path)
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A dataset repository in a folder."""
+    source = tmp_path / "hub" / LIFT.dataset
+    write_demos(source, episodes(), env_args())
+    monkeypatch.setattr(robomimic, "HUB", (tmp_path / "hub").as_uri() + "/")
+    return source
+
+
+def test_download_once_and_notice_changes(tmp_path: Path, hub: Path) -> None:
+    cache = tmp_path / "cache"
+    demos = get_demos("lift", "robomimic", 1, 0.0, cache)
+    assert demos.name == "lift_ph_low_dim_v15.hdf5" and len(demos.ends) == 3  # whole, whatever `num` says
+    hub.unlink()
+    assert len(get_demos("lift", "robomimic", 1, 0.0, cache).ends) == 3  # from the cache
+    assert {file.name for file in cache.iterdir()} == {demos.name, demos.name + ".sha256"}
+    with open(cache / demos.name, "ab") as file:
+        file.write(b"x")
+    with pytest.raises(UserError, match="has changed since its first use; delete it"):
+        get_demos("lift", "robomimic", 1, 0.0, cache)
+
+
+def test_failed_download_says_what_to_do(tmp_path: Path, hub: Path) -> None:
+    hub.unlink()
+    with pytest.raises(
+        UserError, match=r"cannot download .*low_dim_v15.hdf5 to .*put the file there.*--demos scripted"
+    ):
+        download(LIFT, tmp_path / "cache")
+    assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_no_dataset_for_the_toy_task(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no dataset for toy"):
+        get_demos("toy", "robomimic", 1, 0.0, tmp_path)
