@@ -42,6 +42,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -66,12 +67,8 @@ class RunArgs:
     """What to run, and where its files go."""
 
     env: str = "lift"  # lift, toy, or your own Gymnasium environment as package.module:EnvId
-    preset: Literal["auto", "cpu", "paper"] = (
-        "auto"  # cpu: small networks for two cores; paper: the released settings; auto: paper if there is a GPU, else cpu
-    )
-    variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = (
-        "ogpo+ca"  # ogpo: vanilla advantages, no success buffer, no best-of-N; ogpo+: adds both; ogpo+ca: conservative advantages
-    )
+    preset: Literal["auto", "cpu", "paper"] = "auto"  # settings for two CPU cores or the released ones; auto: by GPU
+    variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = "ogpo+ca"  # plain; + success buffer, best-of-N; + conservative A
     seed: int = 1  # seeds networks, noise, batches and environments
     eval: str = ""  # run folder to evaluate: no training; prints success over --eval-episodes of both policies
     resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
@@ -79,12 +76,8 @@ class RunArgs:
     run_dir: str = "runs"  # folder of all run folders
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
     threads: int = 1  # torch threads on a CPU; networks this small run best with one
-    compile: bool = (
-        False  # torch.compile the losses and the sampler (needs a C++ compiler on a CPU; CUDA graphs on a GPU)
-    )
-    profile: bool = (
-        False  # print the share of time in env, acting, sampling chains, actor and critic at every evaluation
-    )
+    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler; on a GPU: CUDA graphs)
+    profile: bool = False  # print at every evaluation which share of time env, acting, chains, actor and critic took
     video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
@@ -101,9 +94,7 @@ class TaskArgs:
     success_bonus: float = 5.0  # added on the step that succeeds [C]
     original_step: bool = False  # robosuite's own env.step instead of the fast path (equal trajectories, slower)
     num_envs: int = 1  # environments collecting in parallel processes
-    demos: str = (
-        "scripted"  # scripted: generate once and cache; robomimic: download the task's file; or a robomimic FILE.hdf5
-    )
+    demos: str = "scripted"  # scripted: generate once; robomimic: download the task's file; or a FILE.hdf5
     num_demos: int = 60  # number of scripted demonstrations
     demo_noise: float = 0.5  # noise of the scripted expert's actions, in units of the action range
     filter_key: str = ""  # only the demonstrations under mask/<key> of the file
@@ -122,25 +113,14 @@ class PolicyArgs:
     chunk: int = 4  # H, environment steps per action chunk, all executed
     flow_steps: int = 4  # K, denoising steps
     actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the velocity network
-    normalize_obs: bool = (
-        True  # standardise observations with the demonstrations' statistics; the released code does not
-    )
+    normalize_obs: bool = True  # standardise observations with the demonstrations' statistics; released: no
     noise_std: float = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
     noise_clip: float = 3.0  # standard normal draws are clipped to this many deviations [C]
-    score_correction: Literal["matched", "released"] = (
-        "matched"  # drift that keeps the marginals: matched to the per-step noise, or 1/K of it as in the released code
-    )
-    clip_mean: Literal["last", "all"] = (
-        "last"  # clip to [-1, 1] the mean of the last denoising step, or of all steps [C]
-    )
-    clip_chain_end: bool = False  # score the clipped last state under the new policy, the unclipped one under the old: biases the ratio [C]
+    score_correction: Literal["matched", "released"] = "matched"  # marginal-keeping drift, or 1/K of it as released
+    clip_mean: Literal["last", "all"] = "last"  # which denoising means are clipped to [-1, 1]; released: all
+    clip_chain_end: bool = False  # released: the new policy scores the clipped last state; biases the ratio
     best_of_n: int = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
-    best_of_n_heads: int = (
-        2  # a candidate's score is the minimum of this many heads drawn at random; 0: mean of all heads [C]
-    )
-    best_of_n_after: int = (
-        250  # critic updates before best-of-N starts: an untrained critic picks worse than chance; released code: 0
-    )
+    best_of_n_heads: int = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
     actor_ema: float = 0.02  # step size of the target actor towards the actor
 
 
@@ -151,9 +131,7 @@ class PretrainArgs:
     bc_steps: int = 20_000  # most gradient steps
     bc_lr: float = 3e-4  # learning rate
     bc_batch: int = 256  # chunks per step
-    bc_stop_success: float = (
-        0.5  # stop at the first evaluation above this success and keep the last policy at or below it
-    )
+    bc_stop_success: float = 0.5  # stop at the first evaluation above it, keep the last policy at or below it
     bc_eval_every: int = 250  # gradient steps between evaluations
     bc_eval_episodes: int = 32  # episodes of each of them
 
@@ -162,15 +140,14 @@ class PretrainArgs:
 class ActorArgs:
     """Policy extraction [S 1.4-1.6] and success-buffer regularization [S 1.8]."""
 
-    advantage: Literal["conservative", "vanilla", "penultimate", "positive"] = (
-        "conservative"  # how M heads make one advantage [S 1.5]
-    )
+    advantage: Literal["conservative", "vanilla", "penultimate", "positive"] = "conservative"  # [S 1.5]
     states: int = 64  # replay states per update
     group: int = 8  # G, chains per state
     clip: float = 0.01  # epsilon of the clipped objective, on the normalised ratio
     bc_coef: float = 1.0  # lambda, weight of the flow-matching loss on successful episodes; 0 turns it off
     bc_fallback: bool = False  # use any replay chunk for that loss until enough successes exist [C]
-    success_batch: int = 256  # chunks per success batch; it starts once this many chunk starts have succeeded
+    success_batch: int = 256  # chunks per success batch, drawn with replacement
+    success_min: int = 64  # none before this many chunk starts have succeeded; released: 256
     actor_lr: float = 3e-4  # peak learning rate
     actor_lr_min: float = 3e-4  # learning rate at the start and end of each period
     actor_lr_warmup: int = 0  # updates of linear warm-up at the start of each period
@@ -191,6 +168,8 @@ class CriticArgs:
     critic_lr: float = 3e-4  # learning rate
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
+    critic_warmup: int = 250  # critics are trusted after this many updates of their own ...
+    critic_successes: int = 5  # ... and this many successful episodes; until then no policy gradient, no best-of-N
     success_critic: bool = False  # a second critic step on a success batch [C]
 
 
@@ -218,20 +197,21 @@ class Args:
 
 # Released settings, generation 3, Square column [C]; the script for Lift was never released, so Lift takes Square's.
 PAPER = dict(
-    chunk=4, flow_steps=10, actor_hidden=(512,) * 4, normalize_obs=False, noise_std=0.05, score_correction="released",
-    clip_mean="all", clip_chain_end=True, best_of_n=8, best_of_n_heads=2, best_of_n_after=0, actor_ema=0.005,
-    bc_steps=500_000, bc_lr=3e-4, bc_batch=256, bc_stop_success=0.45, bc_eval_every=10_000, bc_eval_episodes=64,
-    advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0, bc_fallback=True, success_batch=256,
-    actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000, actor_weight_decay=0.0,
-    gamma=0.99, heads=10, critic_hidden=(512,) * 4, critic_batch=256, critic_lr=4.5e-5, critic_weight_decay=1e-5,
-    critic_ema=0.05, success_critic=True, total_steps=2_000_000, start_training=10_000, update_every=1,
+    chunk=4, flow_steps=10, actor_hidden=(512,) * 4, normalize_obs=False, noise_std=0.05,
+    score_correction="released", clip_mean="all", clip_chain_end=True, best_of_n=8, best_of_n_heads=2,
+    actor_ema=0.005, bc_steps=500_000, bc_lr=3e-4, bc_batch=256, bc_stop_success=0.45, bc_eval_every=10_000,
+    bc_eval_episodes=64, advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0, bc_fallback=True,
+    success_batch=256, success_min=256, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000,
+    actor_lr_period=50_000, actor_weight_decay=0.0, gamma=0.99, heads=10, critic_hidden=(512,) * 4,
+    critic_batch=256, critic_lr=4.5e-5, critic_weight_decay=1e-5, critic_ema=0.05, critic_warmup=0,
+    critic_successes=0, success_critic=True, total_steps=2_000_000, start_training=10_000, update_every=1,
     replay_size=2_000_000, max_grad_norm=1_000.0, eval_every=10_000, eval_interval_episodes=64, reward_offset=-1.0,
     success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
     horizon=40, actor_hidden=(64, 64), critic_hidden=(64, 64), num_demos=40, demo_noise=0.3, total_steps=8_000,
-    start_training=1_000, eval_every=2_000, bc_eval_every=100, bc_steps=1500, states=32, success_batch=128, critic_batch=128,
-    bc_batch=128, eval_envs=1, eval_interval_episodes=50,
+    start_training=1_000, eval_every=2_000, bc_eval_every=100, bc_steps=1500, states=32, success_batch=128,
+    critic_batch=128, bc_batch=128, eval_envs=1, eval_interval_episodes=50,
 )  # fmt: skip
 SETTINGS: dict[tuple[str, str], dict] = {  # (preset, task) -> changes to the defaults; later rows win over earlier
     ("paper", "*"): PAPER,
@@ -277,7 +257,7 @@ class VelocityNet(nn.Module):
         self.register_buffer("freqs", torch.exp(torch.arange(16) * (-math.log(10_000) / 15)))  # (16,) 1 ... 1e-4
         self.time = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
         sizes = (obs_dim + chunk_dim + 32, *hidden)
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
         self.out = nn.Linear(sizes[-1], chunk_dim)
         for m in self.modules():
             if isinstance(m, nn.Linear):  # variance scaling (1, fan_avg, uniform), zero biases [C]
@@ -315,7 +295,7 @@ class CriticEnsemble(nn.Module):
         self.register_buffer("obs_mean", mean.clone())
         self.register_buffer("obs_std", std.clone())
         sizes = (obs_dim + chunk_dim, *hidden, 1)
-        bounds = [math.sqrt(6 / (i + o)) for i, o in zip(sizes[:-1], sizes[1:], strict=True)]
+        bounds = [math.sqrt(6 / (i + o)) for i, o in pairwise(sizes)]
         self.weights = nn.ParameterList(
             torch.empty(heads, i, o).uniform_(-b, b) for i, o, b in zip(sizes[:-1], sizes[1:], bounds, strict=True)
         )
@@ -405,7 +385,7 @@ def chain_log_prob(net: VelocityNet, obs: Tensor, chain: Tensor, p: PolicyArgs) 
 
 
 def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Tensor:
-    """Noise-free policy: obs (n, O), x (n, D) standard normal -> action (n, D), K Euler steps, one final clip [S 1.2]."""
+    """Noise-free policy [S 1.2]: obs (n, O), x (n, D) normal -> action (n, D) by K Euler steps and one final clip."""
     t_emb = net.embed(torch.arange(flow_steps, device=obs.device) / flow_steps)
     for k in range(flow_steps):
         x = x + net(obs, x, t_emb[k]) / flow_steps
@@ -504,6 +484,7 @@ class Agent:
     critic_opt: torch.optim.Optimizer
     rng: torch.Generator  # every random draw of training; evaluation has its own
     updates: int = 0  # online updates so far
+    trusted: bool = False  # the critics have seen enough for policy gradients and best-of-N
     bc_step: int = 0
     bc_done: bool = False
 
@@ -553,8 +534,8 @@ def update_bc(agent: Agent, obs: Tensor, action: Tensor, args: Args) -> Tensor:
     return loss.detach()
 
 
-def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args, watch: Stopwatch) -> dict[str, Tensor]:
-    """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
+def update_actor(agent: Agent, obs: Tensor, clone: Batch | None, args: Args, watch: Stopwatch) -> dict[str, Tensor]:
+    """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a batch to clone [S 1.8]."""
     p, a = args.policy, args.actor
     dim, chains = agent.actor.out.out_features, len(obs) * a.group
     for group in agent.actor_opt.param_groups:
@@ -579,9 +560,9 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args, w
         parts.append(info)
     out = {k: torch.stack([i[k] for i in parts if k in i]).sum() / chains for k in set().union(*parts)}
     with watch("actor"):
-        if success is not None:
-            action = success.actions.flatten(1)
-            loss = bc_loss(agent.actor, success.obs, action, agent.randn(*action.shape), agent.rand(len(action)))
+        if clone is not None:
+            action = clone.actions.flatten(1)
+            loss = bc_loss(agent.actor, clone.obs, action, agent.randn(*action.shape), agent.rand(len(action)))
             (a.bc_coef * loss).backward()
             out["bc_loss"] = loss.detach()
         out["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.loop.max_grad_norm)
@@ -611,17 +592,27 @@ def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
 def update(
     agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator, watch: Stopwatch
 ) -> dict[str, Tensor]:
-    """Actor first, then critic, on the same states [C]."""
-    a, device = args.actor, agent.rng.device
-    batch = buffer.sample(max(args.critic.critic_batch, a.states), rng, device)
-    success = None
-    enough = buffer.success_starts.size >= a.success_batch
-    if (a.bc_coef > 0 or args.critic.success_critic) and (enough or a.bc_fallback):
-        success = buffer.sample(a.success_batch, rng, device, success=enough)
-    info = update_actor(agent, batch.obs[: a.states], success if a.bc_coef > 0 else None, args, watch)
+    """Actor first, then critic, on the same states [C].
+
+    Until the critics are trusted the actor has no policy gradient: Adam would turn the noise of their first opinions
+    into full-sized steps [deviation: the released code trusts an untrained critic].
+    """
+    a, c, device = args.actor, args.critic, agent.rng.device
+    batch = buffer.sample(max(c.critic_batch, a.states), rng, device)
+    agent.trusted |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
+    enough = agent.trusted and buffer.success_starts.size >= a.success_min
+    success = buffer.sample(a.success_batch, rng, device, success=True) if enough else None
+    clone = None
+    if a.bc_coef > 0:
+        clone = success or (buffer.sample(a.success_batch, rng, device) if a.bc_fallback else None)
+    info = {}
+    if agent.trusted:
+        info = update_actor(agent, batch.obs[: a.states], clone, args, watch)
+    elif clone:
+        info = {"bc_loss": update_bc(agent, clone.obs, clone.actions.flatten(1), args)}
     with watch("critic"):
         info |= update_critic(agent, batch, args)
-        if args.critic.success_critic and enough:
+        if c.success_critic and success:
             update_critic(agent, success, args)
     agent.updates += 1
     return info
@@ -643,7 +634,7 @@ def act_ode(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> 
 def act_best_of_n(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
     """The acting policy: N noisy chains of the target actor, the target critics pick one [S 1.8]."""
     p, dim = args.policy, agent.actor.out.out_features
-    n = p.best_of_n if agent.updates >= p.best_of_n_after else 1
+    n = p.best_of_n if agent.trusted else 1
     rows = torch.from_numpy(obs).float().to(rng.device).repeat_interleave(n, 0)  # (B * N, O)
     noise = torch.randn((len(rows), p.flow_steps + 1, dim), generator=rng, device=rng.device)
     action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B * N, D)
@@ -661,7 +652,7 @@ def policies(agent: Agent, args: Args) -> dict[str, Policy]:
     }
 
 
-# --- Training -----------------------------------------------------------------------------------------------------------
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def demo_chunks(demos: Demos, horizon: int) -> tuple[Tensor, Tensor]:
@@ -763,8 +754,9 @@ def compile_hot_paths(device: torch.device) -> None:
 FIXED = ("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "heads", "num_envs", "replay_size")
 AT_LEAST = dict(
     chunk=1, flow_steps=1, best_of_n=1, group=2, states=1, heads=1, update_every=1, num_envs=1, eval_envs=1,
-    eval_episodes=1, bc_eval_episodes=1, eval_interval_episodes=1, horizon=1, critic_batch=1, success_batch=1, bc_batch=1,
-    bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1, noise_std=1e-6, clip=0.0,
+    eval_episodes=1, bc_eval_episodes=1, eval_interval_episodes=1, horizon=1, critic_batch=1, success_batch=1,
+    bc_batch=1, bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1,
+    noise_std=1e-6, clip=0.0,
 )  # fmt: skip
 
 

@@ -73,6 +73,11 @@ class ReplayBuffer:
         self.row = hi
         self._append(lo, hi, success)
 
+    @property
+    def successes(self) -> int:
+        """Successful episodes in the buffer."""
+        return sum(success for _, _, success in self.episodes)
+
     def _append(self, lo: int, hi: int, success: bool) -> None:
         self.episodes.append((lo, hi, success))
         starts = np.arange(lo, max(lo, hi - self.horizon))

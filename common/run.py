@@ -1,6 +1,7 @@
 """One training run: its folder, log, environments, replay buffer and counters, and how they are saved and resumed."""
 
 import sys
+import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -43,6 +44,7 @@ class Run:
         """saved: the checkpoint to go on from; reward(raw, success) is what the buffer stores."""
         self.flat, self.dir, self.stop, self.saved = dict(args), run_dir, stop, saved
         a = self.a = SimpleNamespace(**args)
+        self.started = time.perf_counter()
         self.device = pick_device(a.device)
         torch.set_num_threads(a.threads)
         self.state: dict[str, Any] = saved["state"] if saved else {"step": 0}
@@ -117,8 +119,9 @@ class Run:
         """One line of metrics.jsonl: the given metrics and those of the last 20 training episodes."""
         c = self.collector
         recent = {"success": np.mean(c.successes), "length": np.mean(c.lengths)} if c.successes else {}
-        recent["episodes"] = c.finished
-        self.log.log(self.state["step"], dict(metrics) | {f"train/{k}": float(v) for k, v in recent.items()})
+        line = dict(metrics) | {f"train/{k}": float(v) for k, v in recent.items()}
+        line |= {"train/episodes": c.finished, "time/wall": time.perf_counter() - self.started}
+        self.log.log(self.state["step"], line)
 
     def check_finite(self, metrics: Mapping[str, float]) -> None:
         """Stop the process with exit code 1 and a dump beside the last good checkpoint if a value is not finite."""

@@ -221,6 +221,11 @@ def test_hopeless_expert_is_a_user_error(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_no_demonstrations_is_a_user_error(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="at least one"):
+        get_demos("toy", "scripted", 0, 0.1, tmp_path)
+
+
 def test_no_expert_for_a_users_environment(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no scripted expert; give demonstrations with --demos FILE.hdf5"):
         get_demos("package:Env-v0", "scripted", 1, 0.0, tmp_path)

@@ -99,7 +99,7 @@ def test_log_prob_matches_torch_distributions(clip_mean: str) -> None:
     agent, args = small_agent(clip_mean=clip_mean, noise_std=0.3)
     p, n, dim = args.policy, 16, 8
     obs = torch.randn(n, 5)
-    chain, sampled = og.sample_chain(agent.actor_ema, obs, torch.randn(n, p.flow_steps + 1, dim), p)
+    chain, _ = og.sample_chain(agent.actor_ema, obs, torch.randn(n, p.flow_steps + 1, dim), p)
     perturbed(agent.actor, 0.02)
     want = torch.zeros(n)
     constant = torch.zeros(())
@@ -307,7 +307,8 @@ def test_best_of_n_against_enumeration() -> None:
 
 def test_acting_picks_the_candidate_its_critics_prefer() -> None:
     """A critic that values only the first coordinate: best-of-N acts with a larger one than a single sample."""
-    agent, args = small_agent(noise_std=0.5, best_of_n_after=0, best_of_n=16)
+    agent, args = small_agent(noise_std=0.5, best_of_n=16)
+    agent.trusted = True
 
     class First(torch.nn.Module):
         def forward(self, obs, action):
@@ -321,18 +322,37 @@ def test_acting_picks_the_candidate_its_critics_prefer() -> None:
     assert many[:, 0, 0].mean() > one[:, 0, 0].mean() + 0.3
 
 
-def test_best_of_n_waits_for_a_trained_critic() -> None:
-    agent, args = small_agent(best_of_n_after=10)
+def test_actor_and_best_of_n_wait_for_trusted_critics() -> None:
+    """Before enough updates and successes: single samples, no policy gradient, frozen or cloned actor."""
     obs = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
-    single = cli.override(args, {"best_of_n": 1})
+    buffer = ReplayBuffer(500, 5, 2, 4)
+    rng = np.random.default_rng(0)
 
-    def act(a: og.Args) -> np.ndarray:
-        return og.act_best_of_n(agent, obs, a, torch.Generator().manual_seed(0))
+    def episode(success: bool) -> None:
+        actions = rng.uniform(-1, 1, (20, 2)).astype(np.float32)
+        buffer.add_episode(rng.normal(size=(21, 5)).astype(np.float32), actions, -np.ones(20), success, success)
 
-    agent.updates = 9
-    assert np.array_equal(act(args), act(single))
-    agent.updates = 10
-    assert not np.array_equal(act(args), act(single))
+    for fallback in (False, True):
+        changes = dict(critic_warmup=3, critic_successes=2, success_batch=8, bc_fallback=fallback)
+        agent, args = small_agent(**changes)
+        single = cli.override(args, {"best_of_n": 1})
+
+        def act(a: og.Args, agent: og.Agent = agent) -> np.ndarray:
+            return og.act_best_of_n(agent, obs, a, torch.Generator().manual_seed(0))
+
+        episode(False), episode(True)
+        before = [p.clone() for p in agent.actor.parameters()]
+        for _ in range(5):
+            info = og.update(agent, buffer, args, rng, Stopwatch())
+            assert "nonzero" not in info and "td_loss" in info and ("bc_loss" in info) == fallback
+        moved = any(not torch.equal(p, q) for p, q in zip(before, agent.actor.parameters(), strict=True))
+        assert moved == fallback and not agent.trusted
+        assert np.array_equal(act(args), act(single))
+        episode(True)
+        info = og.update(agent, buffer, args, rng, Stopwatch())
+        assert agent.trusted and "nonzero" in info and "bc_loss" in info
+        assert not np.array_equal(act(args), act(single))
+        buffer = ReplayBuffer(500, 5, 2, 4)
 
 
 def test_demo_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> None:
@@ -371,6 +391,7 @@ def test_paper_preset_is_the_released_table() -> None:
         critic_lr=4.5e-5, actor_weight_decay=0.0, critic_weight_decay=1e-5, bc_lr=3e-4, bc_batch=256,
         reward_offset=-1.0, success_bonus=5.0, eval_interval_episodes=64, bc_eval_episodes=64,
         score_correction="released", clip_mean="all", clip_chain_end=True, bc_fallback=True, horizon=300,
+        critic_warmup=0, critic_successes=0,
     )  # fmt: skip
     assert {k: a[k] for k in want} == want
 
@@ -393,6 +414,12 @@ def test_a_flag_wins_over_preset_task_and_variant() -> None:
 def test_every_flag_is_documented_and_read() -> None:
     tree = ast.parse(SCRIPT.read_text())
     reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    peeks = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "cli.peek"]
+    reads |= {a.value for n in peeks for a in n.args[1:]}
+    run_reads = ast.parse((SCRIPT.parent / "common" / "run.py").read_text())  # it reads the flat arguments as a.NAME
+    reads |= {
+        n.attr for n in ast.walk(run_reads) if isinstance(n, ast.Attribute) and ast.unparse(n.value) in ("a", "self.a")
+    }
     flags = cli.flatten(og.Args())
     unread = [f for f in flags if f not in reads]
     assert unread == []

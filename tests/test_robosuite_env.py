@@ -152,6 +152,9 @@ def test_fast_step_refuses_other_controllers(fast: RobosuiteEnv, monkeypatch: py
         with monkeypatch.context() as patch, pytest.raises(ValueError, match=words):
             patch.setattr(controller, attribute, value)
             FastStep(fast.env)
+    monkeypatch.delitem(fast.env.robots[0].part_controllers, "right_gripper")
+    with pytest.raises(ValueError, match="GRIP"):
+        FastStep(fast.env)
 
 
 def test_render_leaves_the_episode_alone(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:

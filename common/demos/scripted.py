@@ -17,7 +17,7 @@ from common.errors import UserError
 
 Expert = Generator[NDArray[np.float32], NDArray[np.float32], None]
 MAX_STEPS = 150  # an expert that needs longer has dropped the object
-SEED_BASE = 10**9  # far from the seeds that training and evaluation start from
+SEED_BASE = 2**31  # training and evaluation use smaller seeds: their episodes are not among the demonstrations
 
 
 def lift_expert(env: gym.Env[Any, Any], obs: NDArray[np.float32], rng: np.random.Generator, noise: float) -> Expert:
@@ -71,6 +71,8 @@ def _expert(task: TaskSpec) -> Callable[..., Expert]:
 def generate(task: TaskSpec, num: int, noise: float, seed: int, path: Path) -> None:
     """Writes `num` successful episodes to `path`, in the robomimic schema. A function of its arguments."""
     expert = _expert(task)
+    if num < 1:
+        raise UserError(f"{num} demonstrations were asked for; ask for at least one")
     env = make_env(task.name, horizon=min(MAX_STEPS, task.horizon))
     keys = [key for key, _ in task.obs]
     splits = np.cumsum([width for _, width in task.obs])[:-1]

@@ -14,6 +14,8 @@ import numba
 import numpy as np
 import robosuite.utils.transform_utils as T
 from numpy.typing import NDArray
+from robosuite.controllers.parts.arm.osc import OperationalSpaceController
+from robosuite.controllers.parts.gripper.simple_grip import SimpleGripController
 from robosuite.environments.robot_env import RobotEnv
 from robosuite.robots.robot import Robot
 from robosuite.utils.control_utils import nullspace_torques
@@ -24,25 +26,27 @@ NULLSPACE_KP = float(inspect.signature(nullspace_torques).parameters["joint_kp"]
 
 
 @numba.njit(cache=True)
-def _solve_spd(a: Array, b: Array) -> Array:
-    """x (n, k) with a x = b, for a symmetric positive definite (n, n); loops beat LAPACK at n <= 7."""
-    n, k = b.shape
-    low, x = np.empty((n, n)), np.empty((n, k))
-    for i in range(n):
-        for j in range(i + 1):
+def _solve_block(a: Array, b: Array, start: int, stop: int) -> Array:
+    """x (n, k) with a x = b in rows start to stop and zero in the others, for a symmetric positive definite a (n, n).
+
+    Only that diagonal block of a is used. Cholesky in loops: at these sizes faster than LAPACK, and to compile.
+    """
+    low, x = np.zeros(a.shape), np.zeros(b.shape)
+    for i in range(start, stop):
+        for j in range(start, i + 1):
             s = a[i, j]
-            for p in range(j):
+            for p in range(start, j):
                 s -= low[i, p] * low[j, p]
             low[i, j] = np.sqrt(s) if i == j else s / low[j, j]
-    for c in range(k):
-        for i in range(n):
+    for c in range(b.shape[1]):
+        for i in range(start, stop):
             s = b[i, c]
-            for p in range(i):
+            for p in range(start, i):
                 s -= low[i, p] * x[p, c]
             x[i, c] = s / low[i, i]
-        for i in range(n - 1, -1, -1):
+        for i in range(stop - 1, start - 1, -1):
             s = x[i, c]
-            for p in range(i + 1, n):
+            for p in range(i + 1, stop):
                 s -= low[p, i] * x[p, c]
             x[i, c] = s / low[i, i]
     return x
@@ -99,33 +103,34 @@ def _apply_osc(
 
     # With X = M^-1 J^T the inverse operational inertia is J X. Position and orientation use their own
     # blocks of it ("uncoupled"). The posture torque M p is projected by N^T = 1 - J^T (J X)^-1 X^T (X^T M = J).
-    minv_jt = _solve_spd(mass, jac_t)
+    minv_jt = _solve_block(mass, jac_t, 0, n)
     inertia_inv, drift = np.zeros((6, 6)), np.zeros((6, 1))
     for r in range(6):
         for i in range(n):
             drift[r, 0] += jac_t[i, r] * posture[i, 0]
             for c in range(6):
                 inertia_inv[r, c] += jac_t[i, r] * minv_jt[i, c]
-    wrench = -_solve_spd(inertia_inv, drift)
-    wrench[:3] += _solve_spd(inertia_inv[:3, :3], acc[:3])
-    wrench[3:] += _solve_spd(inertia_inv[3:, 3:], acc[3:])
+    counter = _solve_block(inertia_inv, drift, 0, 6)
+    force, torque = _solve_block(inertia_inv, acc, 0, 3), _solve_block(inertia_inv, acc, 3, 6)
     for i in range(n):
         tau = bias[index[1, i]]
         for j in range(n):
             tau += mass[i, j] * posture[j, 0]
         for r in range(6):
-            tau += jac_t[i, r] * wrench[r, 0]
+            tau += jac_t[i, r] * (force[r, 0] + torque[r, 0] - counter[r, 0])
         ctrl[index[2, i]] = min(max(tau, limits[0, i]), limits[1, i])
 
 
-def _require_supported(env: RobotEnv, robot: Robot, arm: str, gripper: str) -> None:
-    """Raises ValueError unless the arm's controller is the one this file computes."""
-    osc, model = robot.part_controllers[arm], env.sim.model._model
+def _require_supported(env: RobotEnv, robot: Robot) -> None:
+    """Raises ValueError unless the robot's controllers are those this file computes."""
+    parts = list(robot.part_controllers.values())
+    kinds = [type(part) for part in parts]
+    if robot.composite_controller.name != "BASIC" or kinds != [OperationalSpaceController, SimpleGripController]:
+        raise ValueError("FastStep needs a BASIC controller of an OSC_POSE arm and a GRIP gripper; use original_step")
+    (osc, grip), model = parts, env.sim.model._model
     base = model.site(f"{osc.naming_prefix}{osc.part_name}_center").bodyid[0]
     conditions = {
         "lite_physics=True": env.lite_physics,
-        "a BASIC composite controller": robot.composite_controller.name == "BASIC",
-        "one arm and its gripper": list(robot.part_controllers) == [arm, gripper],
         "a fixed base": model.body_weldid[base] == 0,
         "OSC_POSE": osc.name == "OSC_POSE",
         'impedance_mode="fixed"': osc.impedance_mode == "fixed",
@@ -133,21 +138,21 @@ def _require_supported(env: RobotEnv, robot: Robot, arm: str, gripper: str) -> N
         'input_ref_frame="world"': osc.input_ref_frame == "world",
         "uncouple_pos_ori=True": osc.uncoupling,
         "goals relative to the achieved pose": osc._goal_update_mode == "achieved",
-        "no interpolation": osc.interpolator_pos is None and osc.interpolator_ori is None,
+        "no interpolation": osc.interpolator_pos is osc.interpolator_ori is grip.interpolator is None,
         "no pose limits": osc.position_limits is None and osc.orientation_limits is None,
     }
     missing = [name for name, holds in conditions.items() if not holds]
     if missing:
-        raise ValueError(f"FastStep needs {', '.join(missing)}; use original_step=True for this controller")
+        raise ValueError(f"FastStep needs {', '.join(missing)}; use original_step for this controller")
 
 
 class _Arm:
     """The torques of a single-armed robot and the command of its gripper; `start` is its first action."""
 
     def __init__(self, env: RobotEnv, robot: Robot, start: int) -> None:
+        _require_supported(env, robot)
         name = robot.arms[0]
         grip_name = robot.get_gripper_name(name)
-        _require_supported(env, robot, name, grip_name)
         self.model, self.data = env.sim.model._model, env.sim.data._data
         self.osc, self.grip = robot.part_controllers[name], robot.part_controllers[grip_name]
         self.gripper = robot.gripper[name]

@@ -1,0 +1,219 @@
+"""OGPO on Lift: runs every variant and seed, stores their metrics, makes the table and the figures of the docs.
+
+python benchmarks/lift.py run --jobs 2        # resumable: finished runs are skipped; about 12 minutes a run
+python benchmarks/lift.py store               # copy args.json and metrics.jsonl.gz of finished runs to lift/
+python benchmarks/lift.py report              # lift/results.md, lift/variants.png, lift/main.png from lift/ alone
+"""
+
+import argparse
+import gzip
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common.evaluate import wilson  # noqa: E402
+
+STORE = ROOT / "benchmarks" / "lift"
+RUNS = ROOT / "runs"
+SEEDS = (1, 2, 3, 4, 5)
+CONFIGS: dict[str, list[str]] = {
+    "ogpo+ca": ["--profile"],
+    "hard": ["--bc-stop-success", "0.15", "--total-steps", "24000", "--no-video"],
+    "ogpo": ["--variant", "ogpo", "--no-video"],
+    "ogpo+": ["--variant", "ogpo+", "--no-video"],
+}
+TITLES = {
+    "ogpo+ca": "OGPO+CA (default)",
+    "ogpo+": "OGPO+",
+    "ogpo": "OGPO",
+    "hard": "OGPO+CA, bc_stop_success 0.15",
+}
+
+
+def run_one(config: str, seed: int) -> tuple[str, int]:
+    """Trains one run unless it is finished; an interrupted one is resumed. Returns its name and exit code."""
+    name = f"lift_{config}_s{seed}"
+    folder = RUNS / name
+    if (folder / "wall_seconds").exists():
+        return name, 0
+    started = time.time()
+    if (folder / "checkpoint.pt").exists():
+        command = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        command = ["--env", "lift", "--preset", "cpu", "--seed", str(seed), "--run-name", name, *CONFIGS[config]]
+    RUNS.mkdir(exist_ok=True)
+    with open(RUNS / f"{name}.txt", "a") as out:
+        code = subprocess.run(
+            [sys.executable, "ogpo_state.py", *command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+        ).returncode
+    if code == 0:
+        (folder / "wall_seconds").write_text(f"{time.time() - started:.0f}\n")
+    return name, code
+
+
+def run(jobs: int, configs: Sequence[str]) -> int:
+    with ThreadPoolExecutor(jobs) as pool:
+        results = list(pool.map(lambda job: run_one(*job), [(c, s) for c in configs for s in SEEDS]))
+    failed = [name for name, code in results if code]
+    print(f"{len(results) - len(failed)} finished, {len(failed)} failed: {', '.join(failed) or '-'}")
+    return int(bool(failed))
+
+
+def store() -> None:
+    """Keeps what the report needs of each finished run."""
+    for config in CONFIGS:
+        for seed in SEEDS:
+            source, target = RUNS / f"lift_{config}_s{seed}", STORE / f"{config}_s{seed}"
+            if not (source / "wall_seconds").exists():
+                continue
+            target.mkdir(parents=True, exist_ok=True)
+            for file in ("args.json", "wall_seconds"):
+                shutil.copy(source / file, target / file)
+            with gzip.GzipFile(target / "metrics.jsonl.gz", "wb", mtime=0) as out:
+                out.write((source / "metrics.jsonl").read_bytes())
+
+
+def load(config: str) -> dict[int, list[dict]]:
+    """{seed: lines of metrics.jsonl} of the stored runs."""
+    runs = {}
+    for seed in SEEDS:
+        path = STORE / f"{config}_s{seed}" / "metrics.jsonl.gz"
+        if path.exists():
+            runs[seed] = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    return runs
+
+
+def series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return np.array([p[0] for p in points]), np.array([p[1] for p in points])
+
+
+def last(rows: list[dict], key: str) -> float:
+    values = series(rows, key)[1]
+    return float(values[-1]) if len(values) else math.nan
+
+
+def report() -> None:
+    text = [
+        "# OGPO on Lift: stored results",
+        "",
+        "Made by `python benchmarks/lift.py report`. Success over 100 evaluation episodes with fixed seeds, before "
+        "the first update (BC) and at the end. *Steps to 0.9*: first of the evaluations during training (every "
+        "4,000 steps, 20 episodes, best-of-N policy) at 0.9 or above. Wall time: the whole command, two runs at a "
+        "time on two cores.",
+        "",
+    ]
+    summary = ["| method | BC (no RL update) | ODE policy | best-of-N policy | seeds |", "|---|---|---|---|---|"]
+    for config in ("ogpo", "ogpo+", "ogpo+ca", "hard"):
+        runs = load(config)
+        if not runs:
+            continue
+        text += [f"## {TITLES[config]}", ""]
+        args = json.loads((STORE / f"{config}_s{next(iter(runs))}" / "args.json").read_text())["args"]
+        text += [
+            f"`python ogpo_state.py --env lift {' '.join(CONFIGS[config])} --seed N`, {args['total_steps']} steps",
+            "",
+        ]
+        text += [
+            "| seed | BC | ODE | length | best-of-N | length | steps to 0.9 | minutes |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        table = []
+        for seed, rows in runs.items():
+            bc = series(rows, "eval/ode_success")[1][0]
+            steps, bon = series(rows, "eval/bon_success")
+            reached = next((f"{s:,}" for s, v in zip(steps, bon, strict=True) if v >= 0.9), "-")
+            ode, best = last(rows, "final/ode_success"), last(rows, "final/bon_success")
+            table.append((bc, ode, best))
+            wall = int((STORE / f"{config}_s{seed}" / "wall_seconds").read_text()) / 60
+            text.append(
+                f"| {seed} | {bc:.2f} | {ode:.2f} | {last(rows, 'final/ode_length'):.0f} | {best:.2f} "
+                f"| {last(rows, 'final/bon_length'):.0f} | {reached} | {wall:.1f} |"
+            )
+        text.append("")
+        cells = []
+        for column in np.array(table).T:
+            n = 100 * len(column)
+            low, high = wilson(round(column.sum() * 100), n)
+            cells.append(f"{column.mean():.3f} [{low:.3f}, {high:.3f}]")
+        summary.append(f"| {TITLES[config]} | {' | '.join(cells)} | {len(runs)} |")
+    note = (
+        "Mean over seeds; Wilson 95 % interval over all their episodes pooled (it does not cover seed-to-seed spread)."
+    )
+    (STORE / "results.md").write_text("\n".join([*text[:4], note, "", *summary, "", *text[4:]]))
+    plot()
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    colours = {"ogpo": "tab:gray", "ogpo+": "tab:blue", "ogpo+ca": "tab:orange", "hard": "tab:green"}
+
+    def draw(axis: plt.Axes, config: str, key: str, label: str) -> None:
+        curves = [series(rows, key) for rows in load(config).values()]
+        if not curves:
+            return
+        for steps, values in curves:
+            axis.plot(steps, values, color=colours[config], alpha=0.25, linewidth=1)
+        n = min(len(s) for s, _ in curves)
+        mean = np.mean([v[:n] for _, v in curves], 0)
+        axis.plot(curves[0][0][:n], mean, color=colours[config], linewidth=2.5, label=label)
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+    for axis, key, title in zip(
+        axes, ("eval/ode_success", "eval/bon_success"), ("ODE policy", "acting policy"), strict=True
+    ):
+        for config in ("ogpo", "ogpo+", "ogpo+ca"):
+            draw(axis, config, key, TITLES[config])
+        bc = [series(rows, "eval/ode_success")[1][0] for c in ("ogpo", "ogpo+", "ogpo+ca") for rows in load(c).values()]
+        axis.axhline(np.mean(bc), color="black", linestyle=":", label="no RL update")
+        axis.set(xlabel="environment steps", title=title, ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("success, 20 episodes (thin: seeds)")
+    axes[0].legend(loc="lower right")
+    figure.savefig(STORE / "variants.png", dpi=130)
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+    for config in ("ogpo+ca", "hard"):
+        draw(axes[0], config, "train/success", TITLES[config])
+        draw(axes[1], config, "train/length", TITLES[config])
+    axes[0].set(xlabel="environment steps", ylabel="success of the last 20 episodes", ylim=(-0.03, 1.03))
+    axes[1].set(xlabel="environment steps", ylabel="episode length (steps)")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    axes[0].legend(loc="lower right")
+    figure.savefig(STORE / "main.png", dpi=130)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "store", "report"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=list(CONFIGS))
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.what == "run":
+        sys.exit(run(args.jobs, args.configs))
+    elif args.what == "store":
+        store()
+    else:
+        report()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,124 @@
+"""Cost of one actor-and-critic update against the machine's own matrix-multiplication rate, on one thread.
+
+    python benchmarks/update_speed.py                     # cpu and paper preset at Square's sizes, random data
+    python benchmarks/update_speed.py --run runs/NAME     # the same update on a real run's networks and replay buffer:
+                                                          # what leaving out zero-advantage chains saves
+
+Work counts the operations of matrix products only (2 per weight and row forward, 4 more with gradients, 2 fewer in the
+first layer); activations, optimizer and copies are overhead. Times are CPU seconds of the one thread, so that a busy
+neighbour does not count; GEMM and update alternate.
+"""
+
+import argparse
+import os
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+
+import ogpo_state as og
+from common import checkpoint, cli
+from common.replay import ReplayBuffer
+from common.stopwatch import Stopwatch
+
+OBS, ACT = 23, 7  # robomimic's Square
+
+
+def cpu_seconds(f: Callable[[], object]) -> float:
+    start = time.process_time()
+    f()
+    return time.process_time() - start
+
+
+def mlp_flops(sizes: Sequence[int], grad: bool) -> float:
+    """Per row; gradients of weights and inputs, but none of the network's input."""
+    pairs = [2 * i * o for i, o in pairwise(sizes)]
+    return sum(pairs) * (3 if grad else 1) - (pairs[0] if grad else 0)
+
+
+def update_flops(args: og.Args, obs: int, act: int, kept: float, cloning: bool) -> float:
+    """One update in which a share `kept` of the chains enters the likelihood pass."""
+    dim, k = args.policy.chunk * act, args.policy.flow_steps
+    actor = (obs + dim + 32, *args.policy.actor_hidden, dim)
+    critic = (obs + dim, *args.critic.critic_hidden, 1)
+    chains, rows, heads = args.actor.states * args.actor.group, args.critic.critic_batch, args.critic.heads
+    total = chains * (k * mlp_flops(actor, False) + heads * mlp_flops(critic, False))
+    total += kept * chains * k * mlp_flops(actor, True)
+    total += cloning * args.actor.success_batch * mlp_flops(actor, True)
+    td = rows * (k * mlp_flops(actor, False) + heads * (mlp_flops(critic, False) + mlp_flops(critic, True)))
+    return total + td * (2 if args.critic.success_critic and cloning else 1)
+
+
+def random_buffer(args: og.Args) -> ReplayBuffer:
+    buffer, rng = ReplayBuffer(20_000, OBS, ACT, args.policy.chunk), np.random.default_rng(0)
+    for _ in range(100):
+        actions = rng.uniform(-1, 1, (100, ACT)).astype(np.float32)
+        buffer.add_episode(rng.normal(size=(101, OBS)).astype(np.float32), actions, -np.ones(100), True, True)
+    return buffer
+
+
+def measure(name: str, agent: og.Agent, buffer: ReplayBuffer, args: og.Args, repeats: int) -> None:
+    rng, a = np.random.default_rng(0), torch.randn(2048, 2048)
+    rows: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    gemm = []
+    agent.trusted = True
+    for i in range(repeats + 1):
+        for skip in rows:
+            changed = cli.override(args, {"skip_zero": skip})
+            seconds = cpu_seconds(lambda c=changed: info.update(og.update(agent, buffer, c, rng, Stopwatch())))
+            if i:  # the first round warms up
+                rows[skip].append((seconds, info["nonzero"].item()))
+        gemm.append(2 * 2048**3 / cpu_seconds(lambda: a @ a))
+    peak = float(np.median(gemm))
+    obs, act = buffer.obs.shape[1], buffer.actions.shape[1]
+    print(f"{name}: GEMM {peak / 1e9:.1f} GFLOP/s")
+    medians = {}
+    for skip, values in rows.items():
+        seconds, share = np.median(np.array(values), 0)
+        medians[skip] = seconds
+        work = update_flops(args, obs, act, share if skip else 1.0, args.actor.bc_coef > 0)
+        label = "zero-advantage chains left out" if skip else "all chains"
+        print(
+            f"  {label:32s} {seconds:7.4f} s  {work / 1e9:7.1f} GFLOP"
+            f"  {work / seconds / 1e9:5.1f} GFLOP/s  {work / seconds / peak:4.0%} of GEMM  (nonzero share {share:.3f})"
+        )
+    print(f"  gain from leaving them out: {medians[False] / medians[True]:.2f}x")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, help="run folder with a checkpoint")
+    parser.add_argument("--presets", nargs="+", default=["cpu", "paper"], choices=["cpu", "paper"])
+    parser.add_argument("--repeats", type=int, default=5)
+    flags = parser.parse_args()
+    torch.set_num_threads(1)
+    if flags.run:
+        saved = checkpoint.load(flags.run / "checkpoint.pt")
+        args = cli.override(og.Args(), saved["args"])
+        buffer = ReplayBuffer(
+            args.loop.replay_size, *(saved["buffer"][k].shape[1] for k in ("obs", "actions")), args.policy.chunk
+        )
+        buffer.load_state_dict(saved["buffer"])
+        agent = og.make_agent(args, buffer.obs.shape[1], buffer.actions.shape[1], torch.device("cpu"))
+        checkpoint.unpack(agent, saved["agent"])
+        measure(str(flags.run), agent, buffer, args, 4 * flags.repeats)
+    else:
+        for preset in flags.presets:
+            args = og.default_args("lift", preset, "ogpo+ca")
+            agent = og.make_agent(args, OBS, ACT, torch.device("cpu"), torch.randn(1000, OBS))
+            measure(f"preset {preset}, Square's sizes", agent, random_buffer(args), args, flags.repeats)
+            print(f"  peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
+
+
+info: dict[str, torch.Tensor] = {}
+
+if __name__ == "__main__":
+    main()
