@@ -128,6 +128,7 @@ class PolicyArgs:
 class PretrainArgs:
     """Behaviour cloning by flow matching [S 1.2], stopped while the policy is still mediocre."""
 
+    cloned: str = ""  # run folder whose cloned policy to start from, instead of cloning again
     bc_steps: int = 20_000  # most gradient steps
     bc_lr: float = 3e-4  # learning rate
     bc_batch: int = 256  # chunks per step
@@ -169,7 +170,7 @@ class CriticArgs:
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
     critic_warmup: int = 250  # critics are trusted after this many updates of their own ...
-    critic_successes: int = 5  # ... and this many successful episodes; until then no policy gradient, no best-of-N
+    critic_successes: int = 10  # ... and this many successful episodes; until then no policy gradient, no best-of-N
     success_critic: bool = False  # a second critic step on a success batch [C]
 
 
@@ -177,7 +178,7 @@ class CriticArgs:
 class LoopArgs:
     """Online loop."""
 
-    total_steps: int = 20_000  # environment steps
+    total_steps: int = 18_000  # environment steps
     start_training: int = 2_000  # environment steps collected before the first update
     update_every: int = 4  # environment steps per update (one actor and one critic step)
     replay_size: int = 1_000_000  # replay rows
@@ -673,7 +674,10 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
     nets = {"actor": agent.actor, "actor_ema": agent.actor_ema}
     ode = {"ode": policies(agent, args)["ode"]}
     obs, action = (x.to(run.device) for x in demo_chunks(run.demos, args.policy.chunk))
-    while not run.stop.requested:
+    if c.cloned:
+        for k, weights in checkpoint.load(Path(c.cloned) / "cloned.pt").items():
+            nets[k].load_state_dict(weights)
+    while not run.stop.requested and not c.cloned:
         rows = torch.randint(len(obs), (c.bc_batch,), generator=agent.rng, device=run.device)
         loss = update_bc(agent, obs[rows], action[rows], args)
         agent.bc_step += 1
@@ -692,8 +696,10 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
             break
         run.save()
     else:
-        return
+        if run.stop.requested:
+            return
     state.pop("below", None)
+    checkpoint.save(run.dir / "cloned.pt", {k: net.state_dict() for k, net in nets.items()})
     agent.bc_done = True
     agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # starts afresh [C]
     results = run.evaluate(ode, "final", args.task.eval_episodes)

@@ -29,7 +29,7 @@ RUNS = ROOT / "runs"
 SEEDS = (1, 2, 3, 4, 5)
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": ["--profile"],
-    "hard": ["--bc-stop-success", "0.15", "--total-steps", "24000", "--no-video"],
+    "hard": ["--bc-stop-success", "0.15", "--total-steps", "30000", "--no-video"],
     "ogpo": ["--variant", "ogpo", "--no-video"],
     "ogpo+": ["--variant", "ogpo+", "--no-video"],
 }
@@ -53,6 +53,8 @@ def run_one(config: str, seed: int) -> tuple[str, int]:
     else:
         shutil.rmtree(folder, ignore_errors=True)
         command = ["--env", "lift", "--preset", "cpu", "--seed", str(seed), "--run-name", name, *CONFIGS[config]]
+        if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
+            command += ["--cloned", str(RUNS / f"lift_ogpo+ca_s{seed}")]
     RUNS.mkdir(exist_ok=True)
     with open(RUNS / f"{name}.txt", "a") as out:
         code = subprocess.run(
