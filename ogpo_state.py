@@ -170,7 +170,9 @@ class CriticArgs:
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
     critic_warmup: int = 250  # critics are trusted after this many updates of their own ...
-    critic_successes: int = 10  # ... and this many successful episodes; until then no policy gradient, no best-of-N
+    critic_successes: int = (
+        10  # ... and this many successful episodes; until then no policy gradient, noise or best-of-N
+    )
     success_critic: bool = False  # a second critic step on a success batch [C]
 
 
@@ -178,7 +180,7 @@ class CriticArgs:
 class LoopArgs:
     """Online loop."""
 
-    total_steps: int = 18_000  # environment steps
+    total_steps: int = 20_000  # environment steps
     start_training: int = 2_000  # environment steps collected before the first update
     update_every: int = 4  # environment steps per update (one actor and one critic step)
     replay_size: int = 1_000_000  # replay rows
@@ -210,14 +212,15 @@ PAPER = dict(
     success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
-    horizon=40, actor_hidden=(64, 64), critic_hidden=(64, 64), num_demos=40, demo_noise=0.3, total_steps=8_000,
-    start_training=1_000, eval_every=2_000, bc_eval_every=100, bc_steps=1500, states=32, success_batch=128,
-    critic_batch=128, bc_batch=128, eval_envs=1, eval_interval_episodes=50,
+    horizon=50, num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, chunk=8,
+    actor_hidden=(128, 128), critic_hidden=(128, 128), heads=3, critic_batch=128, states=32, success_batch=128,
+    bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=200, actor_lr=5e-4, critic_lr=1e-3,
+    critic_warmup=100, total_steps=6_000, start_training=1_000, update_every=3,
 )  # fmt: skip
 SETTINGS: dict[tuple[str, str], dict] = {  # (preset, task) -> changes to the defaults; later rows win over earlier
     ("paper", "*"): PAPER,
     ("cpu", "toy"): TOY,
-    ("paper", "toy"): dict(horizon=40, num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
+    ("paper", "toy"): dict(horizon=50, num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
 }
 VARIANTS: dict[str, dict] = {
     "ogpo": dict(advantage="vanilla", bc_coef=0.0, success_critic=False, best_of_n=1),
@@ -517,6 +520,7 @@ def make_agent(args: Args, obs_dim: int, act_dim: int, device: torch.device, dem
         actor_opt=adamw(actor, args.pretrain.bc_lr, args.actor.actor_weight_decay),
         critic_opt=adamw(critic, args.critic.critic_lr, args.critic.critic_weight_decay),
         rng=torch.Generator(device).manual_seed(args.run.seed),
+        trusted=args.critic.critic_warmup == 0 and args.critic.critic_successes == 0,
     )
 
 
@@ -633,9 +637,13 @@ def act_ode(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> 
 
 @torch.no_grad()
 def act_best_of_n(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
-    """The acting policy: N noisy chains of the target actor, the target critics pick one [S 1.8]."""
-    p, dim = args.policy, agent.actor.out.out_features
-    n = p.best_of_n if agent.trusted else 1
+    """The acting policy: N noisy chains of the target actor, the target critics pick one [S 1.8].
+
+    Noise-free until the critics are trusted: nothing learns from the noise yet, and it costs successes.
+    """
+    if not agent.trusted:
+        return act_ode(agent, obs, args, rng)
+    p, n, dim = args.policy, args.policy.best_of_n, agent.actor.out.out_features
     rows = torch.from_numpy(obs).float().to(rng.device).repeat_interleave(n, 0)  # (B * N, O)
     noise = torch.randn((len(rows), p.flow_steps + 1, dim), generator=rng, device=rng.device)
     action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B * N, D)

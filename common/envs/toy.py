@@ -12,12 +12,12 @@ import numpy as np
 
 STEP = 0.1  # distance covered per step at full speed; the arena is [-1, 1]^2
 LAG = 0.5  # share of the old velocity that survives a step
-TARGET_RADIUS = 0.1
+TARGET_RADIUS = 0.15
 GAP_CENTRE = 0.5  # the gaps lie at y = +-GAP_CENTRE of the wall x = 0
-GAP_HALF_WIDTH = 0.15
-START_SPREAD = 0.6  # the start is (-0.8, y) with |y| at most this
-GOAL_SPREAD = 0.8  # the target is (0.8, y) with |y| at most this
-HORIZON = 40
+GAP_HALF_WIDTH = 0.2
+START_SPREAD = 0.4  # the start is (-0.8, y) with |y| at most this
+GOAL_SPREAD = 0.6  # the target is (0.8, y) with |y| at most this
+HORIZON = 50
 
 _PIXELS = 192
 _SKIN = 1e-3  # a blocked point rests this far from the wall
