@@ -170,9 +170,7 @@ class CriticArgs:
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
     critic_warmup: int = 250  # critics are trusted after this many updates of their own ...
-    critic_successes: int = (
-        10  # ... and this many successful episodes; until then no policy gradient, noise or best-of-N
-    )
+    critic_successes: int = 10  # ... and this many successful episodes; before: noise-free acting, frozen actor
     success_critic: bool = False  # a second critic step on a success batch [C]
 
 

@@ -334,7 +334,7 @@ def test_actor_and_best_of_n_wait_for_trusted_critics() -> None:
         buffer.add_episode(rng.normal(size=(21, 5)).astype(np.float32), actions, -np.ones(20), success, success)
 
     for fallback in (False, True):
-        changes = dict(critic_warmup=3, critic_successes=2, success_batch=8, bc_fallback=fallback)
+        changes = dict(critic_warmup=3, critic_successes=2, success_min=8, bc_fallback=fallback)
         agent, args = small_agent(**changes)
 
         def noise_free(agent: og.Agent = agent, args: og.Args = args) -> bool:
