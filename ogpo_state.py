@@ -719,7 +719,8 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
 def train_online(run: Run, agent: Agent, args: Args) -> None:
     """Collect with the best-of-N policy into an empty buffer; one update every `update_every` environment steps."""
     loop, state, collector, watch = args.loop, run.state, run.collector, Stopwatch(args.run.profile)
-    pending = state.setdefault("pending", [])  # metrics of the updates since the last log line, still on the device
+    # Metrics of the updates since the last log line: they stay on the device until they are written.
+    pending = state["pending"] = [{k: v.to(run.device) for k, v in i.items()} for i in state.get("pending", [])]
     started, first_update = time.perf_counter(), agent.updates
 
     def act(obs: np.ndarray) -> np.ndarray:

@@ -93,9 +93,11 @@ def check_at_least(flat: Mapping[str, Any], least: Mapping[str, float]) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Call main; a UserError becomes one line on stderr and exit code 2."""
+    """Call main; a UserError becomes one line on stderr and exit code 2, an abort by Ctrl-C exit code 130."""
     try:
         main()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(2)
