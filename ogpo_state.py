@@ -210,15 +210,15 @@ PAPER = dict(
     success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
-    horizon=50, num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, chunk=8,
+    horizon=40, num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
     actor_hidden=(128, 128), critic_hidden=(128, 128), heads=3, critic_batch=128, states=32, success_batch=128,
-    bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=200, actor_lr=5e-4, critic_lr=1e-3,
-    critic_warmup=100, total_steps=6_000, start_training=1_000, update_every=3,
+    bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=100, bc_eval_episodes=100,
+    actor_lr=5e-4, critic_lr=1e-3, critic_warmup=100, total_steps=5_500, start_training=1_000, update_every=3,
 )  # fmt: skip
 SETTINGS: dict[tuple[str, str], dict] = {  # (preset, task) -> changes to the defaults; later rows win over earlier
     ("paper", "*"): PAPER,
     ("cpu", "toy"): TOY,
-    ("paper", "toy"): dict(horizon=50, num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
+    ("paper", "toy"): dict(horizon=40, num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
 }
 VARIANTS: dict[str, dict] = {
     "ogpo": dict(advantage="vanilla", bc_coef=0.0, success_critic=False, best_of_n=1),

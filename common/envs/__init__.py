@@ -37,7 +37,7 @@ _PANDA = (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos",
 TASKS = {
     task.name: task
     for task in (
-        TaskSpec("toy", "toy", "toy", 50, obs=(("state", 6),), action_dim=2),
+        TaskSpec("toy", "toy", "toy", 40, obs=(("state", 6),), action_dim=2),
         TaskSpec("lift", "robosuite", "Lift", 300, "v1.5/lift/ph/low_dim_v15.hdf5", (*_PANDA, ("object", 10)), 7),
     )
 }

@@ -12,12 +12,13 @@ import numpy as np
 
 STEP = 0.1  # distance covered per step at full speed; the arena is [-1, 1]^2
 LAG = 0.5  # share of the old velocity that survives a step
-TARGET_RADIUS = 0.15
+TARGET_RADIUS = 0.2
 GAP_CENTRE = 0.5  # the gaps lie at y = +-GAP_CENTRE of the wall x = 0
-GAP_HALF_WIDTH = 0.2
-START_SPREAD = 0.4  # the start is (-0.8, y) with |y| at most this
+GAP_HALF_WIDTH = 0.25
+START_X = -0.45  # one chunk of eight actions reaches and passes the wall: a gap is chosen once
+START_SPREAD = 0.4  # the start is (START_X, y) with |y| at most this
 GOAL_SPREAD = 0.6  # the target is (0.8, y) with |y| at most this
-HORIZON = 50
+HORIZON = 40
 
 _PIXELS = 192
 _SKIN = 1e-3  # a blocked point rests this far from the wall
@@ -44,7 +45,7 @@ class ToyReach(gym.Env):
         """Start an episode that depends on `seed` and the actions alone."""
         super().reset(seed=seed)
         noise = self.np_random.uniform(-1.0, 1.0, 2).tolist()
-        self.x, self.y = -0.8, START_SPREAD * noise[0]
+        self.x, self.y = START_X, START_SPREAD * noise[0]
         self.goal_x, self.goal_y = 0.8, GOAL_SPREAD * noise[1]
         self.vx = self.vy = 0.0
         self.steps = 0
