@@ -93,6 +93,7 @@ class TaskArgs:
     reward_offset: float = -1.0  # added to every raw reward: -1 per step makes speed count [C]
     success_bonus: float = 5.0  # added on the step that succeeds [C]
     original_step: bool = False  # robosuite's own env.step instead of the fast path (equal trajectories, slower)
+    collect_horizon: int = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
     num_envs: int = 1  # environments collecting in parallel processes
     demos: str = "scripted"  # scripted: generate once; robomimic: download the task's file; or a FILE.hdf5
     num_demos: int = 60  # number of scripted demonstrations
@@ -170,7 +171,7 @@ class CriticArgs:
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
     critic_warmup: int = 250  # critics are trusted after this many updates of their own ...
-    critic_successes: int = 10  # ... and this many successful episodes; before: noise-free acting, frozen actor
+    critic_successes: int = 10  # ... and this many successful episodes; before: no best-of-N, frozen actor
     success_critic: bool = False  # a second critic step on a success batch [C]
 
 
@@ -217,6 +218,7 @@ TOY = dict(
 )  # fmt: skip
 SETTINGS: dict[tuple[str, str], dict] = {  # (preset, task) -> changes to the defaults; later rows win over earlier
     ("paper", "*"): PAPER,
+    ("cpu", "lift"): dict(collect_horizon=150),
     ("cpu", "toy"): TOY,
     ("paper", "toy"): dict(horizon=40, num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
 }
@@ -637,11 +639,10 @@ def act_ode(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> 
 def act_best_of_n(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
     """The acting policy: N noisy chains of the target actor, the target critics pick one [S 1.8].
 
-    Noise-free until the critics are trusted: nothing learns from the noise yet, and it costs successes.
+    A single chain until the critics are trusted.
     """
-    if not agent.trusted:
-        return act_ode(agent, obs, args, rng)
-    p, n, dim = args.policy, args.policy.best_of_n, agent.actor.out.out_features
+    p, dim = args.policy, agent.actor.out.out_features
+    n = p.best_of_n if agent.trusted else 1
     rows = torch.from_numpy(obs).float().to(rng.device).repeat_interleave(n, 0)  # (B * N, O)
     noise = torch.randn((len(rows), p.flow_steps + 1, dim), generator=rng, device=rng.device)
     action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B * N, D)

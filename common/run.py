@@ -28,7 +28,7 @@ class Run:
     """Holds everything but the agent, which `attach` brings in.
 
     `args` are the flat arguments of the script ({name: value}); this class reads: env, seed, device, threads, horizon,
-    original_step, num_envs, eval_envs, eval_seed, demos, num_demos, demo_noise, filter_key, data_dir, replay_size,
+    collect_horizon, original_step, num_envs, eval_envs, eval_seed, demos, num_demos, demo_noise, filter_key, data_dir, replay_size,
     total_steps, chunk, video, wandb_project, tensorboard.
     """
 
@@ -48,10 +48,9 @@ class Run:
         self.device = pick_device(a.device)
         torch.set_num_threads(a.threads)
         self.state: dict[str, Any] = saved["state"] if saved else {"step": 0}
-        env_args = {"horizon": a.horizon, "original_step": a.original_step}
         if training:
             checkpoint.check_run_dir(run_dir, 2**20)
-        self.eval_envs = make_vec_env(a.env, a.eval_envs, **env_args)
+        self.eval_envs = make_vec_env(a.env, a.eval_envs, horizon=a.horizon, original_step=a.original_step)
         self.obs_dim = self.eval_envs.single_observation_space.shape[0]
         self.act_dim = self.eval_envs.single_action_space.shape[0]
         self.demos: Demos | None = None
@@ -64,7 +63,9 @@ class Run:
                 a.env, a.demos, a.num_demos, a.demo_noise, Path(a.data_dir), filter_key=a.filter_key or None
             )
         self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)
-        self.collector = Collector(make_vec_env(a.env, a.num_envs, **env_args), self.buffer, reward, a.seed)
+        cap = a.collect_horizon or a.horizon
+        envs = make_vec_env(a.env, a.num_envs, horizon=cap, original_step=a.original_step)
+        self.collector = Collector(envs, self.buffer, reward, a.seed)
         self.rng = np.random.default_rng(a.seed)  # replay indices
         self.log = RunLog(
             run_dir,

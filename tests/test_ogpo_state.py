@@ -337,10 +337,10 @@ def test_actor_and_best_of_n_wait_for_trusted_critics() -> None:
         changes = dict(critic_warmup=3, critic_successes=2, success_min=8, bc_fallback=fallback)
         agent, args = small_agent(**changes)
 
-        def noise_free(agent: og.Agent = agent, args: og.Args = args) -> bool:
+        def acts_by_single_samples(agent: og.Agent = agent, args: og.Args = args) -> bool:
+            one = cli.override(args, {"best_of_n": 1})
             rngs = (torch.Generator().manual_seed(0) for _ in range(2))
-            acting, ode = (f(agent, obs, args, g) for f, g in zip((og.act_best_of_n, og.act_ode), rngs, strict=True))
-            return np.array_equal(acting, ode)
+            return np.array_equal(*(og.act_best_of_n(agent, obs, a, g) for a, g in zip((args, one), rngs, strict=True)))
 
         episode(False), episode(True)
         before = [p.clone() for p in agent.actor.parameters()]
@@ -349,11 +349,11 @@ def test_actor_and_best_of_n_wait_for_trusted_critics() -> None:
             assert "nonzero" not in info and "td_loss" in info and ("bc_loss" in info) == fallback
         moved = any(not torch.equal(p, q) for p, q in zip(before, agent.actor.parameters(), strict=True))
         assert moved == fallback and not agent.trusted
-        assert noise_free()
+        assert acts_by_single_samples()
         episode(True)
         info = og.update(agent, buffer, args, rng, Stopwatch())
         assert agent.trusted and "nonzero" in info and "bc_loss" in info
-        assert not noise_free()
+        assert not acts_by_single_samples()
         buffer = ReplayBuffer(500, 5, 2, 4)
 
 

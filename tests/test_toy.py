@@ -68,19 +68,19 @@ def test_an_oblique_path_is_judged_where_it_crosses():
     # From (-0.05, 0.44) with velocity (1, 1): crosses x = 0 at y = 0.49, in the gap; ends at y = 0.54.
     env = at(-0.05, 0.44, velocity=(1.0, 1.0))
     assert env.step(act(1.0, 1.0))[0][0] > 0
-    # From (-0.09, 0.55): crosses at y = 0.64, outside, though it starts at a height inside the gap.
-    env = at(-0.09, 0.55, velocity=(1.0, 1.0))
+    # From (-0.09, 0.70): crosses at y = 0.79, outside, though it starts at a height inside the gap.
+    env = at(-0.09, 0.70, velocity=(1.0, 1.0))
     assert env.step(act(1.0, 1.0))[0][0] < 0
 
 
 def test_success_terminates_and_pays_one():
-    env = at(0.6, 0.0, goal=(0.8, 0.0), velocity=(1.0, 0.0))
-    assert env.step(act(1.0, 0.0))[1:] == (0.0, False, False, {"success": False})  # 0.1 away
+    env = at(0.45, 0.0, goal=(0.8, 0.0), velocity=(1.0, 0.0))
+    assert env.step(act(1.0, 0.0))[1:] == (0.0, False, False, {"success": False})  # 0.25 away
     assert env.step(act(1.0, 0.0))[1:] == (1.0, True, False, {"success": True})
 
 
 def test_success_at_the_horizon_is_no_truncation():
-    env = at(0.6, 0.0, goal=(0.8, 0.0), velocity=(1.0, 0.0), horizon=2)
+    env = at(0.45, 0.0, goal=(0.8, 0.0), velocity=(1.0, 0.0), horizon=2)
     env.step(act(1.0, 0.0))
     assert env.step(act(1.0, 0.0))[2:4] == (True, False)
 
