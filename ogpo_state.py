@@ -134,7 +134,7 @@ class PretrainArgs:
     bc_lr: float = 3e-4  # learning rate
     bc_batch: int = 256  # chunks per step
     bc_stop_success: float = 0.5  # stop at the first evaluation above it, keep the last policy at or below it
-    bc_eval_every: int = 250  # gradient steps between evaluations
+    bc_eval_every: int = 100  # gradient steps between evaluations
     bc_eval_episodes: int = 32  # episodes of each of them
 
 

@@ -28,8 +28,8 @@ class Run:
     """Holds everything but the agent, which `attach` brings in.
 
     `args` are the flat arguments of the script ({name: value}); this class reads: env, seed, device, threads, horizon,
-    collect_horizon, original_step, num_envs, eval_envs, eval_seed, demos, num_demos, demo_noise, filter_key, data_dir, replay_size,
-    total_steps, chunk, video, wandb_project, tensorboard.
+    collect_horizon, original_step, num_envs, eval_envs, eval_seed, demos, num_demos, demo_noise, filter_key, data_dir,
+    replay_size, total_steps, chunk, video, wandb_project, tensorboard.
     """
 
     def __init__(
