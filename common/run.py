@@ -62,6 +62,15 @@ class Run:
             self.demos = get_demos(
                 a.env, a.demos, a.num_demos, a.demo_noise, Path(a.data_dir), filter_key=a.filter_key or None
             )
+            for what, have, want in (
+                ("observations", self.demos.obs, self.obs_dim),
+                ("actions", self.demos.actions, self.act_dim),
+            ):
+                if have.shape[1] != want:
+                    raise UserError(
+                        f"--demos {self.demos.name}: its {what} have {have.shape[1]} numbers, {a.env} has {want}; give "
+                        "demonstrations of this environment"
+                    )
         self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)
         cap = a.collect_horizon or a.horizon
         envs = make_vec_env(a.env, a.num_envs, horizon=cap, original_step=a.original_step)

@@ -26,8 +26,8 @@ class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any]
         module, _, name = env_id.partition(":")
         try:
             importlib.import_module(module)
-            env = gym.make(name, render_mode="rgb_array" if render else None)
-        except (ImportError, gym.error.Error) as error:
+            env = gym.make(name, **({"render_mode": "rgb_array"} if render else {}))
+        except (ImportError, TypeError, gym.error.Error) as error:
             raise UserError(f"{env_id} cannot be made ({error}); check the module and the registered id") from error
         obs, action = env.observation_space, env.action_space
         if not (isinstance(obs, gym.spaces.Box) and len(obs.shape) == 1):
