@@ -10,7 +10,7 @@ import pytest
 
 from common.demos import get_demos, robomimic, scripted
 from common.demos.robomimic import ACTION_LIMIT, Episode, download, read_demos, write_demos
-from common.envs import TASKS, TaskSpec, make_env, resolve
+from common.envs import TASKS, TaskSpec, make_env, resolve, toy
 from common.errors import UserError
 
 LIFT = TASKS["lift"]
@@ -215,7 +215,8 @@ def test_scripted_lift(tmp_path: Path) -> None:
         np.testing.assert_allclose(state[10:13], file["data/demo_0/obs/object"][0, :3], atol=1e-6)
 
 
-def test_hopeless_expert_is_a_user_error(tmp_path: Path) -> None:
+def test_hopeless_expert_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toy, "TARGET_RADIUS", 0.0)
     with pytest.raises(UserError, match="toy expert fails with noise 50"):
         get_demos("toy", "scripted", 1, 50.0, tmp_path)
     assert not list(tmp_path.iterdir())
