@@ -176,19 +176,24 @@ def plot() -> None:
         mean = np.mean([v[:n] for _, v in curves], 0)
         axis.plot(curves[0][0][:n], mean, color=colours[config], linewidth=2.5, label=label)
 
-    figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-    for axis, key, title in zip(
-        axes, ("eval/ode_success", "eval/bon_success"), ("ODE policy", "acting policy"), strict=True
-    ):
-        for config in ("ogpo", "ogpo+", "ogpo+ca"):
-            draw(axis, config, key, TITLES[config])
-        bc = [series(rows, "eval/ode_success")[1][0] for c in ("ogpo", "ogpo+", "ogpo+ca") for rows in load(c).values()]
-        axis.axhline(np.mean(bc), color="black", linestyle=":", label="no RL update")
-        axis.set(xlabel="environment steps", title=title, ylim=(-0.03, 1.03))
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("success, 20 episodes (thin: seeds)")
-    axes[0].legend(loc="lower right")
-    figure.savefig(STORE / "variants.png", dpi=130)
+    if load("ogpo"):
+        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
+        for axis, key, title in zip(
+            axes, ("eval/ode_success", "eval/bon_success"), ("ODE policy", "acting policy"), strict=True
+        ):
+            for config in ("ogpo", "ogpo+", "ogpo+ca"):
+                draw(axis, config, key, TITLES[config])
+            bc = [
+                series(rows, "eval/ode_success")[1][0]
+                for c in ("ogpo", "ogpo+", "ogpo+ca")
+                for rows in load(c).values()
+            ]
+            axis.axhline(np.mean(bc), color="black", linestyle=":", label="no RL update")
+            axis.set(xlabel="environment steps", title=title, ylim=(-0.03, 1.03))
+            axis.grid(alpha=0.3)
+        axes[0].set_ylabel("success, 20 episodes (thin: seeds)")
+        axes[0].legend(loc="lower right")
+        figure.savefig(STORE / "variants.png", dpi=130)
 
     figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
     for config in ("ogpo+ca", "hard"):
