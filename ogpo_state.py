@@ -604,7 +604,8 @@ def update(
     """
     a, c, device = args.actor, args.critic, agent.rng.device
     batch = buffer.sample(max(c.critic_batch, a.states), rng, device)
-    agent.trusted |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
+    if not agent.trusted:
+        agent.trusted = agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
     enough = agent.trusted and buffer.success_starts.size >= a.success_min
     success = buffer.sample(a.success_batch, rng, device, success=True) if enough else None
     clone = None
