@@ -68,7 +68,7 @@ def random_buffer(args: og.Args) -> ReplayBuffer:
 def measure(name: str, agent: og.Agent, buffer: ReplayBuffer, args: og.Args, repeats: int) -> None:
     rng, a = np.random.default_rng(0), torch.randn(2048, 2048)
     rows: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    gemm = []
+    gemm, info = [], {}
     agent.trusted = True
     for i in range(repeats + 1):
         for skip in rows:
@@ -117,8 +117,6 @@ def main() -> None:
             measure(f"preset {preset}, Square's sizes", agent, random_buffer(args), args, flags.repeats)
             print(f"  peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
-
-info: dict[str, torch.Tensor] = {}
 
 if __name__ == "__main__":
     main()
