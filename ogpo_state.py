@@ -677,14 +677,15 @@ def demo_chunks(demos: Demos, horizon: int) -> tuple[Tensor, Tensor]:
 
 
 def pretrain(run: Run, agent: Agent, args: Args) -> None:
-    """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it."""
+    """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it.
+
+    The target actor starts RL as a copy [deviation: the released one lags by 1/rate steps, most of a short cloning].
+    """
     c, state = args.pretrain, run.state
-    nets = {"actor": agent.actor, "actor_ema": agent.actor_ema}
     ode = {"ode": policies(agent, args)["ode"]}
     obs, action = (x.to(run.device) for x in demo_chunks(run.demos, args.policy.chunk))
     if c.cloned:
-        for k, weights in checkpoint.load(Path(c.cloned) / "cloned.pt").items():
-            nets[k].load_state_dict(weights)
+        agent.actor.load_state_dict(checkpoint.load(Path(c.cloned) / "cloned.pt"))
     while not run.stop.requested and not c.cloned:
         rows = torch.randint(len(obs), (c.bc_batch,), generator=agent.rng, device=run.device)
         loss = update_bc(agent, obs[rows], action[rows], args)
@@ -696,10 +697,11 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
         run.log.log(0, {"bc/step": agent.bc_step, "bc/loss": loss.item(), "bc/success": result.rate})
         run.log.say(f"cloning step {agent.bc_step}: loss {loss.item():.3f}, {result}")
         if result.rate <= c.bc_stop_success:
-            state["below"] = copy.deepcopy({k: net.state_dict() for k, net in nets.items()})
+            state["below"] = copy.deepcopy(agent.actor.state_dict())
         elif "below" in state:
-            for k, weights in state["below"].items():
-                nets[k].load_state_dict(weights)
+            agent.actor.load_state_dict(state["below"])
+        else:
+            run.log.say("note: above --bc-stop-success at the first evaluation; a smaller --bc-eval-every stops lower")
         if result.rate > c.bc_stop_success or agent.bc_step >= c.bc_steps:
             break
         run.save()
@@ -707,8 +709,9 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
         if run.stop.requested:
             return
     state.pop("below", None)
-    checkpoint.save(run.dir / "cloned.pt", {k: net.state_dict() for k, net in nets.items()})
+    checkpoint.save(run.dir / "cloned.pt", agent.actor.state_dict())
     agent.bc_done = True
+    agent.actor_ema.load_state_dict(agent.actor.state_dict())
     agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # starts afresh [C]
     results = run.evaluate(ode, "final", args.task.eval_episodes)
     run.log_eval(results)

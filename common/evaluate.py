@@ -59,13 +59,12 @@ def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int) -> 
     """Run `episodes` episodes; episode i starts from `reset(seed=seed + i)`.
 
     Args:
-        envs: W environments with autoreset disabled and `info["success"]` at every step.
-        act: maps observations (n, O) of the environments that need a chunk to chunks (n, H, A). Chunks are
-            executed open loop, one action a step; the end of an episode discards the rest.
+        envs: W ChunkStep environments with autoreset disabled.
+        act: maps observations (n, O) of the environments still running to chunks (n, H, A).
         episodes: number of episodes E; worker w runs a contiguous block of them.
         seed: seed of the first episode.
 
-    For a policy that treats rows independently the result does not depend on W.
+    For a policy that treats rows independently and draws nothing the result does not depend on W.
     """
     if episodes < 1:
         raise ValueError(f"evaluate needs at least one episode, got {episodes}")
@@ -81,25 +80,17 @@ def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int) -> 
         return [seed + int(e) if e >= 0 else seed + episodes for e in episode]
 
     obs, _ = envs.reset(seed=seeds())
-    queues: list[list[np.ndarray]] = [[] for _ in range(workers)]
-    actions = np.zeros(envs.action_space.shape, dtype=envs.single_action_space.dtype)
     while (episode >= 0).any():
         active = np.flatnonzero(episode >= 0)
-        empty = [w for w in active if not queues[w]]
-        if empty:
-            for w, chunk in zip(empty, act(obs[empty]), strict=True):
-                queues[w] = list(chunk)
-        actions[episode < 0] = 0
-        for w in active:
-            actions[w] = queues[w].pop(0)
-        obs, _, terminated, truncated, info = envs.step(actions)
-        length[episode[active]] += 1
+        chunks = np.zeros(envs.action_space.shape, dtype=envs.single_action_space.dtype)  # (W, H, A)
+        chunks[active] = act(obs[active])
+        obs, _, terminated, truncated, info = envs.step(chunks)
+        length[episode[active]] += info["steps"][active]
         success[episode[active]] |= info["success"][active].astype(bool)
         done = terminated | truncated
         if done.any():
             for w in active[done[active]]:
                 episode[w] = episode[w] + 1 if episode[w] < last[w] else -1
-                queues[w] = []
             obs, _ = envs.reset(seed=seeds(), options={"reset_mask": done})
     return EvalResult(success, length)
 

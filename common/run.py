@@ -50,9 +50,10 @@ class Run:
         self.state: dict[str, Any] = saved["state"] if saved else {"step": 0}
         if training:
             checkpoint.check_run_dir(run_dir, 2**20)
-        self.eval_envs = make_vec_env(a.env, a.eval_envs, horizon=a.horizon, original_step=a.original_step)
+        fixed = dict(horizon=a.horizon, original_step=a.original_step)
+        self.eval_envs = make_vec_env(a.env, a.eval_envs, chunk=a.chunk, **fixed)
         self.obs_dim = self.eval_envs.single_observation_space.shape[0]
-        self.act_dim = self.eval_envs.single_action_space.shape[0]
+        self.act_dim = self.eval_envs.single_action_space.shape[-1]
         self.demos: Demos | None = None
         if not training:
             return

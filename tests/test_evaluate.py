@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
+from common.envs import ChunkStep
 from common.envs.toy import ToyReach
 from common.errors import UserError
 from common.evaluate import EvalResult, evaluate, record_video, wilson
@@ -43,7 +44,7 @@ def faithful_act(obs):
 
 
 def vector(num_envs, kind=SyncVectorEnv):
-    return kind([Scripted] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
+    return kind([lambda: ChunkStep(Scripted(), CHUNK)] * num_envs, autoreset_mode=AutoresetMode.DISABLED)
 
 
 def expected(seed, episodes):
@@ -78,6 +79,21 @@ def test_policy_is_asked_only_at_chunk_borders_and_only_for_running_episodes():
     result = evaluate(vector(4), act, episodes=7, seed=20)
     queries = [(20 + i, step) for i, length in enumerate(result.length) for step in range(0, int(length), CHUNK)]
     assert sorted(asked) == sorted(queries)
+
+
+def test_chunk_step_is_the_steps_it_stands_for():
+    """Chunks of 5 in episodes of 8: full, then cut by the end of the episode, its rest never executed."""
+    plain, chunked = ToyReach(horizon=8), ChunkStep(ToyReach(horizon=8), 5)
+    assert chunked.action_space.shape == (5, 2)
+    np.testing.assert_array_equal(plain.reset(seed=3)[0], chunked.reset(seed=3)[0])
+    actions = np.random.default_rng(0).uniform(-0.2, 0.2, (10, 2)).astype(np.float32)
+    for rows, made, over in ((slice(0, 5), 5, False), (slice(5, 10), 3, True)):
+        steps = [plain.step(action) for action in actions[rows][:made]]
+        obs, reward, terminated, truncated, info = chunked.step(actions[rows])
+        np.testing.assert_array_equal(obs, steps[-1][0])
+        assert reward == pytest.approx(sum(s[1] for s in steps))
+        assert (terminated, truncated) == (False, over) == steps[-1][2:4]
+        assert info["steps"] == made and info["success"] == any(s[4]["success"] for s in steps)
 
 
 def test_no_episode_is_an_error():
@@ -144,7 +160,7 @@ def toy_act(obs):
 
 def test_video_shows_every_step_and_the_outcome(tmp_path):
     env = ToyReach(render=True)
-    envs = SyncVectorEnv([ToyReach], autoreset_mode=AutoresetMode.DISABLED)
+    envs = SyncVectorEnv([lambda: ChunkStep(ToyReach(), 2)], autoreset_mode=AutoresetMode.DISABLED)
     result = evaluate(envs, toy_act, episodes=6, seed=0)
     assert 0 < result.success.sum() < 6  # both outcomes are on show
     record_video(env, toy_act, tmp_path / "a.mp4", seed=0, episodes=6, fps=10)

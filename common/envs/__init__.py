@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
+import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
 from common.errors import UserError
@@ -82,6 +83,31 @@ def make_env(
     return UserEnv(task.env_name, horizon, render=render)
 
 
+class ChunkStep(gym.Wrapper[Any, Any, Any, Any]):
+    """One step executes a chunk (H, A) open loop; the end of the episode discards the rest.
+
+    The reward is the sum over the steps made, `info["steps"]` their number. One message a chunk instead of one a
+    step is what keeps environments in other processes busy.
+    """
+
+    def __init__(self, env: gym.Env[Any, Any], chunk: int) -> None:
+        super().__init__(env)
+        low, high = (np.repeat(b[None], chunk, 0) for b in (env.action_space.low, env.action_space.high))
+        self.action_space = gym.spaces.Box(low, high, dtype=env.action_space.dtype)
+
+    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+        """action (H, A)"""
+        total, success, steps = 0.0, False, 0
+        for one in action:
+            obs, reward, terminated, truncated, info = self.env.step(one)
+            steps += 1
+            total += float(reward)
+            success |= bool(info["success"])
+            if terminated or truncated:
+                break
+        return obs, total, terminated, truncated, info | {"success": success, "steps": steps}
+
+
 def _make_worker_env(main_process: int, make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
     """Makes an environment of a vector; in a process of its own, Ctrl-C is left to the main process."""
     if os.getpid() != main_process:
@@ -89,15 +115,23 @@ def _make_worker_env(main_process: int, make: Callable[[], gym.Env[Any, Any]]) -
     return make()
 
 
+def _make_chunk_env(make: Callable[[], gym.Env[Any, Any]], chunk: int) -> gym.Env[Any, Any]:
+    return ChunkStep(make(), chunk)
+
+
 def make_vec_env(
-    env_id: str, num_envs: int, *, horizon: int | None = None, original_step: bool = False
+    env_id: str, num_envs: int, *, horizon: int | None = None, original_step: bool = False, chunk: int = 0
 ) -> VectorEnv[Any, Any, Any]:
     """Makes `num_envs` environments, each in a process of its own if there are several.
+
+    With `chunk` every environment is a ChunkStep: actions (n, chunk, A).
 
     Nothing resets by itself: reset finished episodes with `reset(seed=[...], options={"reset_mask": mask})`,
     a fresh options dictionary at every call. Arguments and errors are those of `make_env`.
     """
     make = partial(make_env, env_id, horizon=horizon, original_step=original_step)
+    if chunk:
+        make = partial(_make_chunk_env, make, chunk)
     if num_envs == 1:
         return SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED)
     context = "spawn"
