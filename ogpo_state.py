@@ -170,6 +170,7 @@ class CriticArgs:
     critic_lr: float = 3e-4  # learning rate
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
+    pessimistic_init: bool = True  # critics start at the value of never succeeding, not at 0 as released
     critic_warmup: int = 250  # critics are trusted after this many updates of their own ...
     critic_successes: int = 10  # ... and this many successful episodes; before: no best-of-N, frozen actor
     success_critic: bool = False  # a second critic step on a success batch [C]
@@ -205,10 +206,10 @@ PAPER = dict(
     bc_eval_episodes=64, advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0, bc_fallback=True,
     success_batch=256, success_min=256, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000,
     actor_lr_period=50_000, actor_weight_decay=0.0, gamma=0.99, heads=10, critic_hidden=(512,) * 4,
-    critic_batch=256, critic_lr=4.5e-5, critic_weight_decay=1e-5, critic_ema=0.05, critic_warmup=0,
-    critic_successes=0, success_critic=True, total_steps=2_000_000, start_training=10_000, update_every=1,
-    replay_size=2_000_000, max_grad_norm=1_000.0, eval_every=10_000, eval_interval_episodes=64, reward_offset=-1.0,
-    success_bonus=5.0, checkpoint_every=20_000,
+    critic_batch=256, critic_lr=4.5e-5, critic_weight_decay=1e-5, critic_ema=0.05, pessimistic_init=False,
+    critic_warmup=0, critic_successes=0, success_critic=True, total_steps=2_000_000, start_training=10_000,
+    update_every=1, replay_size=2_000_000, max_grad_norm=1_000.0, eval_every=10_000, eval_interval_episodes=64,
+    reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
     horizon=40, num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
@@ -511,7 +512,10 @@ def make_agent(args: Args, obs_dim: int, act_dim: int, device: torch.device, dem
     if p.normalize_obs and demo_obs is not None:
         mean, std = demo_obs.mean(0), demo_obs.std(0) + 1e-2  # the floor keeps nearly constant entries from exploding
     actor = VelocityNet(obs_dim, dim, p.actor_hidden, mean, std).to(device)
-    critic = CriticEnsemble(args.critic.heads, obs_dim, dim, args.critic.critic_hidden, mean, std).to(device)
+    c = args.critic
+    critic = CriticEnsemble(c.heads, obs_dim, dim, c.critic_hidden, mean, std).to(device)
+    if c.pessimistic_init:
+        nn.init.constant_(critic.biases[-1], args.task.reward_offset / max(1 - c.gamma, 1e-3))
     return Agent(
         actor=actor,
         actor_ema=copy.deepcopy(actor).requires_grad_(False),

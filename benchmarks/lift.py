@@ -29,7 +29,7 @@ RUNS = ROOT / "runs"
 SEEDS = (1, 2, 3, 4, 5)
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": ["--profile"],
-    "hard": ["--bc-stop-success", "0.15", "--total-steps", "40000", "--no-video"],
+    "hard": ["--bc-stop-success", "0.15", "--bc-eval-every", "10", "--total-steps", "40000", "--no-video"],
     "ogpo": ["--variant", "ogpo", "--no-video"],
     "ogpo+": ["--variant", "ogpo+", "--no-video"],
 }

@@ -248,6 +248,19 @@ def test_critic_loss_is_the_mean_squared_error_of_every_head() -> None:
     assert loss.item() == pytest.approx(((agent.critic(obs, action) - y) ** 2).mean().item(), rel=1e-5)
 
 
+def test_pessimistic_critics_start_at_the_value_of_never_succeeding() -> None:
+    """That value is the fixed point of the target when no chunk ever succeeds; unseen actions do not look better."""
+    obs, action = torch.randn(500, 5), torch.rand(500, 8) * 2 - 1
+    for pessimistic, centre in ((True, -50.0), (False, 0.0)):
+        agent, args = small_agent(pessimistic_init=pessimistic, gamma=0.98, reward_offset=-1.0)
+        q = agent.critic_ema(obs, action)
+        assert q.mean(1) == pytest.approx(centre, abs=1.5)
+        if pessimistic:
+            failing = torch.full((500, 4), args.task.reward_offset)
+            fixed = og.td_target(failing, torch.zeros(500), torch.full((4, 500), -50.0), 0.98)
+            torch.testing.assert_close(fixed, torch.full((500,), -50.0))
+
+
 def test_critic_learns_the_values_of_a_two_state_mdp() -> None:
     """State 0 -> state 1 -> end, reward -1 a step, chunks of 1: Q(0) = -1 - gamma, Q(1) = -1."""
     agent, args = small_agent(chunk=1, gamma=0.9, critic_lr=3e-3, critic_ema=0.1, noise_std=0.1)
@@ -393,7 +406,7 @@ def test_paper_preset_is_the_released_table() -> None:
         critic_lr=4.5e-5, actor_weight_decay=0.0, critic_weight_decay=1e-5, bc_lr=3e-4, bc_batch=256,
         reward_offset=-1.0, success_bonus=5.0, eval_interval_episodes=64, bc_eval_episodes=64,
         score_correction="released", clip_mean="all", clip_chain_end=True, bc_fallback=True, horizon=300,
-        critic_warmup=0, critic_successes=0,
+        critic_warmup=0, critic_successes=0, pessimistic_init=False,
     )  # fmt: skip
     assert {k: a[k] for k in want} == want
 
