@@ -52,37 +52,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoint, cli
-from common.demos import Demos
-from common.errors import UserError
 from common.replay import Batch, ReplayBuffer
-from common.run import Policy, Run
-from common.runlog import new_run_dir
+from common.run import Policy, Run, RunArgs, start
 from common.stopwatch import Stopwatch
 
 # --- Arguments. Values below are the `cpu` preset; SETTINGS holds what other presets and tasks change. ---------------
-
-
-@dataclass
-class RunArgs:
-    """What to run, and where its files go."""
-
-    env: str = "lift"  # lift, toy, or your own Gymnasium environment as package.module:EnvId
-    preset: Literal["auto", "cpu", "paper"] = "auto"  # settings for two CPU cores or the released ones; auto: by GPU
-    variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = "ogpo+ca"  # plain; + success buffer, best-of-N; + conservative A
-    seed: int = 1  # seeds networks, noise, batches and environments
-    eval: str = ""  # run folder to evaluate: no training; prints success over --eval-episodes of both policies
-    resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
-    run_name: str = ""  # name of the run folder; default: env, variant, seed and time
-    run_dir: str = "runs"  # folder of all run folders
-    device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
-    threads: int = 1  # torch threads on a CPU; networks this small run best with one
-    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler; on a GPU: CUDA graphs)
-    profile: bool = False  # print at every evaluation which share of time env, acting, chains, actor and critic took
-    video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
-    wandb_project: str = ""  # also log to this Weights & Biases project
-    tensorboard: bool = False  # also log to TensorBoard files in the run folder
-    log_every: int = 500  # environment steps between lines of metrics.jsonl
-    checkpoint_every: int = 5_000  # environment steps between checkpoints; the last two are kept
 
 
 @dataclass
@@ -142,6 +116,7 @@ class PretrainArgs:
 class ActorArgs:
     """Policy extraction [S 1.4-1.6] and success-buffer regularization [S 1.8]."""
 
+    variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = "ogpo+ca"  # plain; + success buffer, best-of-N; + conservative A
     advantage: Literal["conservative", "vanilla", "penultimate", "positive"] = "conservative"  # [S 1.5]
     states: int = 64  # replay states per update
     group: int = 8  # G, chains per state
@@ -234,13 +209,10 @@ def default_args(env: str, preset: str, variant: str) -> Args:
     """Defaults for an environment: dataclass < preset < task < variant. Raises UserError on an unknown name."""
     if preset == "auto":
         preset = "paper" if torch.cuda.is_available() else "cpu"
-    if preset not in ("cpu", "paper"):
-        raise UserError(f"--preset {preset}: expected auto, cpu or paper")
-    if variant not in VARIANTS:
-        raise UserError(f"--variant {variant}: expected one of {', '.join(VARIANTS)}")
+    cli.check_choice("preset", preset, ("cpu", "paper"))
+    cli.check_choice("variant", variant, tuple(VARIANTS))
     args = cli.override(Args(), dict(env=env, preset=preset, variant=variant))
-    rows = [SETTINGS.get((preset, task), {}) for task in ("*", env)]
-    for row in (*rows, VARIANTS[variant]):
+    for row in (SETTINGS.get((preset, "*"), {}), SETTINGS.get((preset, env), {}), VARIANTS[variant]):
         args = cli.override(args, row)
     return args
 
@@ -668,18 +640,6 @@ def policies(agent: Agent, args: Args) -> dict[str, Policy]:
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
-def demo_chunks(demos: Demos, horizon: int) -> tuple[Tensor, Tensor]:
-    """Every step of every demonstration as a chunk start: (N, O), (N, H * A).
-
-    Past an episode's end the last action is repeated [deviation: the released code weights these steps 0; repeated,
-    they teach the policy to finish what it is doing, and the loss needs no mask].
-    """
-    starts = np.arange(len(demos.obs))
-    end = demos.ends[np.searchsorted(demos.ends, starts, side="right")]  # (N,)
-    rows = np.minimum(starts[:, None] + np.arange(horizon), end[:, None] - 1)  # (N, H)
-    return torch.from_numpy(demos.obs), torch.from_numpy(demos.actions[rows]).flatten(1)
-
-
 def pretrain(run: Run, agent: Agent, args: Args) -> None:
     """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it.
 
@@ -687,7 +647,7 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
     """
     c, state = args.pretrain, run.state
     ode = {"ode": policies(agent, args)["ode"]}
-    obs, action = (x.to(run.device) for x in demo_chunks(run.demos, args.policy.chunk))
+    obs, action = (torch.from_numpy(x).to(run.device) for x in run.demos.chunks(args.policy.chunk))
     if c.cloned:
         agent.actor.load_state_dict(checkpoint.load(Path(c.cloned) / "cloned.pt"))
     while not run.stop.requested and not c.cloned:
@@ -728,8 +688,6 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
 def train_online(run: Run, agent: Agent, args: Args) -> None:
     """Collect with the best-of-N policy into an empty buffer; one update every `update_every` environment steps."""
     loop, state, collector, watch = args.loop, run.state, run.collector, Stopwatch(args.run.profile)
-    # Metrics of the updates since the last log line: they stay on the device until they are written.
-    pending = state["pending"] = [{k: v.to(run.device) for k, v in i.items()} for i in state.get("pending", [])]
     started, first_update = time.perf_counter(), agent.updates
 
     def act(obs: np.ndarray) -> np.ndarray:
@@ -742,13 +700,11 @@ def train_online(run: Run, agent: Agent, args: Args) -> None:
             step = state["step"] = before + collector.step(act)
         if step >= loop.start_training and run.buffer.starts.size >= args.critic.critic_batch:
             for _ in range(step // loop.update_every - before // loop.update_every):
-                pending.append(update(agent, run.buffer, args, run.rng, watch))
+                run.averages.add(update(agent, run.buffer, args, run.rng, watch))
         intervals = {"log": args.run.log_every, "eval": args.task.eval_every, "save": args.run.checkpoint_every}
         due = {name for name, every in intervals.items() if before // every != step // every}
         if due:
-            names = sorted(set().union(*pending))
-            metrics = {k: torch.stack([i[k] for i in pending if k in i]).mean().item() for k in names}
-            pending.clear()
+            metrics = run.averages.take()
             run.check_finite(metrics)
             run.log_training({f"ogpo/{k}": v for k, v in metrics.items()})
         if "eval" in due:
@@ -783,27 +739,18 @@ AT_LEAST = dict(
 
 
 def main(argv: list[str]) -> None:
-    flags = cli.peek(argv, "env", "preset", "variant", "eval", "resume")
-    if old := flags.get("eval") or flags.get("resume"):
-        run_dir, saved = Path(old), checkpoint.load(Path(old) / "checkpoint.pt")
-        args = cli.parse_saved(Args(), saved["args"], argv, __doc__, FIXED)
-    else:
-        default = default_args(flags.get("env", "lift"), flags.get("preset", "auto"), flags.get("variant", "ogpo+ca"))
-        args, saved = cli.parse(default, argv, __doc__), None
-        name = f"{args.run.env}__{args.run.variant}__s{args.run.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir = new_run_dir(Path(args.run.run_dir), args.run.run_name or name.replace(":", "-"))
-    flat = cli.flatten(args)
-    cli.check_at_least(flat, AT_LEAST)
+    args, saved, run_dir = start(argv, Args(), default_args, __doc__, FIXED, AT_LEAST)
     with checkpoint.StopSignal() as stop:
-        offset, bonus = args.task.reward_offset, args.task.success_bonus
-        run = Run(flat, run_dir, stop, saved, lambda raw, success: raw + offset + bonus * success, not args.run.eval)
+        t, training = args.task, not args.run.eval
+        reward = lambda raw, success: raw + t.reward_offset + t.success_bonus * success  # noqa: E731
+        run = Run(cli.flatten(args), run_dir, stop, saved, reward, training)
         try:
             demo_obs = torch.from_numpy(run.demos.obs) if run.demos else None
             agent = make_agent(args, run.obs_dim, run.act_dim, run.device, demo_obs)
             run.attach(agent)
             if args.run.compile:
                 compile_hot_paths(run.device)
-            if not args.run.eval:
+            if training:
                 if not agent.bc_done:
                     pretrain(run, agent, args)
                 if agent.bc_done:
@@ -814,7 +761,7 @@ def main(argv: list[str]) -> None:
                     return
                 run.video(policies(agent, args)["bon"], "after.mp4")
             results = run.evaluate(policies(agent, args), "final", args.task.eval_episodes)
-            if not args.run.eval:
+            if training:
                 run.log_eval(results, "final")
             print(f"ODE policy:       {results['ode']}\nbest-of-N policy: {results['bon']}")
         finally:

@@ -85,6 +85,12 @@ def parse_saved(
     return args
 
 
+def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
+    """Raises UserError if the value of a flag that chooses defaults is none of its choices."""
+    if value not in choices:
+        raise UserError(f"--{name} {value}: expected one of {', '.join(choices)}")
+
+
 def check_at_least(flat: Mapping[str, Any], least: Mapping[str, float]) -> None:
     """Raises UserError naming the first argument below its least value."""
     for name, low in least.items():

@@ -2,26 +2,78 @@
 
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
 
-from common import checkpoint
+from common import checkpoint, cli
 from common.collect import Collector
 from common.demos import Demos, get_demos
 from common.envs import make_env, make_vec_env
 from common.errors import UserError
 from common.evaluate import EvalResult, evaluate, record_video
 from common.replay import ReplayBuffer
-from common.runlog import RunLog, plot_curves
+from common.runlog import Averages, RunLog, new_run_dir, plot_curves
 
 Policy = Callable[[np.ndarray, torch.Generator], np.ndarray]  # observations (n, O), noise source -> chunks (n, H, A)
 EVAL_SEEDS = {"final": 0, "bc": 100_000, "interval": 200_000}  # the final episodes never decided anything
 CHECKPOINT = "checkpoint.pt"
+T = TypeVar("T")
+
+
+@dataclass
+class RunArgs:
+    """What to run, and where its files go."""
+
+    env: str = "lift"  # lift, toy, or your own Gymnasium environment as package.module:EnvId
+    preset: Literal["auto", "cpu", "paper"] = "auto"  # settings for two CPU cores or the released ones; auto: by GPU
+    seed: int = 1  # seeds networks, noise, batches and environments
+    eval: str = ""  # run folder to evaluate: no training; prints success over --eval-episodes of both policies
+    resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
+    run_name: str = ""  # name of the run folder; default: env, variant, seed and time
+    run_dir: str = "runs"  # folder of all run folders
+    device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
+    threads: int = 1  # torch threads on a CPU; networks this small run best with one
+    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler; on a GPU: CUDA graphs)
+    profile: bool = False  # print at every evaluation which share of time env, acting, chains, actor and critic took
+    video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
+    wandb_project: str = ""  # also log to this Weights & Biases project
+    tensorboard: bool = False  # also log to TensorBoard files in the run folder
+    log_every: int = 500  # environment steps between lines of metrics.jsonl
+    checkpoint_every: int = 5_000  # environment steps between checkpoints; the last two are kept
+
+
+def start(
+    argv: Sequence[str],
+    blank: T,
+    default_args: Callable[[str, str, str], T],
+    description: str,
+    fixed: Collection[str],
+    at_least: Mapping[str, float],
+) -> tuple[T, dict[str, Any] | None, Path]:
+    """Arguments, the checkpoint to go on from (None: a new run) and the run folder.
+
+    A new run takes its defaults from default_args(env, preset, variant), --eval and --resume from the saved run.
+    Raises UserError on a run folder without checkpoint, one that already exists, a changed argument among the
+    `fixed` ones, a value below `at_least`.
+    """
+    flags = cli.peek(argv, "env", "preset", "variant", "eval", "resume")
+    if old := flags.get("eval") or flags.get("resume"):
+        run_dir, saved = Path(old), checkpoint.load(Path(old) / CHECKPOINT)
+        args = cli.parse_saved(blank, saved["args"], argv, description, fixed)
+    else:
+        chosen = {k: flags.get(k, v) for k, v in cli.flatten(blank).items() if k in ("env", "preset", "variant")}
+        args, saved = cli.parse(default_args(**chosen), argv, description), None
+        a = SimpleNamespace(**cli.flatten(args))
+        name = f"{a.env}__{a.variant}__s{a.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = new_run_dir(Path(a.run_dir), a.run_name or name.replace(":", "-"))
+    cli.check_at_least(cli.flatten(args), at_least)
+    return args, saved, run_dir
 
 
 class Run:
@@ -77,6 +129,7 @@ class Run:
         envs = make_vec_env(a.env, a.num_envs, horizon=cap, original_step=a.original_step)
         self.collector = Collector(envs, self.buffer, reward, a.seed)
         self.rng = np.random.default_rng(a.seed)  # replay indices
+        self.averages = Averages()  # metrics of the updates since the last log line
         self.log = RunLog(
             run_dir,
             total_steps=a.total_steps,
@@ -94,6 +147,7 @@ class Run:
         checkpoint.unpack(agent, self.saved["agent"])
         if hasattr(self, "collector"):
             self.rng.bit_generator.state = self.saved["rng"]
+            self.averages.load_state_dict(self.saved["averages"], self.device)
             self.buffer.load_state_dict(self.saved["buffer"])
             if self.saved["collector"]["episodes"]:
                 self.collector.load_state_dict(self.saved["collector"])
@@ -107,6 +161,7 @@ class Run:
                 "agent": checkpoint.pack(self.agent),
                 "state": self.state,
                 "rng": self.rng.bit_generator.state,
+                "averages": self.averages.state_dict(),
                 "buffer": self.buffer.state_dict(),
                 "collector": self.collector.state_dict(),
                 "log": self.log.position(),

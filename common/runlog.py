@@ -13,6 +13,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+
 from common.errors import UserError, first_line
 from common.machine import describe_machine
 
@@ -31,6 +33,27 @@ def new_run_dir(root: Path, name: str) -> Path:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists; choose another --run-name, or continue it with --resume {path}")
     return path
+
+
+class Averages:
+    """Means of scalar tensors since they were last taken; they stay on their device until then."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, torch.Tensor]] = []
+
+    def add(self, row: dict[str, torch.Tensor]) -> None:
+        self.rows.append(row)
+
+    def take(self) -> dict[str, float]:
+        """{name: mean over the rows that have it}; forgets the rows."""
+        rows, self.rows = self.rows, []
+        return {k: torch.stack([r[k] for r in rows if k in r]).mean().item() for k in sorted(set().union(*rows))}
+
+    def state_dict(self) -> list[dict[str, torch.Tensor]]:
+        return self.rows
+
+    def load_state_dict(self, rows: list[dict[str, torch.Tensor]], device: torch.device) -> None:
+        self.rows = [{k: v.to(device) for k, v in row.items()} for row in rows]
 
 
 class RunLog:

@@ -377,7 +377,7 @@ def test_demo_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> N
         ends=np.array([3, 5]),
         name="two episodes",
     )
-    obs, action = og.demo_chunks(demos, 3)
+    obs, action = demos.chunks(3)
     assert obs[:, 0].tolist() == [0, 1, 2, 3, 4]
     assert action.tolist() == [[0, 1, 2], [1, 2, 2], [2, 2, 2], [3, 4, 4], [4, 4, 4]]
 
@@ -427,25 +427,23 @@ def test_a_flag_wins_over_preset_task_and_variant() -> None:
 
 
 def test_every_flag_is_documented_and_read() -> None:
-    tree = ast.parse(SCRIPT.read_text())
-    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
-    peeks = [n for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "cli.peek"]
-    reads |= {a.value for n in peeks for a in n.args[1:]}
-    run_reads = ast.parse((SCRIPT.parent / "common" / "run.py").read_text())  # it reads the flat arguments as a.NAME
-    reads |= {
-        n.attr for n in ast.walk(run_reads) if isinstance(n, ast.Attribute) and ast.unparse(n.value) in ("a", "self.a")
-    }
-    flags = cli.flatten(og.Args())
-    unread = [f for f in flags if f not in reads]
-    assert unread == []
-    lines = SCRIPT.read_text().splitlines()
-    fields = [
-        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args") and c.name != "Args"
-        for n in c.body if isinstance(n, ast.AnnAssign)
-    ]  # fmt: skip
-    assert {n.target.id for n in fields} == set(flags)
-    undocumented = [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]]
-    assert undocumented == []
+    """In the script or in common/run.py, which reads the flat arguments as a.NAME."""
+    flags, reads, documented = cli.flatten(og.Args()), set(), {}
+    for path in (SCRIPT, SCRIPT.parent / "common" / "run.py"):
+        tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
+        reads |= {n.attr for n in nodes if path == SCRIPT or ast.unparse(n.value) in ("a", "self.a")}
+        reads |= {
+            arg.value for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "cli.peek"
+            for arg in n.args[1:]
+        }  # fmt: skip
+        fields = [
+            n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args") and c.name != "Args"
+            for n in c.body if isinstance(n, ast.AnnAssign)
+        ]  # fmt: skip
+        documented |= {n.target.id: "  # " in lines[n.end_lineno - 1] for n in fields}
+    assert [f for f in flags if f not in reads] == []
+    assert documented.keys() == set(flags) and all(documented.values())
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------

@@ -23,6 +23,17 @@ class Demos:
     ends: NDArray[np.int64]
     name: str
 
+    def chunks(self, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Every step of every episode as a chunk start: obs (N, O), actions (N, horizon * A).
+
+        Past an episode's end the last action is repeated [deviation: released code weights these steps 0; repeated,
+        they teach the policy to finish what it is doing, and a loss needs no mask].
+        """
+        starts = np.arange(len(self.obs))
+        end = self.ends[np.searchsorted(self.ends, starts, side="right")]  # (N,)
+        rows = np.minimum(starts[:, None] + np.arange(horizon), end[:, None] - 1)  # (N, horizon)
+        return self.obs, self.actions[rows].reshape(len(rows), -1)
+
 
 def get_demos(
     env_id: str,
