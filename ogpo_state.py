@@ -53,7 +53,8 @@ from torch import Tensor, nn
 
 from common import checkpoint, cli
 from common.replay import Batch, ReplayBuffer
-from common.run import Policy, Run, RunArgs, start
+from common.run import Policy, Run, RunArgs
+from common.start import start
 from common.stopwatch import Stopwatch
 
 # --- Arguments. Values below are the `cpu` preset; SETTINGS holds what other presets and tasks change. ---------------
@@ -739,7 +740,8 @@ AT_LEAST = dict(
 
 
 def main(argv: list[str]) -> None:
-    args, saved, run_dir = start(argv, Args(), default_args, __doc__, FIXED, AT_LEAST)
+    choose, name = ("env", "preset", "variant"), "{env}__{variant}__s{seed}"
+    args, saved, run_dir = start(argv, Args(), default_args, __doc__, FIXED, AT_LEAST, choose, name)
     with checkpoint.StopSignal() as stop:
         t, training = args.task, not args.run.eval
         reward = lambda raw, success: raw + t.reward_offset + t.success_bonus * success  # noqa: E731

@@ -2,28 +2,27 @@
 
 import sys
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from common import checkpoint, cli
+from common import checkpoint
 from common.collect import Collector
 from common.demos import Demos, get_demos
 from common.envs import make_env, make_vec_env
 from common.errors import UserError
 from common.evaluate import EvalResult, evaluate, record_video
 from common.replay import ReplayBuffer
-from common.runlog import Averages, RunLog, new_run_dir, plot_curves
+from common.runlog import Averages, RunLog, plot_curves
+from common.start import CHECKPOINT, pick_device
 
 Policy = Callable[[np.ndarray, torch.Generator], np.ndarray]  # observations (n, O), noise source -> chunks (n, H, A)
 EVAL_SEEDS = {"final": 0, "bc": 100_000, "interval": 200_000}  # the final episodes never decided anything
-CHECKPOINT = "checkpoint.pt"
-T = TypeVar("T")
 
 
 @dataclass
@@ -46,34 +45,6 @@ class RunArgs:
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
     log_every: int = 500  # environment steps between lines of metrics.jsonl
     checkpoint_every: int = 5_000  # environment steps between checkpoints; the last two are kept
-
-
-def start(
-    argv: Sequence[str],
-    blank: T,
-    default_args: Callable[[str, str, str], T],
-    description: str,
-    fixed: Collection[str],
-    at_least: Mapping[str, float],
-) -> tuple[T, dict[str, Any] | None, Path]:
-    """Arguments, the checkpoint to go on from (None: a new run) and the run folder.
-
-    A new run takes its defaults from default_args(env, preset, variant), --eval and --resume from the saved run.
-    Raises UserError on a run folder without checkpoint, one that already exists, a changed argument among the
-    `fixed` ones, a value below `at_least`.
-    """
-    flags = cli.peek(argv, "env", "preset", "variant", "eval", "resume")
-    if old := flags.get("eval") or flags.get("resume"):
-        run_dir, saved = Path(old), checkpoint.load(Path(old) / CHECKPOINT)
-        args = cli.parse_saved(blank, saved["args"], argv, description, fixed)
-    else:
-        chosen = {k: flags.get(k, v) for k, v in cli.flatten(blank).items() if k in ("env", "preset", "variant")}
-        args, saved = cli.parse(default_args(**chosen), argv, description), None
-        a = SimpleNamespace(**cli.flatten(args))
-        name = f"{a.env}__{a.variant}__s{a.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir = new_run_dir(Path(a.run_dir), a.run_name or name.replace(":", "-"))
-    cli.check_at_least(cli.flatten(args), at_least)
-    return args, saved, run_dir
 
 
 class Run:
@@ -218,14 +189,3 @@ class Run:
             self.collector.envs.close()
             if self.state["step"]:
                 print(f"learning curve: {plot_curves(self.dir)}")
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: cuda if there is a GPU, else cpu. Raises UserError on a device this machine does not have."""
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.zeros(1, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
-    return torch.device(name)

@@ -427,21 +427,20 @@ def test_a_flag_wins_over_preset_task_and_variant() -> None:
 
 
 def test_every_flag_is_documented_and_read() -> None:
-    """In the script or in common/run.py, which reads the flat arguments as a.NAME."""
+    """In the script, in common/run.py (as a.NAME), or by name where a run starts."""
     flags, reads, documented = cli.flatten(og.Args()), set(), {}
+    start = ast.parse((SCRIPT.parent / "common" / "start.py").read_text())
+    reads |= {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)}
     for path in (SCRIPT, SCRIPT.parent / "common" / "run.py"):
         tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
         nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
         reads |= {n.attr for n in nodes if path == SCRIPT or ast.unparse(n.value) in ("a", "self.a")}
-        reads |= {
-            arg.value for n in ast.walk(tree) if isinstance(n, ast.Call) and ast.unparse(n.func) == "cli.peek"
-            for arg in n.args[1:]
-        }  # fmt: skip
         fields = [
             n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args") and c.name != "Args"
             for n in c.body if isinstance(n, ast.AnnAssign)
         ]  # fmt: skip
         documented |= {n.target.id: "  # " in lines[n.end_lineno - 1] for n in fields}
+    reads |= {"env", "preset", "variant"}  # they choose the defaults
     assert [f for f in flags if f not in reads] == []
     assert documented.keys() == set(flags) and all(documented.values())
 

@@ -1,0 +1,58 @@
+"""How a script starts: its arguments, its run folder, its device."""
+
+import re
+import time
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from common import checkpoint, cli
+from common.errors import UserError
+from common.runlog import new_run_dir
+
+CHECKPOINT = "checkpoint.pt"
+T = TypeVar("T")
+
+
+def start(
+    argv: Sequence[str],
+    blank: T,
+    default_args: Callable[..., T],
+    description: str,
+    fixed: Collection[str],
+    at_least: Mapping[str, float],
+    choose: Sequence[str],
+    name: str,
+) -> tuple[T, dict[str, Any] | None, Path]:
+    """Arguments, the checkpoint to go on from (None: a new run) and the run folder.
+
+    A new run takes its defaults from default_args(**{flags in `choose`}), --eval and --resume from the saved run.
+    `name` is the folder's name if none was given, a format string of argument names, to which the time is added.
+    Raises UserError on a run folder without checkpoint, one that already exists, a changed argument among the
+    `fixed` ones, a value below `at_least`.
+    """
+    flags = cli.peek(argv, *choose, "eval", "resume")
+    if old := flags.get("eval") or flags.get("resume"):
+        run_dir, saved = Path(old), checkpoint.load(Path(old) / CHECKPOINT)
+        args = cli.parse_saved(blank, saved["args"], argv, description, fixed)
+    else:
+        chosen = {k: flags.get(k, v) for k, v in cli.flatten(blank).items() if k in choose}
+        args, saved = cli.parse(default_args(**chosen), argv, description), None
+        flat = cli.flatten(args)
+        made = f"{name.format(**flat)}__{time.strftime('%Y%m%d-%H%M%S')}"
+        run_dir = new_run_dir(Path(flat["run_dir"]), flat["run_name"] or re.sub(r"[:/\\]+", "-", made))
+    cli.check_at_least(cli.flatten(args), at_least)
+    return args, saved, run_dir
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: cuda if there is a GPU, else cpu. Raises UserError on a device this machine does not have."""
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.zeros(1, device=name)
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
+    return torch.device(name)
