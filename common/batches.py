@@ -1,0 +1,66 @@
+"""Rows and random draws of every step as functions of the seed: the same in any number of processes."""
+
+import os
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The processes of a torchrun; one process without it."""
+
+    rank: int = 0
+    world: int = 1
+
+    @staticmethod
+    def join() -> "Ranks":
+        """Meet the other processes of this torchrun, over NCCL with GPUs, else gloo."""
+        ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
+        if ranks.world > 1:
+            if torch.cuda.is_available():
+                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        return ranks
+
+    def leave(self) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is true in any process."""
+        if self.world == 1:
+            return flag
+        total = torch.tensor(float(flag), device=device)
+        dist.all_reduce(total)
+        return bool(total > 0)
+
+    def rows(self, batch: int) -> range:
+        """Rows of the global batch that this process computes."""
+        return range(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
+
+
+def mixed_seed(*parts: int) -> int:
+    """One seed from several small numbers."""
+    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def row_order(step: int, batch: int, rows: int, seed: int) -> np.ndarray:
+    """Indices (batch,) of the rows of optimizer step `step`: every epoch is a permutation of its own."""
+    place = step * batch + np.arange(batch)
+    epochs = np.unique(place // rows)
+    order = np.concatenate([np.random.default_rng([seed, int(e)]).permutation(rows) for e in epochs])
+    return order[place - epochs[0] * rows]
+
+
+def row_noise(step: int, rows: range, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Standard normal (len(rows), *shape): a function of seed, step and the row's place in the global batch.
+
+    So any number of processes and micro-batches draws the same noise.
+    """
+    generator = torch.Generator(device)
+    seeds = (mixed_seed(seed, 2, step, row) for row in rows)
+    return torch.stack([torch.randn(shape, generator=generator.manual_seed(s), device=device) for s in seeds])

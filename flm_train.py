@@ -1,0 +1,758 @@
+"""FLM: a language model that denoises one-hot token encodings with a continuous flow.
+
+Paper: "Flow Map Language Models: One-step Language Modeling via Continuous Denoising", arXiv 2602.16813 (v3; settings
+of its later released code [C], whose differences to v1 docs/flm_train.md lists). [P n] are our section numbers there;
+[deviation: why] marks where we differ.
+
+Every token is a one-hot vector; Gaussian noise is added to it, and a transformer predicts the clean token from the
+whole noisy sequence with a cross entropy. Its softmax is the posterior mean of the one-hots, so it is all the flow
+needs: integrating from pure noise to t = 1 writes a text, all positions at once. fmlm_distill.py turns the flow into a
+map that needs one to four network calls.
+
+    python flm_train.py                                 # six novels of Jane Austen, shipped with the repository
+    python flm_train.py --data toy                      # synthetic language with a known distribution, a minute
+    python flm_train.py --data lm1b                     # the paper's LM1B setting, for GPUs
+    python flm_train.py --data my_texts/                # a text file, a folder, or a Hugging Face name
+    torchrun --nproc_per_node 8 flm_train.py --data openwebtext
+    python flm_train.py --eval runs/NAME --steps 1 4 16 64    # perplexity, entropy, samples at these step counts
+    python flm_train.py --resume runs/NAME
+
+Symbols
+    paper               here                 shape
+    y                   tokens               (B, L)       token ids below V
+    x_1 = onehot(y)     space.tokens(y)      (B, L, W)    W = V in one-hot space, d in embedding space
+    x_0 ~ N(0, I)       space.noise(xi)      (B, L, W)    xi standard normal draws
+    x_t                 x                    (B, L, W)    (1 - t) x_0 + t x_1; t = 0 noise, t = 1 data
+    t, tau(t)           t, tau               (B,)         time, and time measured in decoding accuracy
+    D_t(x)              probs                (B, L, V)    denoiser: softmax of the capped logits
+    E                   net.embed            (V, d)       the network reads x only through x E
+"""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve small tensors
+
+import contextlib
+import copy
+import math
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common.judge import format_table, get_judge, score_texts
+from common.text import TextData, load_text
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint as recompute
+
+from common import checkpoint, cli
+from common.batches import Ranks, mixed_seed, row_noise, row_order
+from common.errors import UserError
+from common.meter import Meter, products
+from common.runlog import Averages, RunLog
+from common.start import CHECKPOINT, pick_device, start
+
+# --- Arguments. Values below are those of the embedded corpus; SETTINGS holds what other data change. ----------------
+
+
+@dataclass
+class RunArgs:
+    """What to run, and where its files go."""
+
+    data: str = "austen"  # austen, toy, lm1b, openwebtext, a text file or folder, or a Hugging Face dataset name
+    seed: int = 1  # seeds weights, row order, times and noise
+    eval: str = ""  # run folder to evaluate: no training
+    resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
+    run_name: str = ""  # name of the run folder; default: flm, data, seed and time
+    run_dir: str = "runs"  # folder of all run folders
+    data_dir: str = "data"  # where tokenized data, tokenizers and judges are cached
+    device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
+    threads: int = 0  # torch threads on a CPU; 0: torch's default
+    compile: bool = False  # torch.compile the network; on a CPU it needs a C++ compiler and pays after minutes
+    wandb_project: str = ""  # also log to this Weights & Biases project
+    tensorboard: bool = False  # also log to TensorBoard files in the run folder
+    log_every: int = 50  # steps between lines of metrics.jsonl
+    eval_every: int = 500  # steps between validations, each with a few samples
+    checkpoint_every: int = 500  # steps between checkpoints; the last two are kept
+
+
+@dataclass
+class ModelArgs:
+    """DiT denoiser [P 3]."""
+
+    length: int = 64  # L, tokens per row
+    tokenizer: str = ""  # austen, gpt2 or bert-base-uncased; default: the data's own
+    tokenizer_path: str = ""  # file or folder of the tokenizer's files, instead of fetching them
+    layers: int = 4  # transformer blocks
+    width: int = 256  # d
+    heads: int = 4  # attention heads
+    cond_width: int = 128  # width of the time embedding
+    dropout: float = 0.0  # on both residual branches; paper: 0.1
+    logit_cap: float = 30.0  # logits become cap * tanh(logits / cap); 0: off
+    attention_cap: float = 50.0  # the same for attention scores; 0: off
+    precision: Literal["bf16", "fp32"] = "bf16"  # autocast of blocks and output layer; the rest is fp32
+
+
+@dataclass
+class FlowArgs:
+    """Noise, targets and loss [P 1], and the paper's ablations."""
+
+    space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
+    reparam: bool = True  # tau is uniform: equal steps in decoding accuracy; else t is uniform
+    predict: Literal["denoiser", "velocity"] = "denoiser"  # what the network outputs; velocity needs one-hot space
+    softmax: bool = True  # the denoiser is a softmax; else raw outputs (with --loss mse)
+    loss: Literal["ce", "mse"] = "ce"  # cross entropy or squared error summed over V
+
+
+@dataclass
+class TrainArgs:
+    """Optimization [P 4]."""
+
+    total_steps: int = 2_000  # optimizer steps
+    batch: int = 96  # rows per optimizer step, over all processes
+    micro_batch: int = 0  # rows per forward pass of one process (gradient accumulation); 0: all of its rows
+    loss_rows: int = 0  # rows whose logits exist at a time, the rest is recomputed: bounds memory; 0: all
+    lr: float = 1e-3  # peak learning rate
+    warmup: int = 100  # steps of linear warm-up
+    decay: float = 0.3  # last share of the steps, over which the learning rate falls linearly to 0; paper: 0
+    beta2: float = 0.98  # AdamW
+    clip: float = 1.0  # gradient-norm clip
+    ema: float = 0.99  # decay of the averaged weights, min(ema, (1 + n) / (10 + n)); they are what samples
+
+
+@dataclass
+class SampleArgs:
+    """Sampling and evaluation [P 1.4, 5]."""
+
+    steps: tuple[int, ...] = (8, 32, 128)  # numbers of network calls to evaluate
+    samples: int = 256  # texts per number of steps
+    sampler: Literal["euler", "bridge"] = "euler"  # the paper's, or posterior-bridge sampling
+    temperature: float = 1.0  # bridge: of the posterior that the clean token is drawn from
+    top_p: float = 1.0  # bridge: nucleus of that posterior
+    guidance: float = 1.0  # autoguidance: weak + guidance * (strong - weak), weak = with dropout; 1: off
+    guidance_dropout: float = 0.1  # dropout of the weak network
+    judge: str = "ngram"  # ngram, smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl
+    judge_path: str = ""  # file or folder of the judge's weights, instead of fetching them
+    show: int = 3  # samples printed
+
+
+@dataclass
+class Args:
+    run: RunArgs = field(default_factory=RunArgs)
+    model: ModelArgs = field(default_factory=ModelArgs)
+    flow: FlowArgs = field(default_factory=FlowArgs)
+    train: TrainArgs = field(default_factory=TrainArgs)
+    sample: SampleArgs = field(default_factory=SampleArgs)
+
+
+PAPER = dict(
+    layers=12, width=768, heads=12, dropout=0.1, total_steps=1_000_000, batch=512, lr=3e-4, warmup=2_500, decay=0.0,
+    beta2=0.999, ema=0.9999, eval_every=5_000, checkpoint_every=5_000, samples=1024, judge="gpt2-large",
+    steps=(8, 32, 128, 1024),
+)  # fmt: skip
+SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
+    "lm1b": PAPER | dict(length=128, loss_rows=32),
+    "openwebtext": PAPER | dict(length=1024, loss_rows=4),
+    "toy": dict(
+        length=8, layers=2, width=64, heads=2, space="onehot", batch=128, total_steps=800, lr=3e-3, warmup=50,
+        eval_every=400, checkpoint_every=400, samples=4_096, steps=(32,), precision="fp32",
+    ),
+}  # fmt: skip
+
+
+def default_args(data: str) -> Args:
+    """Defaults for some data: the dataclasses, then its row of SETTINGS ("lm1b:PATH" takes that of lm1b)."""
+    return cli.override(Args(), dict(data=data) | SETTINGS.get(data.split(":")[0], {}))
+
+
+# --- Network ---------------------------------------------------------------------------------------------------------
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
+    """Bidirectional attention, scores softly capped, (B, heads, L, d / heads) each [P 3].
+
+    Written out: at short length faster than the fused kernels on a CPU, and those have no cap.
+    """
+    if q.is_cuda and cap and q.shape[2] >= 256:
+        from torch.nn.attention.flex_attention import flex_attention
+
+        return torch.compile(flex_attention)(q, k, v, score_mod=lambda s, b, h, i, j: cap * torch.tanh(s / cap))
+    if not cap and (q.is_cuda or q.shape[2] >= 256):
+        return F.scaled_dot_product_attention(q, k, v)
+    scores = (q @ k.mT) * q.shape[-1] ** -0.5
+    if cap:
+        scores = cap * torch.tanh(scores / cap)
+    return scores.softmax(-1).to(v.dtype) @ v
+
+
+class TimeEmbedding(nn.Module):
+    """Sinusoids of tau, then a small MLP: (B,) -> (B, cond_width)."""
+
+    def __init__(self, cond_width: int) -> None:
+        super().__init__()
+        self.mlp = nn.Sequential(nn.Linear(256, cond_width), nn.SiLU(), nn.Linear(cond_width, cond_width))
+        for layer in (self.mlp[0], self.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)
+
+    def forward(self, tau: Tensor) -> Tensor:
+        angle = tau.float()[:, None] * torch.exp(torch.arange(128, device=tau.device) * (-math.log(10_000) / 128))
+        return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
+
+
+class Block(nn.Module):
+    """Attention and MLP, each with layer norm, shift, scale and gate from the time (adaLN, zero at the start)."""
+
+    def __init__(self, m: ModelArgs) -> None:
+        super().__init__()
+        self.heads, self.cap, self.dropout, d = m.heads, m.attention_cap, m.dropout, m.width
+        self.norm1, self.norm2 = nn.LayerNorm(d, bias=False), nn.LayerNorm(d, bias=False)
+        self.qkv, self.out = nn.Linear(d, 3 * d, bias=False), nn.Linear(d, d, bias=False)
+        self.mlp = nn.Sequential(nn.Linear(d, 4 * d), nn.GELU(approximate="tanh"), nn.Linear(4 * d, d))
+        self.modulation = zero(nn.Linear(m.cond_width, 6 * d))
+
+    def forward(self, x: Tensor, cond: Tensor, rope: Tensor) -> Tensor:
+        """x (B, L, d), cond (B, cond_width), rope (2, L, d / heads / 2) -> (B, L, d)"""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(cond)[:, None].chunk(6, -1)
+        qkv = self.qkv(self.norm1(x) * (1 + scale1) + shift1)
+        q, k, v = qkv.unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # (B, heads, L, d / heads)
+        y = attention(rotate(q, rope), rotate(k, rope), v, self.cap).transpose(1, 2).flatten(2)
+        x = x + gate1 * F.dropout(self.out(y), self.dropout, self.training)
+        return x + gate2 * F.dropout(self.mlp(self.norm2(x) * (1 + scale2) + shift2), self.dropout, self.training)
+
+
+def zero(layer: nn.Linear) -> nn.Linear:
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def rotate(x: Tensor, rope: Tensor) -> Tensor:
+    """Rotary position embedding, halves rotated against each other."""
+    a, b = x.chunk(2, -1)
+    cos, sin = rope[0].to(x.dtype), rope[1].to(x.dtype)
+    return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class DiT(nn.Module):
+    """Bidirectional diffusion transformer: x E (B, L, d) and one or two times (B,) -> logits (B, L, V) [P 3].
+
+    At the start all logits are 0. `trunk` and `head` are separate so that a loss can make logits a few rows at a time.
+    """
+
+    rope: Tensor
+
+    def __init__(self, m: ModelArgs, vocab: int, times: int = 1) -> None:
+        super().__init__()
+        self.cap, self.bf16 = m.logit_cap, m.precision == "bf16"
+        bound = 1 / math.sqrt(m.width)
+        self.embed = nn.Parameter(torch.empty(vocab, m.width).uniform_(-bound, bound))  # E (V, d)
+        self.times = nn.ModuleList(TimeEmbedding(m.cond_width) for _ in range(times))
+        self.blocks = nn.ModuleList(Block(m) for _ in range(m.layers))
+        self.norm = nn.LayerNorm(m.width, bias=False)
+        self.modulation = zero(nn.Linear(m.cond_width, 2 * m.width))
+        self.output = zero(nn.Linear(m.width, vocab))
+        half = m.width // m.heads // 2
+        angle = torch.arange(m.length)[:, None] * torch.exp(torch.arange(half) * (-math.log(10_000) / half))
+        self.register_buffer("rope", torch.stack([angle.cos(), angle.sin()]), persistent=False)  # (2, L, half)
+
+    def trunk(self, h: Tensor, *tau: Tensor) -> tuple[Tensor, Tensor]:
+        """-> features (B, L, d), cond (B, cond_width)"""
+        cond = F.silu(sum(embed(t) for embed, t in zip(self.times, tau, strict=True)))
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
+            for block in self.blocks:
+                h = block(h, cond, self.rope)
+        return h, cond
+
+    def head(self, h: Tensor, cond: Tensor) -> Tensor:
+        """features (B, L, d), cond (B, cond_width) -> capped logits (B, L, V), float32"""
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
+            shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
+            logits = self.output(self.norm(h) * (1 + scale) + shift)
+        return self.cap * torch.tanh(logits.float() / self.cap) if self.cap else logits.float()
+
+    def forward(self, h: Tensor, *tau: Tensor) -> Tensor:
+        return self.head(*self.trunk(h, *tau))
+
+
+# --- Time: measured in decoding accuracy -----------------------------------------------------------------------------
+
+
+def accuracy_table(vocab: int, points: int = 10_000) -> Tensor:
+    """(2, n) float64, rows t and tau(t), both strictly increasing from 0 to 1 [P 1.3].
+
+    The argmax of a noised one-hot t e_y + (1 - t) eps is y with probability q = E_z[Phi(z + t / (1 - t))^(V - 1)];
+    tau rescales q from [1/V, 1] to [0, 1]. Trapezoid rule in z, exact to rounding [deviation: the released code takes
+    100 Gauss-Hermite nodes, up to 1e-4 off].
+    """
+    t = torch.arange(points, dtype=torch.float64) / points
+    z = torch.linspace(-9, 9, 1_001, dtype=torch.float64)
+    weight = torch.exp(-0.5 * z**2)
+    weight /= weight.sum()
+    q = torch.cat([
+        torch.exp((vocab - 1) * torch.special.log_ndtr(z + (part / (1 - part))[:, None])) @ weight
+        for part in t.split(1_000)
+    ])  # fmt: skip
+    tau = (vocab * q - 1) / (vocab - 1)
+    tau[0] = 0
+    keep = torch.cat([torch.tensor([True]), tau[1:] > torch.cummax(tau, 0).values[:-1]]) & (tau < 1)
+    return torch.stack([torch.cat([row[keep], torch.ones(1, dtype=torch.float64)]) for row in (t, tau)])
+
+
+@dataclass(frozen=True)
+class Clock:
+    """t(tau) and tau(t) by linear interpolation in the table; without one they are equal."""
+
+    table: Tensor | None
+
+    def t(self, tau: Tensor) -> Tensor:
+        return tau if self.table is None else interpolate(tau, self.table[1], self.table[0])
+
+    def tau(self, t: Tensor) -> Tensor:
+        return t if self.table is None else interpolate(t, self.table[0], self.table[1])
+
+
+def interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
+    """x any shape in [0, 1]; xp increasing (n,), fp (n,) -> values at x, in x's dtype."""
+    x64 = x.double().clamp(0, 1)
+    i = torch.searchsorted(xp, x64.contiguous()).clamp(1, len(xp) - 1)
+    share = (x64 - xp[i - 1]) / (xp[i] - xp[i - 1])
+    return (fp[i - 1] + share * (fp[i] - fp[i - 1])).to(x.dtype)
+
+
+# --- Where noise and states live -------------------------------------------------------------------------------------
+
+
+class GramNoise(torch.autograd.Function):
+    """xi (..., d) standard normal -> noise of law N(0, E^T E) per token, the law of eps E for eps ~ N(0, I_V).
+
+    Backward to E: the expectation, given the noise, of the gradient eps^T g that eps E would have. Same mean, less
+    variance: with L L^T = E^T E and noise = xi L^T it is E L^-T (xi^T g).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embed: Tensor, xi: Tensor) -> Tensor:
+        chol = torch.linalg.cholesky(embed.mT @ embed)  # (d, d)
+        ctx.save_for_backward(embed, chol, xi)
+        return xi @ chol.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        embed, chol, xi = ctx.saved_tensors
+        outer = xi.flatten(0, -2).mT @ grad.flatten(0, -2)  # (d, d)
+        return embed @ torch.linalg.solve_triangular(chol.mT, outer, upper=True), None
+
+
+@dataclass(frozen=True)
+class EmbeddingSpace:
+    """States are x E, (.., d): exact, because the network reads x only through x E and every update is linear in x.
+
+    noise has the law of x_0 E, tokens and probabilities enter through E. [deviation: not in the paper; docs 4]
+    """
+
+    embed: Tensor  # E (V, d)
+
+    @property
+    def width(self) -> int:
+        return self.embed.shape[1]
+
+    def tokens(self, y: Tensor) -> Tensor:
+        return self.embed[y]
+
+    def noise(self, xi: Tensor) -> Tensor:
+        return GramNoise.apply(self.embed, xi)
+
+    def mean(self, probs: Tensor) -> Tensor:
+        return probs @ self.embed
+
+    def read(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class OneHotSpace:
+    """States are x itself, (.., V): the paper's words, and the reference for EmbeddingSpace."""
+
+    embed: Tensor  # E (V, d)
+
+    @property
+    def width(self) -> int:
+        return self.embed.shape[0]
+
+    def tokens(self, y: Tensor) -> Tensor:
+        return F.one_hot(y, len(self.embed)).to(self.embed.dtype)
+
+    def noise(self, xi: Tensor) -> Tensor:
+        return xi
+
+    def mean(self, probs: Tensor) -> Tensor:
+        return probs
+
+    def read(self, x: Tensor) -> Tensor:
+        return x @ self.embed
+
+
+Space = EmbeddingSpace | OneHotSpace
+
+
+def make_space(net: DiT, f: FlowArgs) -> Space:
+    return (EmbeddingSpace if f.space == "embedding" else OneHotSpace)(net.embed)
+
+
+# --- Loss ------------------------------------------------------------------------------------------------------------
+
+
+def by_rows(loss: Any, rows: int, *tensors: Tensor) -> Tensor:
+    """Sum of loss(*chunk) over chunks of `rows` rows; with several chunks, each is recomputed in the backward pass."""
+    if not rows or rows >= len(tensors[0]):
+        return loss(*tensors)
+    parts = zip(*(x.split(rows) for x in tensors), strict=True)
+    return torch.stack([recompute(loss, *part, use_reentrant=False) for part in parts]).sum()
+
+
+def flm_loss(
+    net: DiT, tokens: Tensor, tau: Tensor, t: Tensor, xi: Tensor, f: FlowArgs, rows: int = 0
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss per token [P 1.2]: tokens (B, L), tau and t (B,), xi (B, L, W) standard normal -> scalar.
+
+    Default: cross entropy of the clean token, -log D_t(x_t)[y]; no weight over time.
+    """
+    space = make_space(net, f)
+    noise, data, s = space.noise(xi), space.tokens(tokens), t[:, None, None]
+    h, cond = net.trunk(space.read((1 - s) * noise + s * data), tau)
+
+    def chunk_loss(h: Tensor, cond: Tensor, y: Tensor, velocity: Tensor) -> Tensor:
+        out = net.head(h, cond)
+        if f.loss == "ce":
+            return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum")
+        if f.predict == "velocity":
+            return (out - velocity).square().sum()
+        out = out.softmax(-1) if f.softmax else out
+        # ||out - e_y||^2 without making e_y
+        return out.square().sum() - 2 * out.gather(-1, y[..., None]).sum() + y.numel()
+
+    velocity = data - noise if f.predict == "velocity" else h
+    loss = by_rows(chunk_loss, rows, h, cond, tokens, velocity) / tokens.numel()
+    return loss, {"loss": loss.detach()}
+
+
+class Objective(nn.Module):
+    """flm_loss as a module: what DistributedDataParallel wraps."""
+
+    def __init__(self, net: DiT, f: FlowArgs, rows: int) -> None:
+        super().__init__()
+        self.net, self.flow, self.rows = net, f, rows
+
+    def forward(self, tokens: Tensor, tau: Tensor, t: Tensor, xi: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return flm_loss(self.net, tokens, tau, t, xi, self.flow, self.rows)
+
+
+# --- Samplers --------------------------------------------------------------------------------------------------------
+
+
+def denoise(net: DiT, space: Space, x: Tensor, tau: Tensor, t: Tensor, f: FlowArgs) -> Tensor:
+    """D_t(x) (B, L, V) from whatever the network predicts; tau and t scalars or (B,)."""
+    out = net(space.read(x), tau.expand(len(x)))
+    if f.predict == "velocity":
+        return x + (1 - t.expand(len(x))[:, None, None]).to(x.dtype) * out
+    return out.softmax(-1) if f.softmax else out
+
+
+def guided(net: DiT, space: Space, x: Tensor, tau: Tensor, t: Tensor, f: FlowArgs, s: SampleArgs) -> Tensor:
+    """Autoguidance: away from the same network weakened by dropout."""
+    strong = denoise(net, space, x, tau, t, f)
+    if s.guidance == 1:
+        return strong
+    for block in net.blocks:
+        block.dropout, kept = s.guidance_dropout, block.dropout
+        block.training = True
+    weak = denoise(net, space, x, tau, t, f)
+    for block in net.blocks:
+        block.dropout, block.training = kept, False
+    return weak + s.guidance * (strong - weak)
+
+
+def draw(probs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Token ids from probs (..., V) at uniform (...,): probs^(1 / temperature), restricted to the nucleus top_p."""
+    if temperature == 0:
+        return probs.argmax(-1)
+    p, order = (probs.double().log() / temperature).softmax(-1).sort(-1, descending=True)
+    below = p.cumsum(-1)
+    p = torch.where(below - p < top_p, p, 0.0)  # the most probable token always stays
+    total = p.cumsum(-1)
+    place = torch.searchsorted(total, uniform[..., None].double() * total[..., -1:]).clamp(max=p.shape[-1] - 1)
+    return order.gather(-1, place).squeeze(-1)
+
+
+def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, f: FlowArgs, s: SampleArgs) -> Tensor:
+    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L)."""
+    space = make_space(net, f)
+    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    t = clock.t(tau)
+    for i in range(steps - 1):
+        probs = guided(net, space, x, tau[i], t[i], f, s)
+        x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (space.mean(probs) - x)
+    return guided(net, space, x, tau[-2], t[-2], f, s).argmax(-1)
+
+
+def bridge_coefficients(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x_s given x_t and the clean token is a x_t + b x_1 + sqrt(v) noise, 0 <= t < s < 1 -> a, b, v [P 1.5]."""
+    a = t * (1 - s) ** 2 / (s * (1 - t) ** 2)
+    b = (s - t) * (s + t - 2 * s * t) / (s * (1 - t) ** 2)
+    v = (1 - s) ** 2 * (s - t) * (s + t - 2 * s * t) / (s**2 * (1 - t) ** 2)
+    return a, b, v
+
+
+def sample_bridge(
+    net: DiT, x: Tensor, steps: int, clock: Clock, f: FlowArgs, s: SampleArgs, generator: torch.Generator
+) -> Tensor:
+    """Posterior-bridge sampling: draw a clean text, go to the next time conditioned on it [P 1.5]."""
+    space = make_space(net, f)
+    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    t = clock.t(tau)
+    for i in range(steps):
+        probs = guided(net, space, x, tau[i], t[i], f, s).clamp(min=1e-30)
+        y = draw(probs, torch.rand(x.shape[:2], generator=generator, device=x.device), s.temperature, s.top_p)
+        if i < steps - 1:
+            a, b, v = (c.to(x.dtype) for c in bridge_coefficients(t[i], t[i + 1]))
+            xi = torch.randn(x.shape, generator=generator, device=x.device)
+            x = a * x + b * space.tokens(y) + v.sqrt() * space.noise(xi)
+    return y
+
+
+@torch.no_grad()
+def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int, rows: int = 64) -> Tensor:
+    """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
+    net.eval()
+    device, space, out = net.embed.device, make_space(net, args.flow), []
+    generator = torch.Generator(device).manual_seed(seed)
+    for done in range(0, samples, rows):
+        shape = (min(rows, samples - done), args.model.length, space.width)
+        x = space.noise(torch.randn(shape, generator=generator, device=device))
+        if args.sample.sampler == "bridge":
+            out.append(sample_bridge(net, x, steps, clock, args.flow, args.sample, generator))
+        else:
+            out.append(sample_euler(net, x, steps, clock, args.flow, args.sample))
+    return torch.cat(out)
+
+
+# --- Training --------------------------------------------------------------------------------------------------------
+
+
+def stratified_times(step: int, batch: int, seed: int) -> Tensor:
+    """(batch,) uniform in [0, 1], one in each of `batch` equal intervals, in random order [P 1.2]."""
+    generator = torch.Generator().manual_seed(mixed_seed(seed, 1, step))
+    place = torch.randperm(batch, generator=generator)
+    return (place + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch
+
+
+def learning_rate(step: int, a: TrainArgs) -> float:
+    """Linear warm-up, constant, linear decay to 0 over the last share `decay` of the steps."""
+    left = (a.total_steps - step) / (a.decay * a.total_steps) if a.decay else 1.0
+    return a.lr * min(1.0, (step + 1) / max(a.warmup, 1), left)
+
+
+def train_step(
+    objective: nn.Module, net: DiT, ema: DiT, optimizer: torch.optim.Optimizer, step: int, data: np.ndarray,
+    clock: Clock, ranks: Ranks, args: Args,
+) -> dict[str, Tensor]:  # fmt: skip
+    """One optimizer step on the global batch of `step`; every draw is a function of the seed and the step."""
+    a, seed, device = args.train, args.run.seed, net.embed.device
+    torch.manual_seed(mixed_seed(seed, 3, step, ranks.rank))  # dropout
+    mine = ranks.rows(a.batch)
+    index = row_order(step, a.batch, len(data), seed)[mine.start : mine.stop]
+    tau = stratified_times(step, a.batch, seed)[mine.start : mine.stop].to(device)
+    width = make_space(net, args.flow).width
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate(step, a)
+    optimizer.zero_grad()
+    infos = []
+    micro = a.micro_batch or len(mine)
+    for first in range(0, len(mine), micro):
+        part = slice(first, min(first + micro, len(mine)))
+        tokens = torch.from_numpy(data[index[part]].astype(np.int64)).to(device)
+        xi = row_noise(step, mine[part], (tokens.shape[1], width), seed, device)
+        share = len(tokens) / len(mine)
+        last = part.stop == len(mine)
+        sync = contextlib.nullcontext() if last or ranks.world == 1 else objective.no_sync()
+        with sync:
+            loss, info = objective(tokens, tau[part].float(), clock.t(tau[part]).float(), xi)
+            (share * loss).backward()
+        infos.append({k: share * v for k, v in info.items()})
+    info = {k: torch.stack([i[k] for i in infos]).sum() for k in infos[0]}
+    info["grad_norm"] = nn.utils.clip_grad_norm_(net.parameters(), a.clip)
+    optimizer.step()
+    decay = min(a.ema, (1 + step) / (10 + step))
+    with torch.no_grad():
+        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+    return info
+
+
+@torch.no_grad()
+def validate(net: DiT, rows: np.ndarray, clock: Clock, args: Args) -> dict[str, float]:
+    """Cross entropy of held-out rows at fixed times and noise, mean and in quarters of tau."""
+    net.eval()
+    width, device, count = make_space(net, args.flow).width, net.embed.device, min(len(rows), 256)
+    losses = []
+    for i in range(0, count, 32):
+        part = range(i, min(i + 32, count))
+        tau = (torch.tensor(part, dtype=torch.float64, device=device) + 0.5) / count
+        tokens = torch.from_numpy(rows[part.start : part.stop].astype(np.int64)).to(device)
+        space, xi = make_space(net, args.flow), row_noise(0, part, (tokens.shape[1], width), 0, device)
+        t = clock.t(tau).float()
+        x = (1 - t[:, None, None]) * space.noise(xi) + t[:, None, None] * space.tokens(tokens)
+        probs = denoise(net, space, x, tau, t, args.flow)
+        losses.append(-probs.clamp(min=1e-9).gather(-1, tokens[..., None]).log().mean((1, 2)))
+    quarters = torch.cat(losses).chunk(4)
+    out = {f"valid/ce_quarter{i + 1}": q.mean().item() for i, q in enumerate(quarters)}
+    return {"valid/ce": torch.cat(losses).mean().item()} | out
+
+
+def evaluate(net: DiT, data: TextData, clock: Clock, args: Args, run_dir: Path) -> None:
+    """Table of perplexity, entropy and the rest for every number of steps, and samples to read [P 5]."""
+    s, tokenizer = args.sample, data.tokenizer
+    decode = lambda rows: [tokenizer.decode(row) for row in rows.tolist()]  # noqa: E731
+    judge = get_judge(
+        s.judge,
+        data_dir=Path(args.run.data_dir),
+        train_texts=decode(data.train),
+        path=s.judge_path,
+        device=args.run.device,
+    )
+    lines, shown = [], []
+    for steps in s.steps:
+        rows = generate(net, steps, args, clock, s.samples, args.run.seed).cpu().numpy()
+        texts = decode(rows)
+        lines.append(score_texts(f"{steps} steps", rows, texts, judge, data))
+        path = run_dir / f"samples_{steps}_steps.txt"
+        path.write_text("\n----\n".join(texts))
+        shown += [f"\n{steps} steps ({path}):", *("  " + t.replace("\n", "\n  ") for t in texts[: s.show])]
+    real = data.valid[: s.samples]
+    lines.append(score_texts("real text", real, decode(real), judge, data))
+    print("\n".join([*shown, "", format_table(lines)]), flush=True)
+
+
+def train(run_dir: Path, data: TextData, args: Args, saved: dict[str, Any] | None, stop: Any, ranks: Ranks) -> DiT:
+    """Returns the averaged network."""
+    a, device = args.train, pick_device(args.run.device)
+    torch.manual_seed(args.run.seed)
+    net = DiT(args.model, data.tokenizer.vocab_size).to(device)
+    ema = copy.deepcopy(net).requires_grad_(False)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
+    clock, step = make_clock(args, data.tokenizer.vocab_size, device), 0
+    if saved:
+        for name, part in (("net", net), ("ema", ema), ("optimizer", optimizer)):
+            part.load_state_dict(saved[name])
+        step = saved["step"]
+    objective: nn.Module = Objective(net, args.flow, a.loss_rows)
+    if args.run.compile:
+        net.trunk = torch.compile(net.trunk)
+    if ranks.world > 1:
+        objective = nn.parallel.DistributedDataParallel(objective)
+    chief = ranks.rank == 0
+    log = None
+    if chief:
+        log = RunLog(
+            run_dir, total_steps=a.total_steps, wandb_project=args.run.wandb_project, tensorboard=args.run.tensorboard,
+            resume_bytes=saved["log"] if saved else None, args=cli.flatten(args),
+        )  # fmt: skip
+    m, averages = args.model, Averages()
+    size = m.layers * m.length * m.width
+    meter = Meter(a.batch * m.length, products(net), size, ranks.world, m.precision == "bf16", device)
+    if saved:
+        averages.load_state_dict(saved["averages"], device)
+
+    def save(name: str = CHECKPOINT) -> None:
+        if chief:
+            flat = {k: list(v) if isinstance(v, tuple) else v for k, v in cli.flatten(args).items()}
+            checkpoint.save(run_dir / name, {
+                "args": flat, "step": step, "net": net.state_dict(), "ema": ema.state_dict(),
+                "optimizer": optimizer.state_dict(), "log": log.position(), "averages": averages.state_dict(),
+                "tokenizer": data.tokenizer.name, "vocab_size": data.tokenizer.vocab_size,
+            })  # fmt: skip
+
+    while step < a.total_steps and not ranks.any(stop.requested, device):
+        net.train()
+        averages.add(train_step(objective, net, ema, optimizer, step, data.train, clock, ranks, args))
+        step, meter.steps = step + 1, meter.steps + 1
+        if step % args.run.log_every == 0 or step == a.total_steps:
+            metrics, speed = averages.take(), meter.take()
+            if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
+                save("nonfinite.pt")
+                sys.exit(f"stopped at step {step}: {', '.join(bad)} not finite; dumped to {run_dir / 'nonfinite.pt'}")
+            if chief:
+                log.log(step, {f"train/{k}": v for k, v in metrics.items()} | speed)
+                log.progress(step, {"loss": f"{metrics['loss']:.3f}"} | meter.text(speed))
+        if chief and (step % args.run.eval_every == 0 or step == a.total_steps):
+            valid = validate(ema, data.valid, clock, args)
+            log.log(step, valid)
+            row = generate(ema, max(args.sample.steps), args, clock, 1, args.run.seed)[0].tolist()
+            log.say(f"step {step}: valid CE {valid['valid/ce']:.3f}  sample: {data.tokenizer.decode(row)!r}")
+        if step % args.run.checkpoint_every == 0:
+            save()
+    save()
+    if chief:
+        log.close()
+    return ema
+
+
+def make_clock(args: Args, vocab: int, device: torch.device) -> Clock:
+    return Clock(accuracy_table(vocab).to(device) if args.flow.reparam else None)
+
+
+# What a checkpoint's weights fit.
+FIXED = ("data", "tokenizer", "length", "layers", "width", "heads", "cond_width", "seed", "batch")
+AT_LEAST = dict(
+    length=3, layers=1, width=2, heads=1, cond_width=1, total_steps=1, batch=1, samples=1, log_every=1, eval_every=1,
+    checkpoint_every=1, lr=0.0,
+)  # fmt: skip
+
+
+def check(args: Args, vocab: int, world: int) -> None:
+    """Raises UserError on combinations that cannot work."""
+    f, m = args.flow, args.model
+    if f.space == "embedding" and vocab <= m.width:
+        raise UserError(f"--space embedding needs a vocabulary larger than --width ({vocab} <= {m.width}); use onehot")
+    if f.predict == "velocity" and (f.space, f.loss) != ("onehot", "mse"):
+        raise UserError("--predict velocity needs --space onehot --loss mse: its target is the noise itself")
+    if f.loss == "ce" and not f.softmax:
+        raise UserError("--loss ce needs --softmax; use --loss mse for raw outputs")
+    if m.width % m.heads or m.width // m.heads % 2:
+        raise UserError(f"--width {m.width} must be an even multiple of --heads {m.heads}")
+    if args.train.batch % world:
+        raise UserError(f"--batch {args.train.batch} must be a multiple of the {world} processes")
+
+
+def main(argv: list[str]) -> None:
+    args, saved, run_dir = start(
+        argv, Args(), default_args, __doc__, FIXED, AT_LEAST, ("data",), "flm__{data}__s{seed}"
+    )
+    ranks = Ranks.join()
+    if args.run.threads:
+        torch.set_num_threads(args.run.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU, as in the paper
+    m = args.model
+    data = load_text(
+        args.run.data, length=m.length, data_dir=Path(args.run.data_dir), tokenizer=m.tokenizer,
+        tokenizer_path=Path(m.tokenizer_path) if m.tokenizer_path else None,
+    )  # fmt: skip
+    vocab = data.tokenizer.vocab_size
+    check(args, vocab, ranks.world)
+    with checkpoint.StopSignal() as stop:
+        if args.run.eval:
+            net = DiT(m, vocab).to(pick_device(args.run.device))
+            net.load_state_dict(saved["ema"])
+        else:
+            checkpoint.check_run_dir(run_dir, 3 * 16 * sum(p.numel() for p in DiT(m, vocab).parameters()))
+            net = train(run_dir, data, args, saved, stop, ranks)
+        if stop.requested:
+            print(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
+        elif ranks.rank == 0:
+            evaluate(net, data, make_clock(args, vocab, net.embed.device), args, run_dir)
+    ranks.leave()
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))
