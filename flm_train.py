@@ -37,23 +37,19 @@ import copy
 import math
 import sys
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from common.judge import format_table, get_judge, score_texts
-from common.text import TextData, load_text
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint as recompute
 
 from common import checkpoint, cli
 from common.batches import Ranks, mixed_seed, row_noise, row_order
 from common.errors import UserError
-from common.meter import Meter, products
-from common.runlog import Averages, RunLog
-from common.start import CHECKPOINT, pick_device, start
+from common.start import start
+from common.text_run import TextRun
 
 # --- Arguments. Values below are those of the embedded corpus; SETTINGS holds what other data change. ----------------
 
@@ -127,7 +123,7 @@ class TrainArgs:
 class SampleArgs:
     """Sampling and evaluation [P 1.4, 5]."""
 
-    steps: tuple[int, ...] = (8, 32, 128)  # numbers of network calls to evaluate
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 128)  # numbers of network calls to evaluate
     samples: int = 256  # texts per number of steps
     sampler: Literal["euler", "bridge"] = "euler"  # the paper's, or posterior-bridge sampling
     temperature: float = 1.0  # bridge: of the posterior that the clean token is drawn from
@@ -198,7 +194,8 @@ class TimeEmbedding(nn.Module):
             nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, tau: Tensor) -> Tensor:
-        angle = tau.float()[:, None] * torch.exp(torch.arange(128, device=tau.device) * (-math.log(10_000) / 128))
+        frequency = torch.exp(torch.arange(128, device=tau.device) * (-math.log(10_000) / 128))
+        angle = tau.to(self.mlp[0].weight.dtype)[:, None] * frequency
         return self.mlp(torch.cat([angle.cos(), angle.sin()], -1))
 
 
@@ -271,7 +268,8 @@ class DiT(nn.Module):
         with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
             shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
             logits = self.output(self.norm(h) * (1 + scale) + shift)
-        return self.cap * torch.tanh(logits.float() / self.cap) if self.cap else logits.float()
+        logits = logits.to(self.output.weight.dtype)
+        return self.cap * torch.tanh(logits / self.cap) if self.cap else logits
 
     def forward(self, h: Tensor, *tau: Tensor) -> Tensor:
         return self.head(*self.trunk(h, *tau))
@@ -312,6 +310,14 @@ class Clock:
 
     def tau(self, t: Tensor) -> Tensor:
         return t if self.table is None else interpolate(t, self.table[0], self.table[1])
+
+    def rate(self, t: Tensor) -> Tensor:
+        """d tau / d t"""
+        if self.table is None:
+            return torch.ones_like(t)
+        i = torch.searchsorted(self.table[0], t.double().contiguous()).clamp(1, self.table.shape[1] - 1)
+        step = self.table[:, i] - self.table[:, i - 1]
+        return (step[1] / step[0]).to(t.dtype)
 
 
 def interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
@@ -397,8 +403,8 @@ class OneHotSpace:
 Space = EmbeddingSpace | OneHotSpace
 
 
-def make_space(net: DiT, f: FlowArgs) -> Space:
-    return (EmbeddingSpace if f.space == "embedding" else OneHotSpace)(net.embed)
+def make_space(net: DiT, name: str) -> Space:
+    return {"embedding": EmbeddingSpace, "onehot": OneHotSpace}[name](net.embed)
 
 
 # --- Loss ------------------------------------------------------------------------------------------------------------
@@ -419,7 +425,7 @@ def flm_loss(
 
     Default: cross entropy of the clean token, -log D_t(x_t)[y]; no weight over time.
     """
-    space = make_space(net, f)
+    space = make_space(net, f.space)
     noise, data, s = space.noise(xi), space.tokens(tokens), t[:, None, None]
     h, cond = net.trunk(space.read((1 - s) * noise + s * data), tau)
 
@@ -488,7 +494,7 @@ def draw(probs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Te
 
 def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, f: FlowArgs, s: SampleArgs) -> Tensor:
     """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L)."""
-    space = make_space(net, f)
+    space = make_space(net, f.space)
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
     t = clock.t(tau)
     for i in range(steps - 1):
@@ -509,7 +515,7 @@ def sample_bridge(
     net: DiT, x: Tensor, steps: int, clock: Clock, f: FlowArgs, s: SampleArgs, generator: torch.Generator
 ) -> Tensor:
     """Posterior-bridge sampling: draw a clean text, go to the next time conditioned on it [P 1.5]."""
-    space = make_space(net, f)
+    space = make_space(net, f.space)
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
     t = clock.t(tau)
     for i in range(steps):
@@ -526,7 +532,7 @@ def sample_bridge(
 def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int, rows: int = 64) -> Tensor:
     """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
     net.eval()
-    device, space, out = net.embed.device, make_space(net, args.flow), []
+    device, space, out = net.embed.device, make_space(net, args.flow.space), []
     generator = torch.Generator(device).manual_seed(seed)
     for done in range(0, samples, rows):
         shape = (min(rows, samples - done), args.model.length, space.width)
@@ -564,7 +570,7 @@ def train_step(
     mine = ranks.rows(a.batch)
     index = row_order(step, a.batch, len(data), seed)[mine.start : mine.stop]
     tau = stratified_times(step, a.batch, seed)[mine.start : mine.stop].to(device)
-    width = make_space(net, args.flow).width
+    width = make_space(net, args.flow.space).width
     for group in optimizer.param_groups:
         group["lr"] = learning_rate(step, a)
     optimizer.zero_grad()
@@ -594,13 +600,13 @@ def train_step(
 def validate(net: DiT, rows: np.ndarray, clock: Clock, args: Args) -> dict[str, float]:
     """Cross entropy of held-out rows at fixed times and noise, mean and in quarters of tau."""
     net.eval()
-    width, device, count = make_space(net, args.flow).width, net.embed.device, min(len(rows), 256)
+    width, device, count = make_space(net, args.flow.space).width, net.embed.device, min(len(rows), 256)
     losses = []
     for i in range(0, count, 32):
         part = range(i, min(i + 32, count))
         tau = (torch.tensor(part, dtype=torch.float64, device=device) + 0.5) / count
         tokens = torch.from_numpy(rows[part.start : part.stop].astype(np.int64)).to(device)
-        space, xi = make_space(net, args.flow), row_noise(0, part, (tokens.shape[1], width), 0, device)
+        space, xi = make_space(net, args.flow.space), row_noise(0, part, (tokens.shape[1], width), 0, device)
         t = clock.t(tau).float()
         x = (1 - t[:, None, None]) * space.noise(xi) + t[:, None, None] * space.tokens(tokens)
         probs = denoise(net, space, x, tau, t, args.flow)
@@ -610,96 +616,26 @@ def validate(net: DiT, rows: np.ndarray, clock: Clock, args: Args) -> dict[str, 
     return {"valid/ce": torch.cat(losses).mean().item()} | out
 
 
-def evaluate(net: DiT, data: TextData, clock: Clock, args: Args, run_dir: Path) -> None:
-    """Table of perplexity, entropy and the rest for every number of steps, and samples to read [P 5]."""
-    s, tokenizer = args.sample, data.tokenizer
-    decode = lambda rows: [tokenizer.decode(row) for row in rows.tolist()]  # noqa: E731
-    judge = get_judge(
-        s.judge,
-        data_dir=Path(args.run.data_dir),
-        train_texts=decode(data.train),
-        path=s.judge_path,
-        device=args.run.device,
-    )
-    lines, shown = [], []
-    for steps in s.steps:
-        rows = generate(net, steps, args, clock, s.samples, args.run.seed).cpu().numpy()
-        texts = decode(rows)
-        lines.append(score_texts(f"{steps} steps", rows, texts, judge, data))
-        path = run_dir / f"samples_{steps}_steps.txt"
-        path.write_text("\n----\n".join(texts))
-        shown += [f"\n{steps} steps ({path}):", *("  " + t.replace("\n", "\n  ") for t in texts[: s.show])]
-    real = data.valid[: s.samples]
-    lines.append(score_texts("real text", real, decode(real), judge, data))
-    print("\n".join([*shown, "", format_table(lines)]), flush=True)
-
-
-def train(run_dir: Path, data: TextData, args: Args, saved: dict[str, Any] | None, stop: Any, ranks: Ranks) -> DiT:
+def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
     """Returns the averaged network."""
-    a, device = args.train, pick_device(args.run.device)
-    torch.manual_seed(args.run.seed)
-    net = DiT(args.model, data.tokenizer.vocab_size).to(device)
+    a = args.train
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
-    clock, step = make_clock(args, data.tokenizer.vocab_size, device), 0
-    if saved:
-        for name, part in (("net", net), ("ema", ema), ("optimizer", optimizer)):
-            part.load_state_dict(saved[name])
-        step = saved["step"]
+    run.attach(net, {"net": net, "ema": ema, "optimizer": optimizer})
     objective: nn.Module = Objective(net, args.flow, a.loss_rows)
     if args.run.compile:
         net.trunk = torch.compile(net.trunk)
-    if ranks.world > 1:
+    if run.ranks.world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
-    chief = ranks.rank == 0
-    log = None
-    if chief:
-        log = RunLog(
-            run_dir, total_steps=a.total_steps, wandb_project=args.run.wandb_project, tensorboard=args.run.tensorboard,
-            resume_bytes=saved["log"] if saved else None, args=cli.flatten(args),
-        )  # fmt: skip
-    m, averages = args.model, Averages()
-    size = m.layers * m.length * m.width
-    meter = Meter(a.batch * m.length, products(net), size, ranks.world, m.precision == "bf16", device)
-    if saved:
-        averages.load_state_dict(saved["averages"], device)
-
-    def save(name: str = CHECKPOINT) -> None:
-        if chief:
-            flat = {k: list(v) if isinstance(v, tuple) else v for k, v in cli.flatten(args).items()}
-            checkpoint.save(run_dir / name, {
-                "args": flat, "step": step, "net": net.state_dict(), "ema": ema.state_dict(),
-                "optimizer": optimizer.state_dict(), "log": log.position(), "averages": averages.state_dict(),
-                "tokenizer": data.tokenizer.name, "vocab_size": data.tokenizer.vocab_size,
-            })  # fmt: skip
-
-    while step < a.total_steps and not ranks.any(stop.requested, device):
+    while run.running():
         net.train()
-        averages.add(train_step(objective, net, ema, optimizer, step, data.train, clock, ranks, args))
-        step, meter.steps = step + 1, meter.steps + 1
-        if step % args.run.log_every == 0 or step == a.total_steps:
-            metrics, speed = averages.take(), meter.take()
-            if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
-                save("nonfinite.pt")
-                sys.exit(f"stopped at step {step}: {', '.join(bad)} not finite; dumped to {run_dir / 'nonfinite.pt'}")
-            if chief:
-                log.log(step, {f"train/{k}": v for k, v in metrics.items()} | speed)
-                log.progress(step, {"loss": f"{metrics['loss']:.3f}"} | meter.text(speed))
-        if chief and (step % args.run.eval_every == 0 or step == a.total_steps):
-            valid = validate(ema, data.valid, clock, args)
-            log.log(step, valid)
-            row = generate(ema, max(args.sample.steps), args, clock, 1, args.run.seed)[0].tolist()
-            log.say(f"step {step}: valid CE {valid['valid/ce']:.3f}  sample: {data.tokenizer.decode(row)!r}")
-        if step % args.run.checkpoint_every == 0:
-            save()
-    save()
-    if chief:
-        log.close()
+        run.count(train_step(objective, net, ema, optimizer, run.step, run.data.train, clock, run.ranks, args))
+        if run.due(args.run.eval_every) and run.chief:
+            valid = validate(ema, run.data.valid, clock, args)
+            row = generate(ema, max(args.sample.steps), args, clock, 1, args.run.seed).cpu().numpy()
+            run.note(valid, f"valid CE {valid['valid/ce']:.3f}  sample: {run.texts(row)[0]!r}")
+    run.save()
     return ema
-
-
-def make_clock(args: Args, vocab: int, device: torch.device) -> Clock:
-    return Clock(accuracy_table(vocab).to(device) if args.flow.reparam else None)
 
 
 # What a checkpoint's weights fit.
@@ -726,32 +662,26 @@ def check(args: Args, vocab: int, world: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    args, saved, run_dir = start(
-        argv, Args(), default_args, __doc__, FIXED, AT_LEAST, ("data",), "flm__{data}__s{seed}"
-    )
-    ranks = Ranks.join()
-    if args.run.threads:
-        torch.set_num_threads(args.run.threads)
-    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU, as in the paper
-    m = args.model
-    data = load_text(
-        args.run.data, length=m.length, data_dir=Path(args.run.data_dir), tokenizer=m.tokenizer,
-        tokenizer_path=Path(m.tokenizer_path) if m.tokenizer_path else None,
-    )  # fmt: skip
-    vocab = data.tokenizer.vocab_size
-    check(args, vocab, ranks.world)
+    choose, name = ("data",), "flm__{data}__s{seed}"
+    args, saved, run_dir = start(argv, Args(), default_args, __doc__, FIXED, AT_LEAST, choose, name)
     with checkpoint.StopSignal() as stop:
-        if args.run.eval:
-            net = DiT(m, vocab).to(pick_device(args.run.device))
-            net.load_state_dict(saved["ema"])
-        else:
-            checkpoint.check_run_dir(run_dir, 3 * 16 * sum(p.numel() for p in DiT(m, vocab).parameters()))
-            net = train(run_dir, data, args, saved, stop, ranks)
-        if stop.requested:
-            print(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
-        elif ranks.rank == 0:
-            evaluate(net, data, make_clock(args, vocab, net.embed.device), args, run_dir)
-    ranks.leave()
+        run = TextRun(cli.flatten(args), run_dir, stop, saved)
+        vocab = run.data.tokenizer.vocab_size
+        check(args, vocab, run.ranks.world)
+        torch.manual_seed(args.run.seed)
+        net = DiT(args.model, vocab).to(run.device)
+        clock = Clock(accuracy_table(vocab).to(run.device) if args.flow.reparam else None)
+        try:
+            if args.run.eval:
+                net.load_state_dict(saved["ema"])
+            else:
+                net = train(run, net, clock, args)
+            if stop.requested:
+                print(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
+            elif run.chief:
+                run.evaluate(lambda steps: generate(net, steps, args, clock, args.sample.samples, args.run.seed))
+        finally:
+            run.close()
 
 
 if __name__ == "__main__":

@@ -1,12 +1,16 @@
 """Rows and random draws of every step as functions of the seed: the same in any number of processes."""
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,15 @@ class Ranks:
                 torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         return ranks
+
+    def first(self, make: Callable[[], T]) -> T:
+        """make() in the first process, then in the others, which find what it left on disk."""
+        if self.rank:
+            dist.barrier()
+        made = make()
+        if self.world > 1 and not self.rank:
+            dist.barrier()
+        return made
 
     def leave(self) -> None:
         if self.world > 1:

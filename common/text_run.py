@@ -1,0 +1,149 @@
+"""One language-model run: its processes, data, folder, log and counters, how it is saved, resumed and evaluated."""
+
+import math
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from common import checkpoint
+from common.batches import Ranks
+from common.meter import Meter, products
+from common.runlog import Averages, RunLog
+from common.start import CHECKPOINT, pick_device
+from common.text import load_text
+
+
+class TextRun:
+    """Holds everything but the networks and optimizers, which `attach` brings in. Only the first process writes.
+
+    `args` are the flat arguments of the script ({name: value}); this class reads: data, length, data_dir, tokenizer,
+    tokenizer_path, device, threads, total_steps, batch, precision, layers, width, seed, log_every, eval_every,
+    checkpoint_every, wandb_project, tensorboard, steps, samples, judge, judge_path, show.
+    """
+
+    def __init__(
+        self, args: Mapping[str, Any], run_dir: Path, stop: checkpoint.StopSignal, saved: dict[str, Any] | None
+    ) -> None:
+        self.flat, self.dir, self.stop, self.saved = dict(args), run_dir, stop, saved
+        a = self.a = SimpleNamespace(**args)
+        self.ranks = Ranks.join()
+        self.chief = self.ranks.rank == 0
+        self.device = pick_device(a.device)
+        if a.threads:
+            torch.set_num_threads(a.threads)
+        torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
+        path = Path(a.tokenizer_path) if a.tokenizer_path else None
+        load = lambda: load_text(  # noqa: E731
+            a.data, length=a.length, data_dir=Path(a.data_dir), tokenizer=a.tokenizer, tokenizer_path=path
+        )
+        self.data = self.ranks.first(load)  # the others find what the first process built
+        self.step, self.averages = 0, Averages()
+
+    def attach(self, net: nn.Module, parts: Mapping[str, Any]) -> None:
+        """Begin training `net`. parts: what a checkpoint holds, {name: module or optimizer}; restored on a resume."""
+        a, saved, self.parts = self.a, self.saved, parts
+        bytes_needed = 3 * 16 * sum(p.numel() for p in net.parameters())
+        if self.chief:
+            checkpoint.check_run_dir(self.dir, bytes_needed)
+        if saved:
+            for name, part in parts.items():
+                part.load_state_dict(saved[name])
+            self.step = saved["step"]
+            self.averages.load_state_dict(saved["averages"], self.device)
+        if self.chief:
+            self.log = RunLog(
+                self.dir,
+                total_steps=a.total_steps,
+                wandb_project=a.wandb_project,
+                tensorboard=a.tensorboard,
+                resume_bytes=saved["log"] if saved else None,
+                args=self.flat,
+            )
+        bf16, attention = a.precision == "bf16", a.layers * a.length * a.width
+        self.meter = Meter(a.batch * a.length, products(net), attention, self.ranks.world, bf16, self.device)
+        self.saved = None
+
+    def running(self) -> bool:
+        """Whether to make another step: not finished, no process asked to stop."""
+        return self.step < self.a.total_steps and not self.ranks.any(self.stop.requested, self.device)
+
+    def count(self, metrics: Mapping[str, torch.Tensor]) -> None:
+        """After a step: its metrics. Logs and saves when due; a value that is not finite ends the run with a dump."""
+        a = self.a
+        self.averages.add(dict(metrics))
+        self.step, self.meter.steps = self.step + 1, self.meter.steps + 1
+        if self.due(a.log_every):
+            means, speed = self.averages.take(), self.meter.take()
+            if bad := [k for k, v in means.items() if not math.isfinite(v)]:
+                self.save("nonfinite.pt")
+                sys.exit(f"stopped at step {self.step}: {', '.join(bad)} not finite; see {self.dir / 'nonfinite.pt'}")
+            if self.chief:
+                self.log.log(self.step, {f"train/{k}": v for k, v in means.items()} | speed)
+                self.log.progress(self.step, {"loss": f"{means['loss']:.3f}"} | self.meter.text(speed))
+        if self.due(a.checkpoint_every):
+            self.save()
+
+    def due(self, every: int) -> bool:
+        """Whether the step just made is one in `every`, or the last."""
+        return self.step % every == 0 or self.step == self.a.total_steps
+
+    def note(self, metrics: Mapping[str, float], text: str) -> None:
+        """Log and print; only in the first process."""
+        if self.chief:
+            self.log.log(self.step, dict(metrics))
+            self.log.say(f"step {self.step}: {text}")
+
+    def save(self, name: str = CHECKPOINT) -> None:
+        if self.chief:
+            state = {
+                "args": {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat.items()},
+                "step": self.step,
+                "averages": self.averages.state_dict(),
+                "log": self.log.position(),
+                "tokenizer": self.data.tokenizer.name,
+                "vocab_size": self.data.tokenizer.vocab_size,
+            }
+            checkpoint.save(self.dir / name, state | {k: part.state_dict() for k, part in self.parts.items()})
+
+    def close(self) -> None:
+        if hasattr(self, "log"):
+            self.log.close()
+        self.ranks.leave()
+
+    def texts(self, rows: np.ndarray) -> list[str]:
+        """rows (n, L) -> n texts."""
+        return [self.data.tokenizer.decode(row) for row in rows.tolist()]
+
+    def evaluate(self, generate: Callable[[int], torch.Tensor], others: Mapping[str, Callable] = {}) -> None:
+        """Print samples and the table of perplexity, entropy and distances; write samples and table to the folder.
+
+        generate(steps) gives token rows (samples, L); others: {label: function without argument} for further lines.
+        """
+        from common.judge import get_judge
+        from common.judge.metrics import format_table, score
+
+        a, data = self.a, self.data
+        path = Path(a.judge_path) if a.judge_path else None
+        judge = get_judge(
+            a.judge, data_dir=Path(a.data_dir), train_texts=self.texts(data.train), path=path, device=self.device
+        )
+        makers = dict(others) | {f"{n} steps": lambda n=n: generate(n) for n in a.steps}
+        lines, shown = [], []
+        for label, make in makers.items():
+            rows = make().cpu().numpy()
+            texts = self.texts(rows)
+            lines.append(score(label, rows, texts, judge, data))
+            file = self.dir / f"samples_{label.replace(' ', '_')}.txt"
+            file.write_text("\n----\n".join(texts) + "\n")
+            shown += [f"\n{label} ({file}):", *("  " + text.replace("\n", "\n  ") for text in texts[: a.show])]
+        real = data.valid[: a.samples]
+        lines.append(score("real text", real, self.texts(real), judge, data))
+        table = format_table(lines)
+        (self.dir / "evaluation.md").write_text(table + "\n")
+        print("\n".join([*shown, "", table]), flush=True)

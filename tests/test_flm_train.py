@@ -1,0 +1,365 @@
+"""flm_train.py against closed forms: one token with known distribution pi, whose exact denoiser is a softmax."""
+
+import ast
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import flm_train as flm
+from common import cli
+
+SCRIPT = Path(flm.__file__)
+PI = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
+V = len(PI)
+CLOCK = flm.Clock(flm.accuracy_table(V))
+
+
+class Oracle(nn.Module):
+    """D_t(x) = softmax(log pi + t x / (1 - t)^2) as a network: logits from x and tau."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Parameter(torch.eye(V, dtype=torch.float64))
+        self.blocks = nn.ModuleList()
+
+    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
+        t = CLOCK.t(tau)[:, None, None]
+        return PI.log() + t * x / (1 - t) ** 2
+
+
+def small(**changes: object) -> flm.Args:
+    values = dict(layers=2, width=32, heads=2, cond_width=16, length=6, precision="fp32", space="onehot", batch=16)
+    return cli.override(flm.Args(), values | changes)
+
+
+def perturbed(net: nn.Module, scale: float = 0.1) -> nn.Module:
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=generator))
+    return net
+
+
+# --- time -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("vocab", "values"),
+    [  # tau -> t, computed by adaptive quadrature
+        (30_522, {0.01: 0.6312, 0.05: 0.7069, 0.1: 0.7359, 0.3: 0.7812, 0.5: 0.8045, 0.7: 0.8233, 0.9: 0.8450,
+                  0.95: 0.8537, 0.99: 0.8676, 0.999: 0.8805}),
+        (50_258, {0.01: 0.6465, 0.05: 0.7166, 0.1: 0.7438, 0.3: 0.7866, 0.5: 0.8087, 0.7: 0.8268, 0.9: 0.8477,
+                  0.95: 0.8560, 0.99: 0.8695, 0.999: 0.8820}),
+    ],
+)  # fmt: skip
+def test_time_at_given_decoding_accuracy(vocab: int, values: dict[float, float]) -> None:
+    clock = flm.Clock(flm.accuracy_table(vocab))
+    tau = torch.tensor(list(values), dtype=torch.float64)
+    want = torch.tensor(list(values.values()), dtype=torch.float64)
+    torch.testing.assert_close(clock.t(tau), want, atol=1e-4, rtol=0)
+    torch.testing.assert_close(clock.tau(clock.t(tau)), tau, atol=1e-9, rtol=0)
+    ends = torch.tensor([0.0, 1.0])
+    assert torch.equal(clock.t(ends), ends) and torch.equal(clock.tau(ends), ends)
+
+
+@pytest.mark.parametrize("vocab", [2, 5, 200])
+def test_decoding_accuracy_by_monte_carlo(vocab: int) -> None:
+    """The argmax of t e_y + (1 - t) eps is y with probability 1/V + (1 - 1/V) tau."""
+    clock, generator, n = flm.Clock(flm.accuracy_table(vocab)), torch.Generator().manual_seed(0), 40_000
+    for tau in (0.1, 0.5, 0.9):
+        t = clock.t(torch.tensor(tau, dtype=torch.float64)).item()
+        x = (1 - t) * torch.randn(n, vocab, generator=generator)
+        x[:, 0] += t
+        want = 1 / vocab + (1 - 1 / vocab) * tau
+        error = math.sqrt(want * (1 - want) / n)
+        assert (x.argmax(-1) == 0).double().mean().item() == pytest.approx(want, abs=4 * error)
+
+
+def test_two_tokens_have_a_closed_form() -> None:
+    """V = 2: q = Phi(m / sqrt 2) with m = t / (1 - t)."""
+    t = torch.linspace(0.01, 0.9, 50, dtype=torch.float64)
+    q = torch.special.ndtr(t / (1 - t) / math.sqrt(2))
+    torch.testing.assert_close(flm.Clock(flm.accuracy_table(2)).tau(t), 2 * q - 1, atol=1e-7, rtol=0)
+
+
+def test_times_are_stratified_over_the_global_batch() -> None:
+    tau = flm.stratified_times(7, 64, seed=3)
+    assert torch.equal((tau * 64).long().sort().values, torch.arange(64))
+    assert not torch.equal(tau, flm.stratified_times(8, 64, seed=3))
+    assert not torch.equal(tau, tau.sort().values)
+
+
+# --- network ----------------------------------------------------------------------------------------------------------
+
+
+def test_initial_loss_is_ln_v() -> None:
+    args = small()
+    net = flm.DiT(args.model, 50)
+    tokens = torch.randint(0, 50, (4, 6))
+    loss, _ = flm.flm_loss(net, tokens, torch.rand(4), torch.rand(4), torch.randn(4, 6, 50), args.flow)
+    assert loss.item() == pytest.approx(math.log(50), abs=1e-5)
+
+
+def test_parameter_count_is_the_published_one() -> None:
+    m = cli.override(flm.default_args("lm1b"), {}).model
+    with torch.device("meta"):
+        net = flm.DiT(m, 30_522)
+    assert sum(p.numel() for p in net.parameters()) == pytest.approx(139.29e6, abs=5e3)
+
+
+def test_logits_are_capped_and_positions_matter() -> None:
+    args = small(logit_cap=2.0)
+    net = perturbed(flm.DiT(args.model, 50), 0.5).eval()
+    h, tau = 3 * torch.randn(2, 6, 32), torch.rand(2)
+    out = net(h, tau)
+    assert out.abs().max() <= 2.0
+    assert not torch.allclose(net(h.flip(1), tau), out.flip(1), atol=1e-3)  # rotary embedding
+    assert not torch.allclose(net(h, 1 - tau), out, atol=1e-3)
+
+
+def test_attention_cap() -> None:
+    q, k, v = (torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3))
+    scores = q @ k.mT / math.sqrt(8)
+    want = (0.5 * torch.tanh(scores / 0.5)).softmax(-1) @ v
+    torch.testing.assert_close(flm.attention(q, k, v, 0.5), want)
+    torch.testing.assert_close(flm.attention(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v))
+
+
+# --- loss -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("changes", [{}, {"loss": "mse"}, {"loss": "mse", "softmax": False}])
+def test_losses_against_the_plain_formula(changes: dict) -> None:
+    args = small(**changes)
+    net = perturbed(flm.DiT(args.model, 12))
+    tokens, tau, t, xi = torch.randint(0, 12, (5, 6)), torch.rand(5), torch.rand(5), torch.randn(5, 6, 12)
+    onehot = F.one_hot(tokens, 12).float()
+    out = net(((1 - t[:, None, None]) * xi + t[:, None, None] * onehot) @ net.embed, tau)
+    if not changes:
+        want = F.cross_entropy(out.flatten(0, 1), tokens.flatten())
+    else:
+        out = out if args.flow.softmax is False else out.softmax(-1)
+        want = (out - onehot).square().sum(-1).mean()
+    loss, _ = flm.flm_loss(net, tokens, tau, t, xi, args.flow)
+    torch.testing.assert_close(loss, want)
+
+
+def test_velocity_loss_and_its_denoiser() -> None:
+    args = small(loss="mse", predict="velocity")
+    net = perturbed(flm.DiT(args.model, 12))
+    tokens, tau, t, xi = torch.randint(0, 12, (5, 6)), torch.rand(5), torch.rand(5), torch.randn(5, 6, 12)
+    onehot, s = F.one_hot(tokens, 12).float(), t[:, None, None]
+    x = (1 - s) * xi + s * onehot
+    loss, _ = flm.flm_loss(net, tokens, tau, t, xi, args.flow)
+    torch.testing.assert_close(loss, (net(x @ net.embed, tau) - (onehot - xi)).square().sum(-1).mean())
+    exact = x + (1 - s) * (onehot - xi)  # what the denoiser is if the velocity is right
+    torch.testing.assert_close(exact, onehot)
+    probs = flm.denoise(net, flm.OneHotSpace(net.embed), x, tau, t, args.flow)
+    torch.testing.assert_close(probs, x + (1 - s) * net(x @ net.embed, tau))
+
+
+@pytest.mark.parametrize("space", ["embedding", "onehot"])
+def test_rows_at_a_time_change_nothing(space: str) -> None:
+    args = small(space=space, width=8, heads=1)
+    net = perturbed(flm.DiT(args.model, 12))
+    width = flm.make_space(net, space).width
+    batch = (torch.randint(0, 12, (5, 6)), torch.rand(5), torch.rand(5), torch.randn(5, 6, width))
+    gradients = []
+    for rows in (0, 2):
+        loss, _ = flm.flm_loss(net, *batch, args.flow, rows)
+        gradients.append([loss, *torch.autograd.grad(loss, list(net.parameters()))])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
+
+
+# --- embedding space --------------------------------------------------------------------------------------------------
+
+
+def test_noise_has_the_law_of_projected_noise() -> None:
+    torch.manual_seed(0)
+    embed = torch.randn(40, 5, dtype=torch.float64)
+    noise = flm.EmbeddingSpace(embed).noise(torch.randn(200_000, 5, dtype=torch.float64))
+    gram = embed.T @ embed
+    assert (noise.T @ noise / len(noise) - gram).norm() / gram.norm() < 0.02
+
+
+def test_gradient_is_the_conditional_mean_of_the_dense_one() -> None:
+    """For xi = eps E L^-T the backward equals eps^T g projected on the span of E, where the rest has mean 0."""
+    torch.manual_seed(0)
+    embed = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
+    eps, g = torch.randn(64, 30, dtype=torch.float64), torch.randn(64, 4, dtype=torch.float64)
+    chol = torch.linalg.cholesky(embed.mT @ embed).detach()
+    xi = torch.linalg.solve_triangular(chol, (eps @ embed.detach()).mT, upper=False).mT
+    noise = flm.EmbeddingSpace(embed).noise(xi)
+    torch.testing.assert_close(noise, eps @ embed)  # the same noise
+    (ours,) = torch.autograd.grad((noise * g).sum(), embed)
+    span = torch.linalg.qr(embed.detach()).Q
+    torch.testing.assert_close(ours, span @ span.mT @ (eps.mT @ g))
+
+
+def test_training_gradients_agree_in_expectation() -> None:
+    torch.manual_seed(0)
+    args = small(width=8, heads=1, length=3)
+    net = perturbed(flm.DiT(args.model, 30).double(), 0.3)
+    tokens = torch.randint(0, 30, (512, 3))
+    means, errors = [], []
+    for space in ("onehot", "embedding"):
+        f = cli.override(args, {"space": space}).flow
+        width, grads = flm.make_space(net, space).width, []
+        for _ in range(40):
+            t = torch.rand(512, dtype=torch.float64)
+            loss, _ = flm.flm_loss(net, tokens, t, t, torch.randn(512, 3, width, dtype=torch.float64), f)
+            grads.append(torch.autograd.grad(loss, net.embed)[0])
+        grads = torch.stack(grads)
+        means.append(grads.mean(0))
+        errors.append(grads.var(0) / len(grads))
+    z = (means[0] - means[1]) / (errors[0] + errors[1]).sqrt()
+    assert z.mean().abs() < 0.3 and 0.8 < z.std() < 1.2
+    assert errors[1].sum() < 0.7 * errors[0].sum()  # and less variance
+
+
+def test_sampling_writes_identical_tokens_in_both_spaces() -> None:
+    torch.manual_seed(0)
+    args = small(width=16, heads=1)
+    net = perturbed(flm.DiT(args.model, 40).double(), 0.3).eval()
+    x = torch.randn(8, 6, 40, dtype=torch.float64)
+    clock = flm.Clock(flm.accuracy_table(40))
+    with torch.no_grad():
+        for steps in (1, 3, 16):
+            plain = flm.sample_euler(net, x, steps, clock, args.flow, args.sample)
+            f = cli.override(args, {"space": "embedding"}).flow
+            assert torch.equal(plain, flm.sample_euler(net, x @ net.embed, steps, clock, f, args.sample))
+    assert len(plain.unique()) > 3
+
+
+# --- samplers against the exact denoiser ------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def frequencies(tokens: Tensor) -> Tensor:
+    return torch.bincount(tokens.flatten(), minlength=V).double() / tokens.numel()
+
+
+@torch.no_grad()
+def test_euler_with_the_exact_denoiser_samples_pi() -> None:
+    args, n = small(), 40_000
+    x = torch.randn(n, 1, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = frequencies(flm.sample_euler(Oracle(), x, 128, CLOCK, args.flow, args.sample))
+    assert (got - PI).abs().max() < 0.01
+    one = flm.sample_euler(Oracle(), x, 1, CLOCK, args.flow, args.sample)
+    assert (one == 0).all()  # one step writes the most frequent token everywhere
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("steps", [1, 2, 5])
+def test_bridge_samples_pi_at_any_number_of_steps(steps: int) -> None:
+    args, n, generator = small(sampler="bridge"), 40_000, torch.Generator().manual_seed(0)
+    x = torch.randn(n, 1, V, generator=generator, dtype=torch.float64)
+    tokens = flm.sample_bridge(Oracle(), x, steps, CLOCK, args.flow, args.sample, generator)
+    assert (frequencies(tokens) - PI).abs().max() < 0.01
+
+
+def test_bridge_coefficients_keep_the_interpolant() -> None:
+    """x_s = a x_t + b x_1 + sqrt(v) noise has the law of the interpolant at s when x_t has that at t."""
+    t, s = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 0.8))
+    a, b, v = flm.bridge_coefficients(t, s)
+    assert (a * t + b).item() == pytest.approx(s.item())
+    assert (a**2 * (1 - t) ** 2 + v).item() == pytest.approx((1 - s.item()) ** 2)
+
+
+def test_draw_by_enumeration() -> None:
+    probs = torch.tensor([0.1, 0.5, 0.25, 0.15])
+    uniform = torch.linspace(0.0005, 0.9995, 1000)
+    share = lambda **k: torch.bincount(flm.draw(probs.expand(1000, 4), uniform, **k), minlength=4) / 1000  # noqa: E731
+    torch.testing.assert_close(share(temperature=1.0, top_p=1.0), probs, atol=2e-3, rtol=0)
+    squared = probs**2 / (probs**2).sum()
+    torch.testing.assert_close(share(temperature=0.5, top_p=1.0), squared, atol=2e-3, rtol=0)
+    nucleus = torch.tensor([0.0, 2 / 3, 1 / 3, 0.0])
+    torch.testing.assert_close(share(temperature=1.0, top_p=0.7), nucleus, atol=2e-3, rtol=0)
+    assert share(temperature=0.0, top_p=1.0)[1] == 1
+
+
+@torch.no_grad()
+def test_guidance_leaves_the_weak_network_behind() -> None:
+    args = small()
+    net = perturbed(flm.DiT(args.model, 12), 0.3).eval()
+    x, tau = torch.randn(4, 6, 12), torch.tensor(0.5)
+    space = flm.OneHotSpace(net.embed)
+    run = lambda **k: flm.guided(net, space, x, tau, tau, args.flow, small(**k).sample)  # noqa: E731
+    strong = run()
+    assert torch.equal(run(guidance=3.0, guidance_dropout=0.0), strong)
+    torch.manual_seed(0)
+    weak = run(guidance=0.0, guidance_dropout=0.5)
+    torch.manual_seed(0)
+    torch.testing.assert_close(run(guidance=3.0, guidance_dropout=0.5), weak + 3 * (strong - weak))
+    assert not torch.allclose(weak, strong) and torch.equal(run(), strong)
+
+
+# --- training ---------------------------------------------------------------------------------------------------------
+
+
+def steps_of(args: flm.Args, n: int) -> tuple[list[float], flm.DiT]:
+    torch.manual_seed(0)
+    net = perturbed(flm.DiT(args.model, 12), 0.05)
+    ema = flm.copy.deepcopy(net)
+    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
+    objective = flm.Objective(net, args.flow, args.train.loss_rows)
+    data = np.random.default_rng(0).integers(0, 12, (40, 6)).astype(np.uint16)
+    clock = flm.Clock(flm.accuracy_table(12))
+    ranks = flm.Ranks()
+    infos = [flm.train_step(objective, net, ema, optimizer, k, data, clock, ranks, args) for k in range(n)]
+    return [i["loss"].item() for i in infos], net
+
+
+def test_micro_batches_and_rows_give_the_step_of_the_whole_batch() -> None:
+    whole, net = steps_of(small(), 5)
+    parts, other = steps_of(small(micro_batch=6, loss_rows=2), 5)
+    assert parts == pytest.approx(whole, abs=1e-5)
+    for p, q in zip(net.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+
+
+def test_learning_rate_schedule() -> None:
+    a = small(lr=1.0, warmup=10, total_steps=100, decay=0.2).train
+    rates = [flm.learning_rate(k, a) for k in range(100)]
+    assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71
+    assert rates[90] == pytest.approx(0.5) and rates[99] == pytest.approx(0.05)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"space": "embedding", "width": 64}, "--space embedding needs"),
+        ({"predict": "velocity"}, "--predict velocity needs"),
+        ({"softmax": False}, "--loss ce needs"),
+        ({"heads": 3}, "--width 32"),
+    ],
+)
+def test_impossible_combinations_are_said(changes: dict, words: str) -> None:
+    with pytest.raises(flm.UserError, match=words):
+        flm.check(small(**changes), vocab=50, world=1)
+    with pytest.raises(flm.UserError, match="--batch 16"):
+        flm.check(small(), vocab=50, world=3)
+
+
+def test_every_flag_is_documented_and_read() -> None:
+    """In the script, in common/text_run.py (as a.NAME), or by name where a run starts."""
+    folder, flags = SCRIPT.parent, cli.flatten(flm.Args())
+    trees = {p: ast.parse((folder / p).read_text()) for p in (SCRIPT.name, "common/start.py", "common/text_run.py")}
+    reads = {n.value for p, t in trees.items() if p != SCRIPT.name for n in ast.walk(t) if isinstance(n, ast.Constant)}
+    for path, tree in trees.items():
+        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
+        reads |= {n.attr for n in nodes if path == SCRIPT.name or ast.unparse(n.value) in ("a", "self.a")}
+    assert [f for f in flags if f not in reads] == []
+    lines = SCRIPT.read_text().splitlines()
+    fields = [
+        n for c in trees[SCRIPT.name].body if isinstance(c, ast.ClassDef) and c.name.endswith("Args")
+        for n in c.body if c.name != "Args" and isinstance(n, ast.AnnAssign)
+    ]  # fmt: skip
+    assert {n.target.id for n in fields} == set(flags)
+    assert [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]] == []

@@ -1,0 +1,302 @@
+"""fmlm_distill.py against the exact flow map of one token with known distribution pi."""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import flm_train as flm
+import fmlm_distill as fmlm
+from common import cli
+
+SCRIPT = Path(fmlm.__file__)
+PI = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
+V = len(PI)
+CLOCK = fmlm.Clock(fmlm.accuracy_table(V))
+SPACE = fmlm.OneHotSpace(torch.eye(V, dtype=torch.float64))
+
+
+def denoiser(x: Tensor, t: Tensor) -> Tensor:
+    """D_t(x) = softmax(log pi + t x / (1 - t)^2)"""
+    return (PI.log() + t * x / (1 - t) ** 2).softmax(-1)
+
+
+def flow(x: Tensor, s: Tensor, t: Tensor, steps: int = 400) -> Tensor:
+    """X_{s,t}(x) by Runge-Kutta on dx/dt = (D - x) / (1 - t)."""
+    h = (t - s) / steps
+    b = lambda x, r: (denoiser(x, r) - x) / (1 - r)  # noqa: E731
+    for i in range(steps):
+        r = s + i * h
+        k1 = b(x, r)
+        k2 = b(x + h / 2 * k1, r + h / 2)
+        k3 = b(x + h / 2 * k2, r + h / 2)
+        x = x + h / 6 * (k1 + 2 * k2 + 2 * k3 + b(x + h * k3, r + h))
+    return x
+
+
+def exact_student(x: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+    """log delta_{s,t}(x), delta = x + (1 - s)(X - x) / (t - s)"""
+    s, t = CLOCK.t(tau_s)[:, None, None], CLOCK.t(tau_t)[:, None, None]
+    return (x + (1 - s) * (flow(x, s, t) - x) / (t - s)).log()
+
+
+def exact_teacher(x: Tensor, tau: Tensor) -> Tensor:
+    return denoiser(x, CLOCK.t(tau)[:, None, None]).log()
+
+
+@pytest.fixture
+def rows() -> tuple[Tensor, Tensor, Tensor]:
+    g = torch.Generator().manual_seed(0)
+    tau_s = torch.rand(20, generator=g, dtype=torch.float64) * 0.5 + 0.02
+    tau_t = tau_s + (0.97 - tau_s) * torch.rand(20, generator=g, dtype=torch.float64).clamp(min=0.1)
+    s = CLOCK.t(tau_s)[:, None, None]
+    y = torch.multinomial(PI, 20, replacement=True, generator=g)
+    x = (1 - s) * torch.randn(20, 1, V, generator=g, dtype=torch.float64) + s * F.one_hot(y, V)[:, None]
+    return x, tau_s, tau_t
+
+
+# --- identities of the exact map --------------------------------------------------------------------------------------
+
+
+def test_semigroup_target_of_the_exact_map_is_the_map(rows: tuple) -> None:
+    x, tau_s, tau_t = rows
+    want = exact_student(x, tau_s, tau_t).exp()
+    assert (want >= 0).all() and torch.allclose(want.sum(-1), torch.ones(20, 1, dtype=torch.float64))
+    got = fmlm.semigroup_target(exact_student, SPACE, x, tau_s, tau_t, CLOCK)
+    torch.testing.assert_close(got, want, atol=1e-7, rtol=0)
+
+
+def test_lagrangian_target_of_the_exact_map_is_the_map(rows: tuple) -> None:
+    x, tau_s, tau_t = rows
+    got = fmlm.lagrangian_target(exact_student, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK)
+    torch.testing.assert_close(got, exact_student(x, tau_s, tau_t).exp(), atol=1e-5, rtol=0)
+
+
+def test_eulerian_target_of_the_exact_map_is_the_map(rows: tuple) -> None:
+    x, tau_s, tau_t = rows
+    got = fmlm.eulerian_target(exact_student, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK)
+    torch.testing.assert_close(got, exact_student(x, tau_s, tau_t).exp(), atol=1e-5, rtol=0)
+
+
+def test_a_wrong_map_is_not_its_own_target(rows: tuple) -> None:
+    x, tau_s, tau_t = rows
+    wrong = lambda x, s, t: exact_teacher(x, s)  # noqa: E731  one Euler step taken for the map
+    for got in (
+        fmlm.semigroup_target(wrong, SPACE, x, tau_s, tau_t, CLOCK),
+        fmlm.lagrangian_target(wrong, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK),
+    ):
+        assert (got - wrong(x, tau_s, tau_t).exp()).abs().max() > 0.01
+
+
+def test_jump_is_the_flow(rows: tuple) -> None:
+    x, tau_s, tau_t = rows
+    s, t = CLOCK.t(tau_s), CLOCK.t(tau_t)
+    got = fmlm.jump(SPACE, x, exact_student(x, tau_s, tau_t).exp(), s, t)
+    torch.testing.assert_close(got, flow(x, s[:, None, None], t[:, None, None]), atol=1e-9, rtol=0)
+
+
+def test_residual_loss_is_zero_for_the_exact_residual(rows: tuple) -> None:
+    """X = x + (t - s) v_s + (t - s)^2 / 2 g solved for g."""
+    x, tau_s, tau_t = rows
+
+    def residual(x: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+        s, t = CLOCK.t(tau_s)[:, None, None], CLOCK.t(tau_t)[:, None, None]
+        return 2 / (t - s) ** 2 * (flow(x, s, t) - x - (t - s) * (denoiser(x, s) - x) / (1 - s))
+
+    class Fixed(fmlm.OneHotSpace):
+        def noise(self, xi: Tensor) -> Tensor:  # so that the loss sees x: noise with x = (1 - s) noise + s e_0
+            s = CLOCK.t(tau_s)[:, None, None]
+            return (x - s * F.one_hot(torch.zeros(20, 1, dtype=torch.long), V)) / (1 - s)
+
+    weight = lambda tau: torch.zeros(20, 1, dtype=torch.float64)  # noqa: E731
+    tokens = torch.zeros(20, 1, dtype=torch.long)
+    space = Fixed(torch.eye(V, dtype=torch.float64))
+    loss, _ = fmlm.residual_loss(residual, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK, weight)
+    assert loss.item() < 1e-9
+    zero = lambda x, s, t: torch.zeros_like(x)  # noqa: E731
+    assert fmlm.residual_loss(zero, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK, weight)[0] > 1e-3
+    exact, _ = fmlm.regression_loss(exact_student, residual, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK)
+    assert exact.item() < 1e-9
+
+
+# --- times and losses -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("batch", "want"), [(512, (256, 8)), (128, (64, 2))])
+def test_shares_of_the_batch(batch: int, want: tuple[int, int]) -> None:
+    tau_s, tau_t = fmlm.two_times(3, batch, 1, fmlm.DistillArgs())
+    whole = (tau_s == 0) & (tau_t == 1)
+    assert ((tau_s == tau_t).sum(), whole.sum()) == want
+    assert (tau_s <= tau_t).all() and tau_s.min() >= 0 and tau_t.max() <= 1
+    same = (tau_s[tau_s == tau_t] * want[0]).long().sort().values
+    assert torch.equal(same, torch.arange(want[0]))  # stratified
+
+
+def test_boundary_target_is_the_second_jump(rows: tuple) -> None:
+    """From 0 to 1: lambda is 0, the target is delta_{u,1}(X_{0,u}(x))."""
+    x = torch.randn(6, 1, V, dtype=torch.float64)
+    net = lambda x, s, t: x * (1 + s + 2 * t)[:, None, None]  # noqa: E731  any network
+    zero, one = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
+    half = one / 2
+    u = CLOCK.t(half)
+    x_u = fmlm.jump(SPACE, x, net(x, zero, half).softmax(-1), zero, u)
+    want = net(x_u, half, one).softmax(-1)
+    torch.testing.assert_close(fmlm.semigroup_target(net, SPACE, x, zero, one, CLOCK), want)
+
+
+def test_projection_to_the_simplex() -> None:
+    v = torch.randn(200, 7, dtype=torch.float64)
+    p = fmlm.project_to_simplex(v)
+    assert (p >= 0).all() and torch.allclose(p.sum(-1), torch.ones(200, dtype=torch.float64))
+    torch.testing.assert_close(fmlm.project_to_simplex(p), p)
+    # optimality: (v - p)(q - p) <= 0 for every corner q of the simplex
+    inner = ((v - p)[:, None] * (torch.eye(7, dtype=torch.float64) - p[:, None])).sum(-1)
+    assert inner.max() < 1e-12
+
+
+def test_rate_of_the_clock() -> None:
+    t, h = torch.linspace(0.05, 0.6, 30, dtype=torch.float64) + 1e-5, 1e-6
+    torch.testing.assert_close(CLOCK.rate(t), (CLOCK.tau(t + h) - CLOCK.tau(t - h)) / (2 * h), atol=1e-3, rtol=1e-3)
+
+
+# --- student ----------------------------------------------------------------------------------------------------------
+
+
+def small(**changes: object) -> fmlm.Args:
+    values = dict(layers=2, width=32, heads=2, cond_width=16, length=6, precision="fp32", space="onehot", batch=16)
+    return cli.override(fmlm.Args(), values | changes)
+
+
+def trained_teacher(args: fmlm.Args, vocab: int) -> fmlm.DiT:
+    torch.manual_seed(0)
+    teacher = fmlm.DiT(args.model, vocab).requires_grad_(False).eval()
+    for p in teacher.parameters():
+        p.add_(0.2 * torch.randn(p.shape))
+    return teacher
+
+
+def test_student_starts_as_the_teacher() -> None:
+    args = small()
+    teacher = trained_teacher(args, 12)
+    student = fmlm.make_student(teacher, args.model, 12).eval()
+    h, tau = torch.randn(4, 6, 32), torch.rand(4)
+    for other in (tau, torch.ones(4), torch.rand(4)):
+        assert torch.equal(student(h, tau, other), teacher(h, tau))
+    raw = fmlm.make_student(teacher, args.model, 12, raw=True)
+    assert (raw(h, tau, tau) == 0).all()
+
+
+@pytest.mark.parametrize("recipe", ["semigroup", "lagrangian", "eulerian"])
+def test_diagonal_rows_learn_the_teacher_and_spaces_agree(recipe: str) -> None:
+    args = small(recipe=recipe, width=8, heads=1)
+    teacher = trained_teacher(args, 12).double()
+    student = fmlm.make_student(teacher, args.model, 12).double().eval()
+    student.times[1].mlp[2].weight.data.normal_()
+    tokens, tau_s = torch.randint(0, 12, (6, 6)), torch.rand(6, dtype=torch.float64) * 0.5
+    tau_t = torch.where(torch.arange(6) < 3, tau_s, tau_s + 0.3)
+    clock, eps = fmlm.Clock(fmlm.accuracy_table(12)), torch.randn(6, 6, 12, dtype=torch.float64)
+
+    class Projected(fmlm.EmbeddingSpace):
+        def noise(self, xi: Tensor) -> Tensor:
+            return xi @ self.embed
+
+    results = []
+    for space in (fmlm.OneHotSpace(student.embed), Projected(student.embed)):
+        loss, info = fmlm.distill_loss(student, teacher, space, tokens, tau_s, tau_t, eps, clock, args.distill)
+        gradients = torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad], allow_unused=True)
+        results.append([loss, *[g for g in gradients if g is not None]])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-9, rtol=1e-6)
+    s = clock.t(tau_s)[:3, None, None]
+    x = (1 - s) * eps[:3] + s * F.one_hot(tokens[:3], 12)
+    p, q = teacher(x @ teacher.embed, tau_s[:3]), student(x @ teacher.embed, tau_s[:3], tau_s[:3])
+    want = -(p.softmax(-1) * q.log_softmax(-1)).sum(-1).mean() / 2
+    torch.testing.assert_close(info["diagonal"], want)
+
+
+def test_forward_derivative_against_finite_differences() -> None:
+    args = small()
+    student = fmlm.make_student(trained_teacher(args, 12), args.model, 12).double().eval()
+    student.times[1].mlp[2].weight.data.normal_()
+    h, s, t = torch.randn(3, 6, 32, dtype=torch.float64), *torch.rand(2, 3, dtype=torch.float64)
+    f = lambda t: student(h, s, t).log_softmax(-1)  # noqa: E731
+    _, rate = torch.func.jvp(f, (t,), (torch.ones_like(t),))
+    torch.testing.assert_close(rate, (f(t + 1e-6) - f(t - 1e-6)) / 2e-6, atol=1e-6, rtol=1e-4)
+
+
+# --- sampler ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("steps", "gamma"), [(1, 0.0), (3, 0.0), (3, 1.0), (4, 0.7)])
+def test_exact_map_samples_pi_in_any_number_of_steps(steps: int, gamma: float) -> None:
+    """Without renoising exactly; gamma = 1 is multistep consistency sampling with the soft delta, a little off."""
+
+    def student(x: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+        s, t = CLOCK.t(tau_s)[:, None, None], CLOCK.t(tau_t)[:, None, None].clamp(max=1 - 1e-4)
+        return (x + (1 - s) * (flow(x, s, t, 150) - x) / (t - s)).clamp(min=1e-12).log()
+
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(4_000, 1, V, generator=g, dtype=torch.float64)
+    tokens = fmlm.sample_flow_map(student, SPACE, x, steps, CLOCK, gamma, g)
+    got = torch.bincount(tokens.flatten(), minlength=V).double() / 4_000
+    assert (got - PI).abs().max() < (0.025 if gamma == 0 else 0.06)
+
+
+@torch.no_grad()
+def test_gamma_sets_mean_and_noise() -> None:
+    """gamma 0: x_{i+1} is the deterministic jump; gamma 1: mean t delta, standard deviation 1 - t."""
+    seen: list[Tensor] = []
+
+    def net(x: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
+        seen.append(x)
+        return PI.log().expand_as(x) + 0 * x
+
+    x = torch.randn(20_000, 1, V, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    t = CLOCK.t(torch.tensor(0.5, dtype=torch.float64)).item()
+    fmlm.sample_flow_map(net, SPACE, x, 2, CLOCK, 0.0, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(seen[1], (1 - t) * x + t * PI)
+    fmlm.sample_flow_map(net, SPACE, x, 2, CLOCK, 1.0, torch.Generator().manual_seed(1))
+    torch.testing.assert_close(seen[3].mean(0)[0], t * PI, atol=0.01, rtol=0)
+    torch.testing.assert_close(seen[3].std(0)[0], torch.full((V,), 1 - t, dtype=torch.float64), atol=0.01, rtol=0)
+    fmlm.sample_flow_map(net, SPACE, x, 2, CLOCK, 0.6, torch.Generator().manual_seed(1))
+    kept = (1 - t) * math.sqrt(1 - 0.36)
+    mean = kept * x + (1 - kept) * PI + (kept - (1 - t)) * PI  # jump past the next time, then back
+    torch.testing.assert_close((seen[5] - mean).mean(0)[0], torch.zeros(V, dtype=torch.float64), atol=0.01, rtol=0)
+    assert (seen[5] - mean).std().item() == pytest.approx(0.6 * (1 - t), rel=0.02)
+
+
+# --- the two scripts --------------------------------------------------------------------------------------------------
+
+
+def test_shared_text_is_identical() -> None:
+    texts = [Path(module.__file__).read_text() for module in (flm, fmlm)]
+    parts = [text[text.index("# --- Network ---") :] for text in texts]
+    network = parts[0][: parts[0].index("# --- Loss ---")]
+    assert parts[1].startswith(network)
+    for name in ("ModelArgs", "learning_rate"):
+        pieces = []
+        for text in texts:
+            start = text.index(f"class {name}") if name == "ModelArgs" else text.index(f"def {name}")
+            pieces.append(text[start : text.index("\n\n\n", start)])
+        assert pieces[0] == pieces[1], name
+
+
+def test_two_stage_trains_the_residual_first_then_the_student() -> None:
+    args = small(recipe="two_stage", total_steps=4)
+    teacher = trained_teacher(args, 12)
+    student = fmlm.make_student(teacher, args.model, 12)
+    residual = fmlm.make_student(teacher, args.model, 12, raw=True)
+    residual.output.weight.data.normal_()
+    clock = fmlm.Clock(fmlm.accuracy_table(12))
+    objective = fmlm.Objective(student, teacher, residual, clock, args.distill)
+    assert not any(p is q for p in objective.parameters() for q in teacher.parameters())
+    tokens, tau_s, tau_t = torch.randint(0, 12, (4, 6)), torch.rand(4) * 0.4, torch.rand(4) * 0.4 + 0.5
+    for stage, trained, still in ((1, residual, student), (2, student, residual)):
+        objective.stage = stage
+        objective.zero_grad()
+        objective(tokens, tau_s, tau_t, torch.randn(4, 6, 12))[0].backward()
+        assert trained.output.weight.grad.abs().sum() > 0 and still.output.weight.grad is None
