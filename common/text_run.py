@@ -120,30 +120,29 @@ class TextRun:
         """rows (n, L) -> n texts."""
         return [self.data.tokenizer.decode(row) for row in rows.tolist()]
 
-    def evaluate(self, generate: Callable[[int], torch.Tensor], others: Mapping[str, Callable] = {}) -> None:
+    def evaluate(self, generate: Callable[[int], torch.Tensor], others: Mapping[str, Callable] | None = None) -> None:
         """Print samples and the table of perplexity, entropy and distances; write samples and table to the folder.
 
         generate(steps) gives token rows (samples, L); others: {label: function without argument} for further lines.
         """
         from common.judge import get_judge
-        from common.judge.metrics import format_table, score
+        from common.judge.metrics import REAL, format_table, score_texts, split_real
 
         a, data = self.a, self.data
         path = Path(a.judge_path) if a.judge_path else None
         judge = get_judge(
             a.judge, data_dir=Path(a.data_dir), train_texts=self.texts(data.train), path=path, device=self.device
         )
-        makers = dict(others) | {f"{n} steps": lambda n=n: generate(n) for n in a.steps}
-        lines, shown = [], []
-        for label, make in makers.items():
-            rows = make().cpu().numpy()
+        real, reference = split_real(data.valid, a.samples)
+        makers = dict(others or {}) | {f"{n} steps": lambda n=n: generate(n).cpu().numpy() for n in a.steps}
+        scores, shown = [], []
+        for label, make in (makers | {REAL: lambda: real}).items():
+            rows = make()
             texts = self.texts(rows)
-            lines.append(score(label, rows, texts, judge, data))
+            scores.append(score_texts(label, rows, texts, judge, reference_rows=reference, train_rows=data.train))
             file = self.dir / f"samples_{label.replace(' ', '_')}.txt"
             file.write_text("\n----\n".join(texts) + "\n")
             shown += [f"\n{label} ({file}):", *("  " + text.replace("\n", "\n  ") for text in texts[: a.show])]
-        real = data.valid[: a.samples]
-        lines.append(score("real text", real, self.texts(real), judge, data))
-        table = format_table(lines)
+        table = format_table(scores)
         (self.dir / "evaluation.md").write_text(table + "\n")
         print("\n".join([*shown, "", table]), flush=True)

@@ -1,0 +1,65 @@
+"""Texts as rows of token ids: load_text("austen", length=64, data_dir=Path("data")).train is an (N, 64) array."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import NDArray
+
+from common.errors import UserError
+from common.text import packing, toy
+from common.text.corpora import find_source
+from common.text.tokenizers import Tokenizer, load_tokenizer
+from common.text.toy import toy_probabilities, toy_rows
+
+__all__ = ["TextData", "Tokenizer", "load_text", "load_tokenizer", "toy_probabilities", "toy_rows"]
+
+TOY_ROWS = {"train": 20_000, "valid": 2_000}
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Rows of ids below tokenizer.vocab_size: train (N, L) and valid (M, L), uint16 or uint32, read-only."""
+
+    name: str
+    tokenizer: Tokenizer
+    train: NDArray[Any]
+    valid: NDArray[Any]
+
+
+def load_text(
+    data: str, *, length: int, data_dir: Path, tokenizer: str = "", tokenizer_path: Path | None = None, seed: int = 0
+) -> TextData:
+    """Rows of `length` tokens of a corpus: tokenized and packed on first use, mapped from disk ever after.
+
+    Args:
+        data: a corpus by name or path, as `find_source` lists them; or toy, sentences of eight words drawn in memory.
+        length: L, tokens a row, of which L - 2 are text (see common/text/packing.py); 8 for toy.
+        data_dir: rows are kept in its folder text, tokenizers in its folder tokenizers.
+        tokenizer: austen, gpt2 or bert-base-uncased; "" takes the corpus' own.
+        tokenizer_path: the tokenizer's file or a folder with it, instead of fetching it.
+        seed: of the toy sentences; other corpora ignore it.
+
+    Raises UserError, one line with the remedy, for whatever the user can mend: names, files, network, packages, length.
+    """
+    if data == "toy":
+        return _toy(length, tokenizer, seed)
+    if length < 3:
+        raise UserError(f"--length {length}: must be at least 3, a token between two separators")
+    source = find_source(data)
+    tok = load_tokenizer(tokenizer or source.tokenizer, data_dir, tokenizer_path)
+    folder = data_dir / "text" / f"{source.key}-{tok.name}-{length}"
+    made_from = packing.describe(source.identity, tok, length)
+    rows = packing.load(folder, made_from) or packing.build(folder, made_from, tok, source.splits)
+    return TextData(data, tok, rows["train"], rows["valid"])
+
+
+def _toy(length: int, tokenizer: str, seed: int) -> TextData:
+    if length != toy.LENGTH:
+        raise UserError(f"--length {length}: --data toy has {toy.LENGTH} tokens a row; use --length {toy.LENGTH}")
+    if tokenizer not in ("", "toy"):
+        raise UserError(f"--tokenizer {tokenizer}: --data toy has a tokenizer of its own; leave the flag out")
+    rows = {name: toy_rows(n, 2 * seed + i) for i, (name, n) in enumerate(TOY_ROWS.items())}
+    for split in rows.values():
+        split.flags.writeable = False
+    return TextData("toy", toy.toy_tokenizer(), rows["train"], rows["valid"])

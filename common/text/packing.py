@@ -1,0 +1,186 @@
+"""Texts to rows of token ids, in a folder that appears whole or not at all; an interrupted build goes on.
+
+A stream is the ids of all texts in order, each text followed by the separator. It is cut into pieces of length - 2
+ids; every piece becomes a row: separator, piece, separator. What does not fill a piece is dropped, once, at the end.
+[deviation: the released code cuts the stream anew every 1,000 texts and drops each remainder (0.2 % of LM1B); which
+texts share a cut depends there on the number of processes. Here rows begin at other places of the same stream.]
+"""
+
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from common.errors import UserError, first_line
+from common.text.files import sha256, write_atomic
+from common.text.tokenizers import Tokenizer
+
+BATCH_TEXTS = 1000  # encoded at once: bounds the memory
+SAVE_TOKENS = 2**23  # between two saves of the progress: some seconds of work
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Split:
+    """`count` texts; `read(start)` gives those from number `start` on."""
+
+    count: int
+    read: Callable[[int], Iterator[str]]
+
+    def hold_out(self, valid: int) -> dict[str, "Split"]:
+        """The last `valid` texts for validation, the others for training."""
+        cut = self.count - valid
+        return {
+            "train": Split(cut, lambda start: islice(self.read(start), cut - start)),
+            "valid": Split(valid, lambda start: self.read(cut + start)),
+        }
+
+
+def token_dtype(vocab_size: int) -> np.dtype[Any]:
+    """Little-endian uint16 if it holds every id, else uint32."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+def cut(stream: NDArray[Any], length: int, separator: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """A stream of ids (T,) -> rows (N, length) between separators, and the fewer than length - 2 ids that are left."""
+    pieces = stream[: len(stream) - len(stream) % (length - 2)].reshape(-1, length - 2)
+    rows = np.full((len(pieces), length), separator, stream.dtype)
+    rows[:, 1:-1] = pieces
+    return rows, stream[pieces.size :]
+
+
+def describe(source: Any, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
+    """All that rows depend on, as JSON gives it back; rows made from anything else are made again."""
+    description = {
+        "format": 1,
+        "source": source,
+        "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
+        "length": length,
+        "dtype": token_dtype(tokenizer.vocab_size).name,
+    }
+    return json.loads(json.dumps(description))
+
+
+def load(folder: Path, made_from: Mapping[str, Any]) -> dict[str, np.memmap] | None:
+    """{split: rows (N, length), read-only}; None if the folder is absent, cut short or made from something else.
+
+    Contents are not read; the manifest has their sha256 for whoever wants to compare.
+    """
+    manifest = _read_manifest(folder, made_from)
+    if manifest is None:
+        return None
+    length, dtype = made_from["length"], token_dtype(made_from["tokenizer"]["vocab_size"])
+    return {
+        name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=(state["rows"], length))
+        for name, state in manifest["splits"].items()
+    }
+
+
+def build(
+    folder: Path, made_from: Mapping[str, Any], tokenizer: Tokenizer, open_splits: Callable[[], Mapping[str, Split]]
+) -> dict[str, np.memmap]:
+    """Makes `folder` with <split>.bin and a manifest, and loads it. Waits while another process makes it.
+
+    The work is done in <folder>.partial, where the manifest is the progress: a call after an interruption goes on
+    from its last save. A rename ends the work. `open_splits` may download; it is called once there is work to do.
+
+    Raises UserError if a split does not fill one row, or a file cannot be written.
+    """
+    partial = folder.with_name(folder.name + ".partial")
+
+    def save() -> None:
+        write_atomic(partial / MANIFEST, json.dumps(manifest).encode())
+
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with open(folder.with_name(folder.name + ".lock"), "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lifts it when the process ends, however it ends
+            if (rows := load(folder, made_from)) is not None:  # another process was faster
+                return rows
+            splits = open_splits()
+            manifest = _resume(partial, made_from)
+            for name, split in splits.items():
+                path = partial / f"{name}.bin"
+                state = manifest["splits"].setdefault(name, {"texts": 0, "tokens": 0, "rows": 0, "rest": []})
+                with open(path, "ab") as file:
+                    _pack(split, tokenizer, made_from["length"], file, state, save)
+                state["sha256"] = sha256(path)
+                save()
+                if not state["rows"]:
+                    shutil.rmtree(partial)
+                    raise UserError(
+                        f"too little text: {name} has {state['tokens']} tokens, fewer than the "
+                        f"{made_from['length'] - 2} that fill a row; give more text or a smaller --length"
+                    )
+            shutil.rmtree(folder, ignore_errors=True)  # maps of it in running processes stay valid
+            os.replace(partial, folder)
+            rows = load(folder, made_from)
+    except OSError as error:
+        raise UserError(f"cannot make {folder} ({first_line(error)}); run again to go on where it stopped") from error
+    assert rows is not None
+    return rows
+
+
+def _read_manifest(folder: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The manifest of a folder made from `made_from` whose files are at least as long as it says; else None."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        row_bytes = made_from["length"] * np.dtype(made_from["dtype"]).itemsize
+        complete = all(
+            (folder / f"{name}.bin").stat().st_size >= state["rows"] * row_bytes
+            for name, state in manifest["splits"].items()
+        )
+    except (OSError, ValueError, TypeError, KeyError):  # absent, half a file, or not ours
+        return None
+    return manifest if complete and manifest["made_from"] == made_from else None
+
+
+def _resume(partial: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest of the interrupted build in `partial`, or that of a new one."""
+    manifest = _read_manifest(partial, made_from)
+    if manifest is None:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
+        manifest = {"made_from": made_from, "splits": {}}
+    return manifest
+
+
+def _pack(
+    split: Split, tokenizer: Tokenizer, length: int, file: BinaryIO, state: dict[str, Any], save: Callable[[], None]
+) -> None:
+    """Appends the rows of a split's texts from `state` on; calls `save` now and then, with all of them on disk."""
+    dtype = token_dtype(tokenizer.vocab_size)
+    file.truncate(state["rows"] * length * dtype.itemsize)  # what came after the last save is done again
+    texts, unsaved = split.read(state["texts"]), 0
+    name = f"{Path(file.name).stem} texts"
+    with tqdm(total=split.count, initial=state["texts"], desc=name, unit_scale=True, leave=False, mininterval=1) as bar:
+        while batch := list(islice(texts, BATCH_TEXTS)):
+            encoded = [[*ids, tokenizer.separator] for ids in tokenizer.encode_batch(batch) if ids]
+            stream = np.fromiter(chain(state["rest"], *encoded), dtype)
+            rows, rest = cut(stream, length, tokenizer.separator)
+            file.write(rows.tobytes())
+            unsaved += rows.size
+            state["texts"] += len(batch)
+            state["tokens"] += len(stream) - len(state["rest"])
+            state["rows"] += len(rows)
+            state["rest"] = rest.tolist()
+            bar.update(len(batch))
+            if unsaved >= SAVE_TOKENS:
+                _sync(file)
+                save()
+                unsaved = 0
+        _sync(file)
+
+
+def _sync(file: BinaryIO) -> None:
+    file.flush()
+    os.fsync(file.fileno())
