@@ -16,6 +16,7 @@ map that needs one to four network calls.
     torchrun --nproc_per_node 8 flm_train.py --data openwebtext
     python flm_train.py --eval runs/NAME --steps 1 4 16 64    # perplexity, entropy, samples at these step counts
     python flm_train.py --resume runs/NAME
+    python flm_train.py --released lm1b_flm.ckpt --data lm1b  # evaluate the authors' checkpoint
 
 Symbols
     paper               here                 shape
@@ -37,6 +38,7 @@ import copy
 import math
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -48,6 +50,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from common import checkpoint, cli
 from common.batches import Ranks, mixed_seed, row_noise, row_order
 from common.errors import UserError
+from common.released import load_released
 from common.start import start
 from common.text_run import TextRun
 
@@ -61,6 +64,7 @@ class RunArgs:
     data: str = "austen"  # austen, toy, lm1b, openwebtext, a text file or folder, or a Hugging Face dataset name
     seed: int = 1  # seeds weights, row order, times and noise
     eval: str = ""  # run folder to evaluate: no training
+    released: str = ""  # official Lightning checkpoint (.ckpt) to evaluate: no training; give its --data
     resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
     run_name: str = ""  # name of the run folder; default: flm, data, seed and time
     run_dir: str = "runs"  # folder of all run folders
@@ -190,8 +194,6 @@ class TimeEmbedding(nn.Module):
     def __init__(self, cond_width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, cond_width), nn.SiLU(), nn.Linear(cond_width, cond_width))
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, tau: Tensor) -> Tensor:
         frequency = torch.exp(torch.arange(128, device=tau.device) * (-math.log(10_000) / 128))
@@ -674,6 +676,8 @@ def main(argv: list[str]) -> None:
         try:
             if args.run.eval:
                 net.load_state_dict(saved["ema"])
+            elif args.run.released:
+                load_released(Path(args.run.released), net)
             else:
                 net = train(run, net, clock, args)
             if stop.requested:

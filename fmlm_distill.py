@@ -15,6 +15,7 @@ jumps s -> u -> t (semigroup, the default). On the diagonal s = t it is the teac
     torchrun --nproc_per_node 8 fmlm_distill.py --teacher RUN
     python fmlm_distill.py --eval runs/NAME --steps 1 2 4 --gamma 1   # perplexity, entropy, samples
     python fmlm_distill.py --resume runs/NAME
+    python fmlm_distill.py --teacher lm1b_flm.ckpt --data lm1b   # from the authors' checkpoint
 
 Symbols
     paper               here                      shape
@@ -48,6 +49,7 @@ from torch import Tensor, nn
 from common import checkpoint, cli
 from common.batches import Ranks, mixed_seed, row_noise, row_order
 from common.errors import UserError
+from common.released import load_released
 from common.start import CHECKPOINT, start
 from common.text_run import TextRun
 
@@ -58,10 +60,11 @@ from common.text_run import TextRun
 class RunArgs:
     """What to run, and where its files go."""
 
-    teacher: str = ""  # run folder of flm_train.py; empty: no teacher, the diagonal learns from the data
+    teacher: str = ""  # run folder of flm_train.py or official .ckpt; empty: the diagonal learns from the data
     data: str = "austen"  # the teacher's; else austen, toy, lm1b, openwebtext, a text file or folder, or a hub name
     seed: int = 1  # seeds weights, row order, times and noise
     eval: str = ""  # run folder to evaluate: no training
+    released: str = ""  # official Lightning checkpoint (.ckpt) to evaluate: no training; give its --data
     resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
     run_name: str = ""  # name of the run folder; default: fmlm, data, recipe, seed and time
     run_dir: str = "runs"  # folder of all run folders
@@ -159,7 +162,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
 def default_args(teacher: str, data: str) -> Args:
     """Defaults for some data: the dataclasses, then its row of SETTINGS; data and network are the teacher's."""
     taken = {}
-    if teacher:
+    if teacher and not teacher.endswith(".ckpt"):
         saved = checkpoint.load(Path(teacher) / CHECKPOINT)["args"]
         taken = {k: saved[k] for k in ("data", "space", "reparam", *vars(ModelArgs()))}
     data = taken.get("data", data)
@@ -192,8 +195,6 @@ class TimeEmbedding(nn.Module):
     def __init__(self, cond_width: int) -> None:
         super().__init__()
         self.mlp = nn.Sequential(nn.Linear(256, cond_width), nn.SiLU(), nn.Linear(cond_width, cond_width))
-        for layer in (self.mlp[0], self.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)
 
     def forward(self, tau: Tensor) -> Tensor:
         frequency = torch.exp(torch.arange(128, device=tau.device) * (-math.log(10_000) / 128))
@@ -762,14 +763,19 @@ def main(argv: list[str]) -> None:
         check(args, vocab, run.ranks.world)
         torch.manual_seed(args.run.seed)
         teacher = None
-        if args.run.teacher and not args.run.eval:
+        if args.run.teacher and not (args.run.eval or args.run.released):
             teacher = DiT(args.model, vocab).to(run.device).requires_grad_(False).eval()
-            teacher.load_state_dict(checkpoint.load(Path(args.run.teacher) / CHECKPOINT)["ema"])
+            if args.run.teacher.endswith(".ckpt"):
+                load_released(Path(args.run.teacher), teacher)
+            else:
+                teacher.load_state_dict(checkpoint.load(Path(args.run.teacher) / CHECKPOINT)["ema"])
         net = make_student(teacher, args.model, vocab).to(run.device)
         clock = Clock(accuracy_table(vocab).to(run.device) if args.distill.reparam else None)
         try:
             if args.run.eval:
                 net.load_state_dict(saved["ema"])
+            elif args.run.released:
+                load_released(Path(args.run.released), net)
             else:
                 net = train(run, net, teacher, clock, args)
             if stop.requested:

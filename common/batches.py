@@ -30,6 +30,14 @@ class Ranks:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         return ranks
 
+    def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
+        """Mean of each value over the processes."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        dist.all_reduce(total)
+        return dict(zip(values, (total / self.world).tolist(), strict=True))
+
     def first(self, make: Callable[[], T]) -> T:
         """make() in the first process, then in the others, which find what it left on disk."""
         if self.rank:

@@ -2,7 +2,8 @@
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,7 @@ from common.batches import Ranks
 from common.meter import Meter, products
 from common.runlog import Averages, RunLog
 from common.start import CHECKPOINT, pick_device
-from common.text import load_text
+from common.text import load_text, toy_probabilities
 
 
 class TextRun:
@@ -79,7 +80,7 @@ class TextRun:
         self.averages.add(dict(metrics))
         self.step, self.meter.steps = self.step + 1, self.meter.steps + 1
         if self.due(a.log_every):
-            means, speed = self.averages.take(), self.meter.take()
+            means, speed = self.ranks.mean(self.averages.take(), self.device), self.meter.take()
             if bad := [k for k, v in means.items() if not math.isfinite(v)]:
                 self.save("nonfinite.pt")
                 sys.exit(f"stopped at step {self.step}: {', '.join(bad)} not finite; see {self.dir / 'nonfinite.pt'}")
@@ -116,9 +117,17 @@ class TextRun:
             self.log.close()
         self.ranks.leave()
 
-    def texts(self, rows: np.ndarray) -> list[str]:
-        """rows (n, L) -> n texts."""
-        return [self.data.tokenizer.decode(row) for row in rows.tolist()]
+    def texts(self, rows: np.ndarray, literal: bool = False) -> list[str]:
+        """rows (n, L) -> n texts; literal: separators as the tokenizer writes them, which GPT-2 judges expect."""
+        separators = None if literal else "\n"
+        return [self.data.tokenizer.decode(row, separators=separators) for row in rows.tolist()]
+
+    def training_texts(self) -> Iterator[str]:
+        """The training split without the cuts between rows, some thousand tokens at a time."""
+        rows = self.data.train
+        for i in range(0, len(rows), 512):
+            part = rows[i : i + 512]
+            yield from self.texts(part) if self.data.name == "toy" else self.texts(part[:, 1:-1].reshape(1, -1))
 
     def evaluate(self, generate: Callable[[int], torch.Tensor], others: Mapping[str, Callable] | None = None) -> None:
         """Print samples and the table of perplexity, entropy and distances; write samples and table to the folder.
@@ -129,20 +138,30 @@ class TextRun:
         from common.judge.metrics import REAL, format_table, score_texts, split_real
 
         a, data = self.a, self.data
+        self.dir.mkdir(parents=True, exist_ok=True)
         path = Path(a.judge_path) if a.judge_path else None
         judge = get_judge(
-            a.judge, data_dir=Path(a.data_dir), train_texts=self.texts(data.train), path=path, device=self.device
+            a.judge, data_dir=Path(a.data_dir), train_texts=self.training_texts(), path=path, device=self.device
         )
         real, reference = split_real(data.valid, a.samples)
         makers = dict(others or {}) | {f"{n} steps": lambda n=n: generate(n).cpu().numpy() for n in a.steps}
         scores, shown = [], []
         for label, make in (makers | {REAL: lambda: real}).items():
             rows = make()
-            texts = self.texts(rows)
-            scores.append(score_texts(label, rows, texts, judge, reference_rows=reference, train_rows=data.train))
+            texts, literal = self.texts(rows), self.texts(rows, literal=a.judge.startswith("gpt2"))
+            scores.append(score_texts(label, rows, literal, judge, reference_rows=reference, train_rows=data.train))
+            if data.name == "toy":
+                shown.append(f"{label}: total variation distance from the language {toy_distance(rows):.3f}")
             file = self.dir / f"samples_{label.replace(' ', '_')}.txt"
             file.write_text("\n----\n".join(texts) + "\n")
             shown += [f"\n{label} ({file}):", *("  " + text.replace("\n", "\n  ") for text in texts[: a.show])]
         table = format_table(scores)
         (self.dir / "evaluation.md").write_text(table + "\n")
         print("\n".join([*shown, "", table]), flush=True)
+
+
+def toy_distance(rows: np.ndarray) -> float:
+    """Total variation distance of the sampled sentences (n, L) from the toy language's probabilities."""
+    counts, language = Counter(map(tuple, rows.tolist())), toy_probabilities()
+    sentences = counts.keys() | language.keys()
+    return 0.5 * sum(abs(counts[s] / len(rows) - language.get(s, 0.0)) for s in sentences)

@@ -234,7 +234,7 @@ def test_sampling_writes_identical_tokens_in_both_spaces() -> None:
             plain = flm.sample_euler(net, x, steps, clock, args.flow, args.sample)
             f = cli.override(args, {"space": "embedding"}).flow
             assert torch.equal(plain, flm.sample_euler(net, x @ net.embed, steps, clock, f, args.sample))
-    assert len(plain.unique()) > 3
+    assert len(plain.unique()) > 1
 
 
 # --- samplers against the exact denoiser ------------------------------------------------------------------------------
