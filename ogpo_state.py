@@ -147,8 +147,8 @@ class CriticArgs:
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
     pessimistic_init: bool = True  # critics start at the value of never succeeding, not at 0 as released
-    critic_warmup: int = 250  # critics are trusted after this many updates of their own ...
-    critic_successes: int = 10  # ... and this many successful episodes; before: no best-of-N, frozen actor
+    critic_warmup: int = 250  # updates of the critics alone; before: no best-of-N
+    critic_successes: int = 10  # successful episodes before the actor moves
     success_critic: bool = False  # a second critic step on a success batch [C]
 
 
@@ -462,7 +462,7 @@ class Agent:
     critic_opt: torch.optim.Optimizer
     rng: torch.Generator  # every random draw of training; evaluation has its own
     updates: int = 0  # online updates so far
-    trusted: bool = False  # the critics have seen enough for policy gradients and best-of-N
+    trusted: bool = False  # the critics have seen enough for policy gradients
     bc_step: int = 0
     bc_done: bool = False
 
@@ -617,10 +617,10 @@ def act_ode(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> 
 def act_best_of_n(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
     """The acting policy: N noisy chains of the target actor, the target critics pick one [S 1.8].
 
-    A single chain until the critics are trusted.
+    A single chain until the critics have warmed up.
     """
     p, dim = args.policy, agent.actor.out.out_features
-    n = p.best_of_n if agent.trusted else 1
+    n = p.best_of_n if agent.updates >= args.critic.critic_warmup else 1
     rows = torch.from_numpy(obs).float().to(rng.device).repeat_interleave(n, 0)  # (B * N, O)
     noise = torch.randn((len(rows), p.flow_steps + 1, dim), generator=rng, device=rng.device)
     action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B * N, D)

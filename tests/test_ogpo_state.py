@@ -322,7 +322,7 @@ def test_best_of_n_against_enumeration() -> None:
 def test_acting_picks_the_candidate_its_critics_prefer() -> None:
     """A critic that values only the first coordinate: best-of-N acts with a larger one than a single sample."""
     agent, args = small_agent(noise_std=0.5, best_of_n=16)
-    agent.trusted = True
+    agent.updates = args.critic.critic_warmup
 
     class First(torch.nn.Module):
         def forward(self, obs, action):
@@ -336,8 +336,8 @@ def test_acting_picks_the_candidate_its_critics_prefer() -> None:
     assert many[:, 0, 0].mean() > one[:, 0, 0].mean() + 0.3
 
 
-def test_actor_and_best_of_n_wait_for_trusted_critics() -> None:
-    """Before enough updates and successes: single samples, no policy gradient, frozen or cloned actor."""
+def test_best_of_n_waits_for_updates_and_the_actor_for_successes() -> None:
+    """Before: single samples; no policy gradient, frozen or cloned actor."""
     obs = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     buffer = ReplayBuffer(500, 5, 2, 4)
     rng = np.random.default_rng(0)
@@ -357,12 +357,12 @@ def test_actor_and_best_of_n_wait_for_trusted_critics() -> None:
 
         episode(False), episode(True)
         before = [p.clone() for p in agent.actor.parameters()]
-        for _ in range(5):
+        for k in range(5):
+            assert acts_by_single_samples() == (k < 3)
             info = og.update(agent, buffer, args, rng, Stopwatch())
             assert "nonzero" not in info and "td_loss" in info and ("bc_loss" in info) == fallback
         moved = any(not torch.equal(p, q) for p, q in zip(before, agent.actor.parameters(), strict=True))
         assert moved == fallback and not agent.trusted
-        assert acts_by_single_samples()
         episode(True)
         info = og.update(agent, buffer, args, rng, Stopwatch())
         assert agent.trusted and "nonzero" in info and "bc_loss" in info
