@@ -156,7 +156,7 @@ class TextRun:
             file.write_text("\n----\n".join(texts) + "\n")
             shown += [f"\n{label} ({file}):", *("  " + text.replace("\n", "\n  ") for text in texts[: a.show])]
         table = format_table(scores)
-        (self.dir / "evaluation.md").write_text(table + "\n")
+        (self.dir / f"evaluation_{a.judge}.md").write_text(table + "\n")
         print("\n".join([*shown, "", table]), flush=True)
 
 

@@ -79,7 +79,7 @@ def test_evaluation_repeats_the_numbers_of_the_run(tmp_path: Path) -> None:
     assert len(table(first)) == 5 and table(first) == table(again)  # head, rule, 1 and 2 steps, real text
     other = run(tmp_path, "flm_train.py", "--eval", str(tmp_path / "r"), "--steps", "3", "--sampler", "bridge").stdout
     assert "| 3 steps |" in other
-    for name in ("samples_1_steps.txt", "samples_real_text.txt", "evaluation.md", "args.json", "metrics.jsonl"):
+    for name in ("samples_1_steps.txt", "samples_real_text.txt", "evaluation_ngram.md", "args.json", "metrics.jsonl"):
         assert (tmp_path / "r" / name).stat().st_size > 0
 
 
