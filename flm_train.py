@@ -157,8 +157,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
     "toy": dict(
-        length=8, layers=2, width=64, heads=2, space="onehot", batch=128, total_steps=800, lr=3e-3, warmup=50,
-        eval_every=400, checkpoint_every=400, samples=4_096, steps=(32,), precision="fp32",
+        length=8, layers=2, width=128, heads=4, space="onehot", batch=128, total_steps=500, lr=3e-3, warmup=50,
+        eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,), precision="fp32",
     ),
 }  # fmt: skip
 
@@ -531,11 +531,11 @@ def sample_bridge(
 
 
 @torch.no_grad()
-def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int, rows: int = 64) -> Tensor:
+def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int) -> Tensor:
     """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
     net.eval()
     device, space, out = net.embed.device, make_space(net, args.flow.space), []
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, rows = torch.Generator(device).manual_seed(seed), max(1, 2**14 // args.model.length)
     for done in range(0, samples, rows):
         shape = (min(rows, samples - done), args.model.length, space.width)
         x = space.noise(torch.randn(shape, generator=generator, device=device))

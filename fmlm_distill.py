@@ -153,8 +153,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, gamma=0.8),
     "openwebtext": PAPER | dict(length=1024, batch=128, gamma=1.0),
     "toy": dict(
-        length=8, layers=2, width=64, heads=2, space="onehot", batch=128, total_steps=800, lr=2e-3, warmup=50,
-        eval_every=400, checkpoint_every=400, samples=4_096, steps=(1, 4), precision="fp32",
+        length=8, layers=2, width=128, heads=4, space="onehot", batch=128, total_steps=400, lr=2e-3, warmup=50,
+        eval_every=200, checkpoint_every=200, samples=2_048, steps=(1, 4), precision="fp32",
     ),
 }  # fmt: skip
 
@@ -649,11 +649,11 @@ def sample_flow_map(
 
 
 @torch.no_grad()
-def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int, rows: int = 64) -> Tensor:
+def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int) -> Tensor:
     """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
     net.eval()
     device, space, out = net.embed.device, make_space(net, args.distill.space), []
-    generator = torch.Generator(device).manual_seed(seed)
+    generator, rows = torch.Generator(device).manual_seed(seed), max(1, 2**14 // args.model.length)
     for done in range(0, samples, rows):
         shape = (min(rows, samples - done), args.model.length, space.width)
         x = space.noise(torch.randn(shape, generator=generator, device=device))
