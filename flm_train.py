@@ -602,13 +602,13 @@ def train_step(
 def validate(net: DiT, rows: np.ndarray, clock: Clock, args: Args) -> dict[str, float]:
     """Cross entropy of held-out rows at fixed times and noise, mean and in quarters of tau."""
     net.eval()
-    width, device, count = make_space(net, args.flow.space).width, net.embed.device, min(len(rows), 256)
+    space, device, count = make_space(net, args.flow.space), net.embed.device, min(len(rows), 256)
     losses = []
     for i in range(0, count, 32):
         part = range(i, min(i + 32, count))
         tau = (torch.tensor(part, dtype=torch.float64, device=device) + 0.5) / count
         tokens = torch.from_numpy(rows[part.start : part.stop].astype(np.int64)).to(device)
-        space, xi = make_space(net, args.flow.space), row_noise(0, part, (tokens.shape[1], width), 0, device)
+        xi = row_noise(0, part, (tokens.shape[1], space.width), 0, device)
         t = clock.t(tau).float()
         x = (1 - t[:, None, None]) * space.noise(xi) + t[:, None, None] * space.tokens(tokens)
         probs = denoise(net, space, x, tau, t, args.flow)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -73,8 +74,13 @@ def row_order(step: int, batch: int, rows: int, seed: int) -> np.ndarray:
     """Indices (batch,) of the rows of optimizer step `step`: every epoch is a permutation of its own."""
     place = step * batch + np.arange(batch)
     epochs = np.unique(place // rows)
-    order = np.concatenate([np.random.default_rng([seed, int(e)]).permutation(rows) for e in epochs])
+    order = np.concatenate([_permutation(rows, seed, int(e)) for e in epochs])
     return order[place - epochs[0] * rows]
+
+
+@lru_cache(maxsize=2)  # a batch lies in one epoch or across two; permuting a large corpus at every step takes long
+def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
 def row_noise(step: int, rows: range, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:

@@ -129,10 +129,10 @@ class TextRun:
             part = rows[i : i + 512]
             yield from self.texts(part) if self.data.name == "toy" else self.texts(part[:, 1:-1].reshape(1, -1))
 
-    def evaluate(self, generate: Callable[[int], torch.Tensor], others: Mapping[str, Callable] | None = None) -> None:
+    def evaluate(self, generate: Callable[[int], torch.Tensor]) -> None:
         """Print samples and the table of perplexity, entropy and distances; write samples and table to the folder.
 
-        generate(steps) gives token rows (samples, L); others: {label: function without argument} for further lines.
+        generate(steps) gives token rows (samples, L).
         """
         from common.judge import get_judge
         from common.judge.metrics import REAL, format_table, score_texts, split_real
@@ -144,12 +144,13 @@ class TextRun:
             a.judge, data_dir=Path(a.data_dir), train_texts=self.training_texts(), path=path, device=self.device
         )
         real, reference = split_real(data.valid, a.samples)
-        makers = dict(others or {}) | {f"{n} steps": lambda n=n: generate(n).cpu().numpy() for n in a.steps}
+        makers = {f"{n} steps": lambda n=n: generate(n).cpu().numpy() for n in a.steps}
         scores, shown = [], []
         for label, make in (makers | {REAL: lambda: real}).items():
             rows = make()
-            texts, literal = self.texts(rows), self.texts(rows, literal=a.judge.startswith("gpt2"))
-            scores.append(score_texts(label, rows, literal, judge, reference_rows=reference, train_rows=data.train))
+            texts = self.texts(rows)
+            judged = self.texts(rows, literal=True) if a.judge.startswith("gpt2") else texts
+            scores.append(score_texts(label, rows, judged, judge, reference_rows=reference, train_rows=data.train))
             if data.name == "toy":
                 shown.append(f"{label}: total variation distance from the language {toy_distance(rows):.3f}")
             file = self.dir / f"samples_{label.replace(' ', '_')}.txt"

@@ -5,6 +5,7 @@ import io
 import lzma
 import math
 import random
+import urllib.request
 from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
@@ -543,7 +544,7 @@ def test_files_are_fetched_once_and_checked(tmp_path, monkeypatch):
         response.headers = {"Content-Length": "7"}
         return response
 
-    monkeypatch.setattr(files.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     assert files.obtain(path, "https://host/model", None) == files.obtain(path, "https://host/model", None) == path
     assert fetched == ["https://host/model"]
     assert sorted(p.name for p in path.parent.iterdir()) == ["model", "model.sha256"]
@@ -563,7 +564,7 @@ def test_failed_download_leaves_nothing_and_says_where_the_file_goes(tmp_path, m
         response.headers = {"Content-Length": "7"}
         return response
 
-    monkeypatch.setattr(files.urllib.request, "urlopen", urlopen)
+    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
     with pytest.raises(UserError, match=f"cannot download https://host/model .*put the file at {tmp_path}/model"):
         files.obtain(tmp_path / "model", "https://host/model", None)
     assert not list(tmp_path.iterdir())

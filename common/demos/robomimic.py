@@ -12,7 +12,6 @@ import json
 import os
 import re
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,8 +20,8 @@ from pathlib import Path
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
+from common.download import stream
 from common.envs import TaskSpec
 from common.errors import UserError
 
@@ -200,18 +199,8 @@ def download(task: TaskSpec, cache_dir: Path) -> Path:
 def _fetch(url: str, path: Path) -> None:
     """Downloads `url` to `path`, whole or not at all."""
     try:
-        with (
-            urllib.request.urlopen(url, timeout=60) as response,
-            _atomic(path) as temp,
-            open(temp, "wb") as file,
-        ):
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-            if size and file.tell() != size:
-                raise OSError(f"{file.tell()} of {size} bytes arrived")
+        with _atomic(path) as temp, open(temp, "wb") as file:
+            stream(url, file, path.name)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"cannot download {url} to {path} ({error}); put the file there by hand, or use --demos scripted"

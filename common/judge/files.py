@@ -2,11 +2,9 @@
 
 import http.client
 import os
-import urllib.request
 from pathlib import Path
 
-from tqdm import tqdm
-
+from common.download import stream
 from common.errors import UserError, first_line
 from common.text.files import sha256, write_atomic
 
@@ -36,14 +34,8 @@ def _download(url: str, path: Path) -> None:
     temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with urllib.request.urlopen(url, timeout=60) as response, open(temp, "wb") as file:
-            size = int(response.headers.get("Content-Length", 0))
-            with tqdm(total=size or None, unit="B", unit_scale=True, desc=path.name, leave=False) as bar:
-                while block := response.read(1 << 20):
-                    file.write(block)
-                    bar.update(len(block))
-            if size and file.tell() != size:
-                raise OSError(f"{file.tell()} of {size} bytes arrived")
+        with open(temp, "wb") as file:
+            stream(url, file, path.name)
         os.replace(temp, path)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
