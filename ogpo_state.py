@@ -143,7 +143,7 @@ class CriticArgs:
     heads: int = 4  # M, independent critics
     critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
     critic_batch: int = 256  # chunks per update
-    critic_lr: float = 3e-4  # learning rate
+    critic_lr: float = 1e-3  # learning rate; Adam moves a value by about this much an update, over a range of 100
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
     pessimistic_init: bool = True  # critics start at the value of never succeeding, not at 0 as released
@@ -191,7 +191,7 @@ TOY = dict(
     horizon=40, num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
     actor_hidden=(128, 128), critic_hidden=(128, 128), heads=3, critic_batch=128, states=32, success_batch=128,
     bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=100, bc_eval_episodes=100,
-    actor_lr=5e-4, critic_lr=1e-3, critic_warmup=100, total_steps=5_500, start_training=1_000, update_every=3,
+    actor_lr=5e-4, critic_warmup=100, total_steps=5_500, start_training=1_000, update_every=3,
 )  # fmt: skip
 SETTINGS: dict[tuple[str, str], dict] = {  # (preset, task) -> changes to the defaults; later rows win over earlier
     ("paper", "*"): PAPER,
