@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import contextlib
 import copy
+import functools
 import math
 import sys
 from dataclasses import dataclass, field
@@ -171,15 +172,21 @@ def default_args(data: str) -> Args:
 # --- Network ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def flex() -> Any:
+    """Fused attention with a cap, compiled once; only worth it on a GPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
     """Bidirectional attention, scores softly capped, (B, heads, L, d / heads) each [P 3].
 
     Written out: at short length faster than the fused kernels on a CPU, and those have no cap.
     """
     if q.is_cuda and cap and q.shape[2] >= 256:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        return torch.compile(flex_attention)(q, k, v, score_mod=lambda s, b, h, i, j: cap * torch.tanh(s / cap))
+        return flex()(q, k, v, score_mod=lambda s, b, h, i, j: cap * torch.tanh(s / cap))
     if not cap and (q.is_cuda or q.shape[2] >= 256):
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
@@ -546,6 +553,12 @@ def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed:
     return torch.cat(out)
 
 
+def sampler_tag(s: SampleArgs) -> str:
+    """Part of the names of the files of an evaluation; empty for the paper's sampler."""
+    tag = f"_bridge_t{s.temperature:g}_p{s.top_p:g}" if s.sampler == "bridge" else ""
+    return tag + (f"_g{s.guidance:g}" if s.guidance != 1 else "")
+
+
 # --- Training --------------------------------------------------------------------------------------------------------
 
 
@@ -634,8 +647,8 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
         run.count(train_step(objective, net, ema, optimizer, run.step, run.data.train, clock, run.ranks, args))
         if run.due(args.run.eval_every) and run.chief:
             valid = validate(ema, run.data.valid, clock, args)
-            row = generate(ema, max(args.sample.steps), args, clock, 1, args.run.seed).cpu().numpy()
-            run.note(valid, f"valid CE {valid['valid/ce']:.3f}  sample: {run.texts(row)[0]!r}")
+            run.note(valid, f"valid CE {valid['valid/ce']:.3f}")
+            run.glance(lambda steps: generate(ema, steps, args, clock, 32, args.run.seed), (1, 32))
     run.save()
     return ema
 
@@ -683,7 +696,8 @@ def main(argv: list[str]) -> None:
             if stop.requested:
                 print(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
             elif run.chief:
-                run.evaluate(lambda steps: generate(net, steps, args, clock, args.sample.samples, args.run.seed))
+                make = lambda steps: generate(net, steps, args, clock, args.sample.samples, args.run.seed)  # noqa: E731
+                run.evaluate(make, sampler_tag(args.sample))
         finally:
             run.close()
 

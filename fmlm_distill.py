@@ -35,6 +35,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 
 import contextlib
 import copy
+import functools
 import math
 import sys
 from dataclasses import dataclass, field
@@ -172,15 +173,21 @@ def default_args(teacher: str, data: str) -> Args:
 # --- Network ---------------------------------------------------------------------------------------------------------
 
 
+@functools.cache
+def flex() -> Any:
+    """Fused attention with a cap, compiled once; only worth it on a GPU."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention)
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
     """Bidirectional attention, scores softly capped, (B, heads, L, d / heads) each [P 3].
 
     Written out: at short length faster than the fused kernels on a CPU, and those have no cap.
     """
     if q.is_cuda and cap and q.shape[2] >= 256:
-        from torch.nn.attention.flex_attention import flex_attention
-
-        return torch.compile(flex_attention)(q, k, v, score_mod=lambda s, b, h, i, j: cap * torch.tanh(s / cap))
+        return flex()(q, k, v, score_mod=lambda s, b, h, i, j: cap * torch.tanh(s / cap))
     if not cap and (q.is_cuda or q.shape[2] >= 256):
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
@@ -727,8 +734,7 @@ def train(run: TextRun, student: DiT, teacher: DiT | None, clock: Clock, args: A
         core.stage = 1 if run.step < d.stage_one * a.total_steps else 2
         run.count(train_step(objective, student, ema, optimizer, run.step, run.data.train, run.ranks, args))
         if run.due(args.run.eval_every) and run.chief:
-            rows = [generate(ema, n, args, clock, 1, args.run.seed).cpu().numpy() for n in (1, 2, 4, 8)]
-            run.note({}, "samples in 1, 2, 4, 8 steps" + "".join(f"\n  {run.texts(row)[0]!r}" for row in rows))
+            run.glance(lambda steps: generate(ema, steps, args, clock, 32, args.run.seed), (1, 2, 4, 8))
     run.save()
     return ema
 
@@ -750,6 +756,8 @@ def check(args: Args, vocab: int, world: int) -> None:
         raise UserError("--recipe two_stage needs --teacher RUN: its residual network corrects a trained flow")
     if not (0 <= d.diagonal <= 1 and 0 <= d.boundary <= 1 and 0 <= args.sample.gamma <= 1):
         raise UserError("--diagonal, --boundary and --gamma must lie in [0, 1]")
+    if m.width % m.heads or m.width // m.heads % 2:
+        raise UserError(f"--width {m.width} must be an even multiple of --heads {m.heads}")
     if args.train.batch % world:
         raise UserError(f"--batch {args.train.batch} must be a multiple of the {world} processes")
 
@@ -781,7 +789,8 @@ def main(argv: list[str]) -> None:
             if stop.requested:
                 print(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
             elif run.chief:
-                run.evaluate(lambda steps: generate(net, steps, args, clock, args.sample.samples, args.run.seed))
+                make = lambda steps: generate(net, steps, args, clock, args.sample.samples, args.run.seed)  # noqa: E731
+                run.evaluate(make, f"_gamma{args.sample.gamma:g}" if args.sample.gamma else "")
         finally:
             run.close()
 

@@ -1,21 +1,32 @@
 """FLM and FMLM on the embedded corpus: runs, ablations, judges' tables, figures.
 
 python benchmarks/flm.py run                # resumable: finished runs are skipped; about an hour a seed on two cores
+python benchmarks/flm.py frontier           # seed 1: bridge sampling at several temperatures
 python benchmarks/flm.py ablations          # equal budget, one seed: what the paper's choices bring
 python benchmarks/flm.py store              # copy args, metrics, tables and samples of finished runs to flm/
+python benchmarks/flm.py report             # flm/results.md, flm/steps.png, flm/frontier.png from flm/ alone
 """
 
 import argparse
 import gzip
+import json
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import numpy as np
+
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common.judge.metrics import REAL, TextScore  # noqa: E402
+from common.textplots import plot_scores, read_scores  # noqa: E402
+
 RUNS, STORE = ROOT / "runs", ROOT / "benchmarks" / "flm"
 SEEDS = (1, 2, 3)
+TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+FRONTIER_STEPS = 64
 ABLATIONS: dict[str, list[str]] = {
     "softmax_ce": [],
     "softmax_mse": ["--loss", "mse"],
@@ -58,6 +69,30 @@ def ablations(steps: int) -> None:
         run_one("flm_train.py", f"flm_ablation_{name}", [*budget, *flags])
 
 
+def frontier() -> None:
+    """Evaluations of the first seed's FLM: bridge sampling over temperature, and FMLM over gamma."""
+    flm, fmlm = RUNS / f"flm_s{SEEDS[0]}", RUNS / f"fmlm_s{SEEDS[0]}"
+    jobs = [
+        [
+            "flm_train.py",
+            "--eval",
+            str(flm),
+            "--sampler",
+            "bridge",
+            "--temperature",
+            str(t),
+            "--steps",
+            f"{FRONTIER_STEPS}",
+        ]
+        for t in TEMPERATURES
+    ]
+    jobs += [
+        ["fmlm_distill.py", "--eval", str(fmlm), "--gamma", g, "--steps", "2", "4", "8"] for g in ("0.5", "0.8", "1")
+    ]
+    for job in jobs:
+        subprocess.run([sys.executable, *job], cwd=ROOT, check=True)
+
+
 def store() -> None:
     """Keeps what the docs quote of every finished run."""
     for folder in sorted(RUNS.glob("f*lm_*")):
@@ -65,7 +100,7 @@ def store() -> None:
             continue
         target = STORE / folder.name
         target.mkdir(parents=True, exist_ok=True)
-        for file in [folder / "args.json", folder / "wall_seconds", *folder.glob("evaluation*.md")]:
+        for file in [folder / "args.json", folder / "wall_seconds", *folder.glob("evaluation*.json")]:
             shutil.copy(file, target / file.name)
         for file in folder.glob("samples_*.txt"):
             (target / file.name).write_text("\n----\n".join(file.read_text().split("\n----\n")[:8]) + "\n")
@@ -73,9 +108,122 @@ def store() -> None:
             out.write((folder / "metrics.jsonl").read_bytes())
 
 
+def stored(prefix: str, judge: str) -> dict[int, list[TextScore]]:
+    """{seed: lines of the table} of the stored runs."""
+    paths = {seed: STORE / f"{prefix}_s{seed}" / f"evaluation_{judge}.json" for seed in SEEDS}
+    return {seed: read_scores(path) for seed, path in paths.items() if path.exists()}
+
+
+def rows_of(label: str, runs: dict[int, list[TextScore]]) -> list[str]:
+    """One line of the table per number of steps: mean over the seeds, and each seed's perplexity."""
+    lines = []
+    for at, first in enumerate(next(iter(runs.values()))):
+        scores = [scores[at] for scores in runs.values()]
+        mean = lambda key: float(np.mean([getattr(s, key) for s in scores]))  # noqa: B023, E731
+        js = np.mean([s.distances for s in scores], 0)
+        each = ", ".join(f"{s.perplexity:.1f}" for s in scores)
+        name = first.text if first.text == REAL else f"{label}, {first.text}"
+        lines.append(
+            f"| {name} | {mean('perplexity'):.1f} ({each}) | {mean('entropy'):.3f} | {mean('self_bleu'):.3f} | "
+            f"{' / '.join(f'{x:.3f}' for x in js)} | {mean('copied'):.2%} |"
+        )
+    return lines
+
+
+def last(folder: Path, key: str) -> float:
+    lines = gzip.decompress((folder / "metrics.jsonl.gz").read_bytes()).splitlines()
+    return [row[key] for row in map(json.loads, lines) if key in row][-1]
+
+
+def report() -> None:
+    text = [
+        "# FLM and FMLM on the embedded corpus: stored results",
+        "",
+        "Made by `python benchmarks/flm.py report`. Mean over the seeds, each seed's perplexity in brackets. JS: "
+        "Jensen-Shannon divergence of 1-, 2- and 3-grams from held-out text, bits. Copied: share of 8-grams that "
+        "occur in the training rows. 256 samples a line.",
+    ]
+    for judge in ("ngram", "smollm2"):
+        flm, fmlm = stored("flm", judge), stored("fmlm", judge)
+        if not flm or not fmlm:
+            continue
+        unit = next(iter(flm.values()))[0].unit
+        text += ["", f"## Judge {judge}, perplexity per {unit}", ""]
+        text += ["| text | perplexity (seeds) | entropy | self-BLEU-4 | JS | copied |", "|---|---|---:|---:|---|---:|"]
+        text += rows_of("FLM", flm)[:-1] + rows_of("FMLM", fmlm)
+        both = {f"FLM, seed {s}": v for s, v in flm.items()} | {f"FMLM, seed {s}": v for s, v in fmlm.items()}
+        plot_scores(both, STORE / f"steps_{judge}.png", "embedded corpus, 256 samples a point")
+    minutes = {p: [int((STORE / f"{p}_s{s}" / "wall_seconds").read_text()) / 60 for s in flm] for p in ("flm", "fmlm")}
+    text += ["", "Wall time, minutes, training and evaluation: "]
+    text[-1] += "; ".join(f"{p} {', '.join(f'{m:.1f}' for m in ms)}" for p, ms in minutes.items()) + "."
+    text += frontier_report() + ablation_report()
+    (STORE / "results.md").write_text("\n".join(text) + "\n")
+
+
+def frontier_report() -> list[str]:
+    """Table and figure of the temperatures; empty if they are not stored."""
+    folder = STORE / f"flm_s{SEEDS[0]}"
+    files = {t: folder / f"evaluation_ngram_bridge_t{t:g}_p1.json" for t in TEMPERATURES}
+    points = {t: read_scores(path) for t, path in files.items() if path.exists()}
+    if not points:
+        return []
+    lines = ["", f"## Bridge sampling, {FRONTIER_STEPS} calls, seed {SEEDS[0]}: temperature", ""]
+    lines += ["| temperature | perplexity | entropy | self-BLEU-4 |", "|---|---:|---:|---:|"]
+    lines += [
+        f"| {t:g} | {s[0].perplexity:.1f} | {s[0].entropy:.3f} | {s[0].self_bleu:.3f} |" for t, s in points.items()
+    ]
+    real = next(iter(points.values()))[-1]
+    lines += [f"| {REAL} | {real.perplexity:.1f} | {real.entropy:.3f} | {real.self_bleu:.3f} |"]
+    fmlm = {g: STORE / f"fmlm_s{SEEDS[0]}" / f"evaluation_ngram_gamma{g}.json" for g in ("0.5", "0.8", "1")}
+    series = {f"FMLM, gamma {g}": read_scores(path) for g, path in fmlm.items() if path.exists()}
+    if series:
+        lines += ["", "| FMLM | perplexity | entropy | self-BLEU-4 |", "|---|---:|---:|---:|"]
+        lines += [
+            f"| {name[6:]}, {s.text} | {s.perplexity:.1f} | {s.entropy:.3f} | {s.self_bleu:.3f} |"
+            for name, scores in series.items()
+            for s in scores[:-1]
+        ]
+    bridge = [score for scores in points.values() for score in scores[:1]]
+    plot_frontier({t: s for t, s in zip(points, bridge, strict=True)}, stored("flm", "ngram"), real)
+    return lines
+
+
+def plot_frontier(bridge: dict[float, TextScore], flm: dict[int, list[TextScore]], real: TextScore) -> None:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axis = figure.subplots()
+    axis.plot([s.entropy for s in bridge.values()], [s.perplexity for s in bridge.values()], "o-", label="FLM, bridge")
+    for t, s in bridge.items():
+        axis.annotate(f"T {t:g}", (s.entropy, s.perplexity), fontsize=8, xytext=(4, -8), textcoords="offset points")
+    euler = flm[SEEDS[0]][:-1]
+    axis.plot([s.entropy for s in euler], [s.perplexity for s in euler], "s-", label="FLM, Euler, 1 to 128 calls")
+    axis.plot([real.entropy], [real.perplexity], "k*", markersize=12, label=REAL)
+    axis.set(xlabel="entropy of a sample's tokens (nats)", ylabel=f"perplexity ({real.judge})", yscale="log")
+    axis.grid(alpha=0.3, which="both")
+    axis.legend()
+    figure.savefig(STORE / "frontier.png", dpi=150)
+
+
+def ablation_report() -> list[str]:
+    """Table of the ablations; empty if they are not stored."""
+    lines = ["", "## Ablations: equal steps, seed 1", ""]
+    lines += ["| what | validation CE | perplexity, entropy in 32 calls | in 128 calls |", "|---|---:|---:|---:|"]
+    head = len(lines)
+    for name in ABLATIONS:
+        folder = STORE / f"flm_ablation_{name}"
+        if (folder / "evaluation_ngram.json").exists():
+            few, many = read_scores(folder / "evaluation_ngram.json")[:2]
+            cells = [f"{s.perplexity:.1f}, {s.entropy:.2f}" for s in (few, many)]
+            lines.append(f"| {name} | {last(folder, 'valid/ce'):.3f} | {cells[0]} | {cells[1]} |")
+    return lines if len(lines) > head else []
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "ablations", "store"))
+    parser.add_argument("what", choices=("run", "frontier", "ablations", "store", "report"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--judge", default="ngram")
     parser.add_argument("--total-steps", type=int, default=1_000)
@@ -85,4 +233,4 @@ if __name__ == "__main__":
     elif args.what == "ablations":
         ablations(args.total_steps)
     else:
-        store()
+        {"frontier": frontier, "store": store, "report": report}[args.what]()

@@ -3,7 +3,8 @@
 import math
 import sys
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,10 +15,13 @@ from torch import nn
 
 from common import checkpoint
 from common.batches import Ranks
+from common.judge import get_judge
+from common.judge.metrics import REAL, Judge, format_table, score_texts, split_real, unigram_entropy
 from common.meter import Meter, products
 from common.runlog import Averages, RunLog
 from common.start import CHECKPOINT, pick_device
 from common.text import load_text, toy_probabilities
+from common.textplots import plot_scores, write_scores
 
 
 class TextRun:
@@ -52,6 +56,7 @@ class TextRun:
         bytes_needed = 3 * 16 * sum(p.numel() for p in net.parameters())
         if self.chief:
             checkpoint.check_run_dir(self.dir, bytes_needed)
+            _ = self.judge  # one that cannot be had is said before training
         if saved:
             for name, part in parts.items():
                 part.load_state_dict(saved[name])
@@ -129,35 +134,54 @@ class TextRun:
             part = rows[i : i + 512]
             yield from self.texts(part) if self.data.name == "toy" else self.texts(part[:, 1:-1].reshape(1, -1))
 
-    def evaluate(self, generate: Callable[[int], torch.Tensor]) -> None:
-        """Print samples and the table of perplexity, entropy and distances; write samples and table to the folder.
+    @cached_property
+    def judge(self) -> Judge:
+        a = self.a
+        path = Path(a.judge_path) if a.judge_path else None
+        texts = self.training_texts()
+        return get_judge(a.judge, data_dir=Path(a.data_dir), train_texts=texts, path=path, device=self.device)
 
-        generate(steps) gives token rows (samples, L).
+    def judged(self, rows: np.ndarray) -> list[str]:
+        """Texts as the judge is to read them."""
+        return self.texts(rows, literal=self.a.judge.startswith("gpt2"))
+
+    def glance(self, generate: Callable[[int], torch.Tensor], steps: Sequence[int]) -> None:
+        """During training: perplexity, entropy and one sample at each number of steps, logged and printed."""
+        metrics, shown = {}, []
+        for n in steps:
+            rows = generate(n).cpu().numpy()
+            perplexity = self.judge.perplexity(self.judged(rows), max_length=rows.shape[1])
+            metrics |= {f"eval/perplexity_{n}": perplexity, f"eval/entropy_{n}": unigram_entropy(rows)}
+            entropy = metrics[f"eval/entropy_{n}"]
+            shown.append(f"{n:4d} calls: perplexity {perplexity:.1f}, entropy {entropy:.2f}: {self.texts(rows)[0]!r}")
+        self.note(metrics, "\n  ".join([f"{len(rows)} samples, judge {self.judge.name}", *shown]))
+
+    def evaluate(self, generate: Callable[[int], torch.Tensor], tag: str = "") -> None:
+        """Print samples and the table of perplexity, entropy and distances; write samples, table and figure.
+
+        generate(steps) gives token rows (samples, L); tag sets the files of another sampler apart.
         """
-        from common.judge import get_judge
-        from common.judge.metrics import REAL, format_table, score_texts, split_real
-
         a, data = self.a, self.data
         self.dir.mkdir(parents=True, exist_ok=True)
-        path = Path(a.judge_path) if a.judge_path else None
-        judge = get_judge(
-            a.judge, data_dir=Path(a.data_dir), train_texts=self.training_texts(), path=path, device=self.device
-        )
         real, reference = split_real(data.valid, a.samples)
         makers = {f"{n} steps": lambda n=n: generate(n).cpu().numpy() for n in a.steps}
         scores, shown = [], []
         for label, make in (makers | {REAL: lambda: real}).items():
             rows = make()
             texts = self.texts(rows)
-            judged = self.texts(rows, literal=True) if a.judge.startswith("gpt2") else texts
-            scores.append(score_texts(label, rows, judged, judge, reference_rows=reference, train_rows=data.train))
+            score = score_texts(
+                label, rows, self.judged(rows), self.judge, reference_rows=reference, train_rows=data.train
+            )
+            scores.append(score)
             if data.name == "toy":
                 shown.append(f"{label}: total variation distance from the language {toy_distance(rows):.3f}")
-            file = self.dir / f"samples_{label.replace(' ', '_')}.txt"
+            file = self.dir / f"samples_{label.replace(' ', '_')}{tag}.txt"
             file.write_text("\n----\n".join(texts) + "\n")
             shown += [f"\n{label} ({file}):", *("  " + text.replace("\n", "\n  ") for text in texts[: a.show])]
-        table = format_table(scores)
-        (self.dir / f"evaluation_{a.judge}.md").write_text(table + "\n")
+        table, name = format_table(scores), f"evaluation_{a.judge}{tag}"
+        (self.dir / f"{name}.md").write_text(table + "\n")
+        write_scores(self.dir / f"{name}.json", scores)
+        plot_scores({self.dir.name: scores}, self.dir / f"{name}.png", f"{data.name}: {a.samples} samples")
         print("\n".join([*shown, "", table]), flush=True)
 
 

@@ -13,6 +13,7 @@ import torch
 
 from common import checkpoint
 from common.runlog import read_metrics
+from common.textplots import read_scores
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -79,8 +80,13 @@ def test_evaluation_repeats_the_numbers_of_the_run(tmp_path: Path) -> None:
     assert len(table(first)) == 5 and table(first) == table(again)  # head, rule, 1 and 2 steps, real text
     other = run(tmp_path, "flm_train.py", "--eval", str(tmp_path / "r"), "--steps", "3", "--sampler", "bridge").stdout
     assert "| 3 steps |" in other
-    for name in ("samples_1_steps.txt", "samples_real_text.txt", "evaluation_ngram.md", "args.json", "metrics.jsonl"):
+    for name in ("samples_1_steps.txt", "samples_real_text.txt", "evaluation_ngram.md", "evaluation_ngram.png"):
         assert (tmp_path / "r" / name).stat().st_size > 0
+    scores = read_scores(tmp_path / "r" / "evaluation_ngram.json")  # the bridge has files of its own
+    assert [score.text for score in scores] == ["1 steps", "2 steps", "real text"]
+    assert f"| {scores[0].perplexity:.2f} | {scores[0].entropy:.3f} |" in table(first)[2]
+    glances = [row for row in read_metrics(tmp_path / "r") if "eval/perplexity_1" in row]
+    assert len(glances) == 1 and glances[0]["eval/entropy_32"] > 0
 
 
 @pytest.mark.parametrize(
@@ -93,6 +99,7 @@ def test_evaluation_repeats_the_numbers_of_the_run(tmp_path: Path) -> None:
         ("fmlm_distill.py", ["--teacher", "nowhere"], "nowhere"),
         ("fmlm_distill.py", ["--data", "toy", "--recipe", "two_stage"], "--teacher"),
         ("fmlm_distill.py", ["--data", "toy", "--gamma", "2"], "--gamma"),
+        ("fmlm_distill.py", ["--data", "toy", "--heads", "3"], "--heads"),
     ],
 )
 def test_bad_input_gives_one_line_and_exit_code_2(tmp_path: Path, script: str, flags: list[str], words: str) -> None:

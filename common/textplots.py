@@ -1,0 +1,61 @@
+"""Figures of generated text: perplexity over the number of network calls, and against entropy."""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from common.judge.metrics import REAL, TextScore
+from common.runlog import write_json
+
+
+def write_scores(path: Path, scores: Sequence[TextScore]) -> None:
+    """The lines of a table as JSON, atomically."""
+    write_json(path, [asdict(score) for score in scores])
+
+
+def read_scores(path: Path) -> list[TextScore]:
+    """What `write_scores` wrote."""
+    return [TextScore(**row | {"distances": tuple(row["distances"])}) for row in json.loads(path.read_text())]
+
+
+def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: str = "") -> None:
+    """Two panels, written atomically: perplexity over network calls; perplexity against per-sample entropy.
+
+    Args:
+        series: {label: lines of one table}; lines named "N steps" are joined in that order, that of real text (the
+            same in all tables of one corpus) is drawn once, as a dashed line and a star.
+        path: of the PNG.
+        title: of the figure.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2, sharey=True)
+    for label, scores in series.items():
+        made = [score for score in scores if score.text != REAL]
+        steps = [int(score.text.split()[0]) for score in made]
+        perplexity = [score.perplexity for score in made]
+        (line,) = left.plot(steps, perplexity, "o-", markersize=4, label=label)
+        right.plot([score.entropy for score in made], perplexity, "o-", markersize=4, color=line.get_color())
+        for n, score in zip(steps, made, strict=True):
+            right.annotate(
+                str(n), (score.entropy, score.perplexity), fontsize=7, xytext=(3, 3), textcoords="offset points"
+            )
+    first = next(iter(series.values()))
+    real = next(score for score in first if score.text == REAL)
+    left.axhline(real.perplexity, color="black", linestyle="--", linewidth=1, label=REAL)
+    right.plot([real.entropy], [real.perplexity], "k*", markersize=10)
+    left.set_xscale("log", base=2)
+    left.set(yscale="log", xlabel="network calls", ylabel=f"perplexity ({real.judge}, per {real.unit})")
+    right.set(xlabel="entropy of a sample's tokens (nats)")
+    left.legend()
+    for axis in (left, right):
+        axis.grid(alpha=0.3, which="both")
+    figure.suptitle(title)
+    tmp = path.with_name(path.name + ".tmp.png")
+    figure.savefig(tmp, dpi=150)
+    os.replace(tmp, path)
