@@ -147,8 +147,9 @@ class CriticArgs:
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
     pessimistic_init: bool = True  # critics start at the value of never succeeding, not at 0 as released
-    critic_warmup: int = 250  # updates of the critics alone; before: no best-of-N
-    critic_successes: int = 10  # successful episodes before the actor moves
+    critic_warmup: int = 250  # updates of the critics alone
+    choose_successes: int = 2  # successful episodes, and critic_warmup, before best-of-N acts
+    critic_successes: int = 10  # successful episodes, and critic_warmup, before the actor moves
     success_critic: bool = False  # a second critic step on a success batch [C]
 
 
@@ -183,9 +184,9 @@ PAPER = dict(
     success_batch=256, success_min=256, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000,
     actor_lr_period=50_000, actor_weight_decay=0.0, gamma=0.99, heads=10, critic_hidden=(512,) * 4,
     critic_batch=256, critic_lr=4.5e-5, critic_weight_decay=1e-5, critic_ema=0.05, pessimistic_init=False,
-    critic_warmup=0, critic_successes=0, success_critic=True, total_steps=2_000_000, start_training=10_000,
-    update_every=1, replay_size=2_000_000, max_grad_norm=1_000.0, eval_every=10_000, eval_interval_episodes=64,
-    reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
+    critic_warmup=0, choose_successes=0, critic_successes=0, success_critic=True, total_steps=2_000_000,
+    start_training=10_000, update_every=1, replay_size=2_000_000, max_grad_norm=1_000.0, eval_every=10_000,
+    eval_interval_episodes=64, reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
     horizon=40, num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
@@ -462,7 +463,8 @@ class Agent:
     critic_opt: torch.optim.Optimizer
     rng: torch.Generator  # every random draw of training; evaluation has its own
     updates: int = 0  # online updates so far
-    trusted: bool = False  # the critics have seen enough for policy gradients
+    choosing: bool = False  # the critics have seen enough for best-of-N
+    trusted: bool = False  # and for policy gradients
     bc_step: int = 0
     bc_done: bool = False
 
@@ -497,7 +499,8 @@ def make_agent(args: Args, obs_dim: int, act_dim: int, device: torch.device, dem
         actor_opt=adamw(actor, args.pretrain.bc_lr, args.actor.actor_weight_decay),
         critic_opt=adamw(critic, args.critic.critic_lr, args.critic.critic_weight_decay),
         rng=torch.Generator(device).manual_seed(args.run.seed),
-        trusted=args.critic.critic_warmup == 0 and args.critic.critic_successes == 0,
+        choosing=c.critic_warmup == 0 and c.choose_successes == 0,
+        trusted=c.critic_warmup == 0 and c.critic_successes == 0,
     )
 
 
@@ -598,6 +601,8 @@ def update(
         if c.success_critic and success:
             update_critic(agent, success, args)
     agent.updates += 1
+    if not agent.choosing:
+        agent.choosing = agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
     return info
 
 
@@ -617,10 +622,10 @@ def act_ode(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> 
 def act_best_of_n(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
     """The acting policy: N noisy chains of the target actor, the target critics pick one [S 1.8].
 
-    A single chain until the critics have warmed up.
+    A single chain until the critics can choose: what never saw a success ranks chains by nothing.
     """
     p, dim = args.policy, agent.actor.out.out_features
-    n = p.best_of_n if agent.updates >= args.critic.critic_warmup else 1
+    n = p.best_of_n if agent.choosing else 1
     rows = torch.from_numpy(obs).float().to(rng.device).repeat_interleave(n, 0)  # (B * N, O)
     noise = torch.randn((len(rows), p.flow_steps + 1, dim), generator=rng, device=rng.device)
     action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B * N, D)

@@ -124,10 +124,10 @@ def report() -> None:
             continue
         text += [f"## {TITLES[config]}", ""]
         args = json.loads((STORE / f"{config}_s{next(iter(runs))}" / "args.json").read_text())["args"]
-        text += [
-            f"`python ogpo_state.py --env lift {' '.join(CONFIGS[config])} --seed N`, {args['total_steps']} steps",
-            "",
-        ]
+        command = (
+            f"`python ogpo_state.py --env lift {' '.join(CONFIGS[config])} --seed N`, {args['total_steps']:,} steps"
+        )
+        text += [command + (", from the default run's cloned policy" if args["cloned"] else ""), ""]
         text += [
             "| seed | BC | ODE | length | best-of-N | length | steps to 0.9 | minutes |",
             "|---|---|---|---|---|---|---|---|",

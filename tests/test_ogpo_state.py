@@ -322,7 +322,7 @@ def test_best_of_n_against_enumeration() -> None:
 def test_acting_picks_the_candidate_its_critics_prefer() -> None:
     """A critic that values only the first coordinate: best-of-N acts with a larger one than a single sample."""
     agent, args = small_agent(noise_std=0.5, best_of_n=16)
-    agent.updates = args.critic.critic_warmup
+    agent.choosing = True
 
     class First(torch.nn.Module):
         def forward(self, obs, action):
@@ -336,7 +336,7 @@ def test_acting_picks_the_candidate_its_critics_prefer() -> None:
     assert many[:, 0, 0].mean() > one[:, 0, 0].mean() + 0.3
 
 
-def test_best_of_n_waits_for_updates_and_the_actor_for_successes() -> None:
+def test_best_of_n_waits_for_a_success_and_the_actor_for_more() -> None:
     """Before: single samples; no policy gradient, frozen or cloned actor."""
     obs = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
     buffer = ReplayBuffer(500, 5, 2, 4)
@@ -347,7 +347,7 @@ def test_best_of_n_waits_for_updates_and_the_actor_for_successes() -> None:
         buffer.add_episode(rng.normal(size=(21, 5)).astype(np.float32), actions, -np.ones(20), success, success)
 
     for fallback in (False, True):
-        changes = dict(critic_warmup=3, critic_successes=2, success_min=8, bc_fallback=fallback)
+        changes = dict(critic_warmup=3, choose_successes=1, critic_successes=2, success_min=8, bc_fallback=fallback)
         agent, args = small_agent(**changes)
 
         def acts_by_single_samples(agent: og.Agent = agent, args: og.Args = args) -> bool:
@@ -355,7 +355,12 @@ def test_best_of_n_waits_for_updates_and_the_actor_for_successes() -> None:
             rngs = (torch.Generator().manual_seed(0) for _ in range(2))
             return np.array_equal(*(og.act_best_of_n(agent, obs, a, g) for a, g in zip((args, one), rngs, strict=True)))
 
-        episode(False), episode(True)
+        episode(False), episode(False)
+        for _ in range(4):
+            og.update(agent, buffer, args, rng, Stopwatch())
+            assert acts_by_single_samples()
+        agent.updates = 0
+        episode(True)
         before = [p.clone() for p in agent.actor.parameters()]
         for k in range(5):
             assert acts_by_single_samples() == (k < 3)
@@ -406,7 +411,7 @@ def test_paper_preset_is_the_released_table() -> None:
         critic_lr=4.5e-5, actor_weight_decay=0.0, critic_weight_decay=1e-5, bc_lr=3e-4, bc_batch=256,
         reward_offset=-1.0, success_bonus=5.0, eval_interval_episodes=64, bc_eval_episodes=64,
         score_correction="released", clip_mean="all", clip_chain_end=True, bc_fallback=True, horizon=300,
-        critic_warmup=0, critic_successes=0, pessimistic_init=False,
+        critic_warmup=0, choose_successes=0, critic_successes=0, pessimistic_init=False,
     )  # fmt: skip
     assert {k: a[k] for k in want} == want
 
