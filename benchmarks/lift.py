@@ -54,7 +54,7 @@ def run_one(config: str, seed: int) -> tuple[str, int]:
         shutil.rmtree(folder, ignore_errors=True)
         command = ["--env", "lift", "--preset", "cpu", "--seed", str(seed), "--run-name", name, *CONFIGS[config]]
         if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
-            command += ["--cloned", str(RUNS / f"lift_ogpo+ca_s{seed}")]
+            command += ["--cloned", f"runs/lift_ogpo+ca_s{seed}"]
     RUNS.mkdir(exist_ok=True)
     with open(RUNS / f"{name}.txt", "a") as out:
         code = subprocess.run(
