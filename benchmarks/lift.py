@@ -29,7 +29,10 @@ RUNS = ROOT / "runs"
 SEEDS = (1, 2, 3, 4, 5)
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": ["--profile"],
-    "hard": ["--bc-stop-success", "0.15", "--bc-eval-every", "10", "--total-steps", "40000", "--no-video"],
+    "hard": [
+        *("--horizon", "150", "--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"),
+        *("--total-steps", "30000", "--no-video"),
+    ],
     "ogpo": ["--variant", "ogpo", "--no-video"],
     "ogpo+": ["--variant", "ogpo+", "--no-video"],
 }
@@ -37,7 +40,7 @@ TITLES = {
     "ogpo+ca": "OGPO+CA (default)",
     "ogpo+": "OGPO+",
     "ogpo": "OGPO",
-    "hard": "OGPO+CA, bc_stop_success 0.15",
+    "hard": "OGPO+CA, bc_stop_success 0.15, cap 150",
 }
 
 
