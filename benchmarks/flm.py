@@ -4,7 +4,7 @@ python benchmarks/flm.py run                # resumable: finished runs are skipp
 python benchmarks/flm.py frontier           # seed 1: bridge sampling at several temperatures
 python benchmarks/flm.py ablations          # equal budget, one seed: what the paper's choices bring
 python benchmarks/flm.py store              # copy args, metrics, tables and samples of finished runs to flm/
-python benchmarks/flm.py report             # flm/results.md, flm/steps.png, flm/frontier.png from flm/ alone
+python benchmarks/flm.py report             # flm/results.md, flm/steps_JUDGE.png, flm/frontier.png from flm/ alone
 """
 
 import argparse
@@ -73,17 +73,7 @@ def frontier() -> None:
     """Evaluations of the first seed's FLM: bridge sampling over temperature, and FMLM over gamma."""
     flm, fmlm = RUNS / f"flm_s{SEEDS[0]}", RUNS / f"fmlm_s{SEEDS[0]}"
     jobs = [
-        [
-            "flm_train.py",
-            "--eval",
-            str(flm),
-            "--sampler",
-            "bridge",
-            "--temperature",
-            str(t),
-            "--steps",
-            f"{FRONTIER_STEPS}",
-        ]
+        ["flm_train.py", "--eval", str(flm), "--sampler=bridge", f"--temperature={t}", f"--steps={FRONTIER_STEPS}"]
         for t in TEMPERATURES
     ]
     jobs += [
@@ -153,7 +143,10 @@ def report() -> None:
         text += rows_of("FLM", flm)[:-1] + rows_of("FMLM", fmlm)
         both = {f"FLM, seed {s}": v for s, v in flm.items()} | {f"FMLM, seed {s}": v for s, v in fmlm.items()}
         plot_scores(both, STORE / f"steps_{judge}.png", "embedded corpus, 256 samples a point")
-    minutes = {p: [int((STORE / f"{p}_s{s}" / "wall_seconds").read_text()) / 60 for s in flm] for p in ("flm", "fmlm")}
+    minutes = {
+        p: [int((STORE / f"{p}_s{seed}" / "wall_seconds").read_text()) / 60 for seed in stored(p, "ngram")]
+        for p in ("flm", "fmlm")
+    }
     text += ["", "Wall time, minutes, training and evaluation: "]
     text[-1] += "; ".join(f"{p} {', '.join(f'{m:.1f}' for m in ms)}" for p, ms in minutes.items()) + "."
     text += frontier_report() + ablation_report()
@@ -183,8 +176,7 @@ def frontier_report() -> list[str]:
             for name, scores in series.items()
             for s in scores[:-1]
         ]
-    bridge = [score for scores in points.values() for score in scores[:1]]
-    plot_frontier({t: s for t, s in zip(points, bridge, strict=True)}, stored("flm", "ngram"), real)
+    plot_frontier({t: scores[0] for t, scores in points.items()}, stored("flm", "ngram"), real)
     return lines
 
 
