@@ -114,7 +114,7 @@ class TrainArgs:
 
     total_steps: int = 2_000  # optimizer steps
     batch: int = 96  # rows per optimizer step, over all processes
-    micro_batch: int = 0  # rows per forward pass of one process (gradient accumulation); 0: all of its rows
+    micro_batch: int = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
     loss_rows: int = 0  # rows whose logits exist at a time, the rest is recomputed: bounds memory; 0: all
     lr: float = 1e-3  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
@@ -150,16 +150,16 @@ class Args:
 
 
 PAPER = dict(
-    layers=12, width=768, heads=12, dropout=0.1, total_steps=1_000_000, batch=512, lr=3e-4, warmup=2_500, decay=0.0,
-    beta2=0.999, ema=0.9999, eval_every=5_000, checkpoint_every=5_000, samples=1024, judge="gpt2-large",
+    layers=12, width=768, heads=12, dropout=0.1, total_steps=1_000_000, batch=512, micro_batch=0, lr=3e-4, warmup=2_500,
+    decay=0.0, beta2=0.999, ema=0.9999, eval_every=5_000, checkpoint_every=5_000, samples=1024, judge="gpt2-large",
     steps=(8, 32, 128, 1024),
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
     "toy": dict(
-        length=8, layers=2, width=128, heads=4, space="onehot", batch=128, total_steps=500, lr=3e-3, warmup=50,
-        eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,), precision="fp32",
+        length=8, layers=2, width=128, heads=4, space="onehot", batch=128, micro_batch=0, total_steps=500, lr=3e-3,
+        warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,), precision="fp32",
     ),
 }  # fmt: skip
 

@@ -116,7 +116,7 @@ class TrainArgs:
 
     total_steps: int = 1_500  # optimizer steps
     batch: int = 96  # rows per optimizer step, over all processes
-    micro_batch: int = 0  # rows per forward pass of one process (gradient accumulation); 0: all of its rows
+    micro_batch: int = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
     lr: float = 5e-4  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
     decay: float = 0.3  # last share of the steps, over which the learning rate falls linearly to 0; paper: 0
@@ -129,7 +129,7 @@ class TrainArgs:
 class SampleArgs:
     """Sampling and evaluation [P 2.6, 5]."""
 
-    steps: tuple[int, ...] = (1, 2, 4, 8, 32)  # numbers of network calls to evaluate
+    steps: tuple[int, ...] = (1, 2, 4, 8, 32, 128)  # numbers of network calls to evaluate
     samples: int = 256  # texts per number of steps
     gamma: float = 0.0  # renoising after every jump: 0 none, 1 all; the paper evaluates LM1B at 0.8, OWT at 1
     judge: str = "ngram"  # ngram, smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -147,15 +147,15 @@ class Args:
 
 
 PAPER = dict(
-    layers=12, width=768, heads=12, dropout=0.1, total_steps=550_000, batch=512, lr=3e-4, warmup=2_500, decay=0.0,
-    beta2=0.95, ema=0.9999, eval_every=10_000, checkpoint_every=5_000, samples=1024, judge="gpt2-large",
+    layers=12, width=768, heads=12, dropout=0.1, total_steps=550_000, batch=512, micro_batch=0, lr=3e-4, warmup=2_500,
+    decay=0.0, beta2=0.95, ema=0.9999, eval_every=10_000, checkpoint_every=5_000, samples=1024, judge="gpt2-large",
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, gamma=0.8),
     "openwebtext": PAPER | dict(length=1024, batch=128, gamma=1.0),
     "toy": dict(
-        length=8, layers=2, width=128, heads=4, space="onehot", batch=128, total_steps=400, lr=2e-3, warmup=50,
-        eval_every=200, checkpoint_every=200, samples=2_048, steps=(1, 4), precision="fp32",
+        length=8, layers=2, width=128, heads=4, space="onehot", batch=128, micro_batch=0, total_steps=400, lr=2e-3,
+        warmup=50, eval_every=200, checkpoint_every=200, samples=2_048, steps=(1, 4), precision="fp32",
     ),
 }  # fmt: skip
 

@@ -1,6 +1,7 @@
 """FLM and FMLM on the embedded corpus: runs, ablations, judges' tables, figures.
 
 python benchmarks/flm.py run                # resumable: finished runs are skipped; about an hour a seed on two cores
+python benchmarks/flm.py judge --judge smollm2   # the same runs under another judge, about ten minutes a seed
 python benchmarks/flm.py frontier           # seed 1: bridge sampling at several temperatures
 python benchmarks/flm.py ablations          # equal budget, one seed: what the paper's choices bring
 python benchmarks/flm.py store              # copy args, metrics, tables and samples of finished runs to flm/
@@ -61,6 +62,15 @@ def run(seeds: list[int], judge: str) -> None:
         common = ["--seed", str(seed), "--judge", judge]
         run_one("flm_train.py", f"flm_s{seed}", common)
         run_one("fmlm_distill.py", f"fmlm_s{seed}", [*common, "--teacher", str(RUNS / f"flm_s{seed}")])
+
+
+def judge(seeds: list[int], name: str) -> None:
+    """The runs' own step counts again, under another judge; the samples are the same."""
+    for seed in seeds:
+        for script, run in (("flm_train.py", f"flm_s{seed}"), ("fmlm_distill.py", f"fmlm_s{seed}")):
+            if not (RUNS / run / f"evaluation_{name}.json").exists():
+                job = [sys.executable, script, "--eval", str(RUNS / run), "--judge", name]
+                subprocess.run(job, cwd=ROOT, check=True)
 
 
 def ablations(steps: int) -> None:
@@ -215,13 +225,15 @@ def ablation_report() -> list[str]:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "frontier", "ablations", "store", "report"))
+    parser.add_argument("what", choices=("run", "judge", "frontier", "ablations", "store", "report"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--judge", default="ngram")
     parser.add_argument("--total-steps", type=int, default=1_000)
     args = parser.parse_args()
     if args.what == "run":
         run(args.seeds, args.judge)
+    elif args.what == "judge":
+        judge(args.seeds, args.judge)
     elif args.what == "ablations":
         ablations(args.total_steps)
     else:
