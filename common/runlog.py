@@ -149,7 +149,8 @@ class RunLog:
         rate = (step - first) / (now - since) if now > since else 0.0
         eta = str(timedelta(seconds=int((self._total_steps - step) / rate))) if rate > 0 else "?"
         percent = 100 * step / max(self._total_steps, 1)
-        parts = [f"step {step}/{self._total_steps} ({percent:.0f} %)", f"{rate:.0f} steps/s", f"ETA {eta}"]
+        speed = f"{rate:.0f} steps/s" if rate >= 9.5 or not rate else f"{rate:.2g} steps/s"
+        parts = [f"step {step}/{self._total_steps} ({percent:.0f} %)", speed, f"ETA {eta}"]
         line = "  ".join(parts + [f"{key} {value}" for key, value in text_fields.items()])
         if self._live:
             width = shutil.get_terminal_size().columns
