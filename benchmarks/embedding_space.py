@@ -26,9 +26,9 @@ from common import cli
 from common.meter import memory
 
 SIZES: dict[int, dict] = {  # vocabulary -> network and rows
-    4_096: dict(layers=4, width=256, heads=4, length=64, batch=96),
+    4_096: dict(layers=4, width=256, heads=4, length=64, batch=16),
     30_522: dict(layers=12, width=768, heads=12, length=128, batch=16, loss_rows=4),
-    50_258: dict(layers=12, width=768, heads=12, length=1024, batch=2, loss_rows=1),
+    50_258: dict(layers=12, width=768, heads=12, length=1024, batch=4, loss_rows=1),
 }
 
 
