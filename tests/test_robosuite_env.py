@@ -203,6 +203,7 @@ def test_vector_of_lift_equals_single(fast: RobosuiteEnv) -> None:
 
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_vector_resets_only_what_the_mask_says(num_envs: int) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
     single, envs = make_env("toy", horizon=3), make_vec_env("toy", num_envs, horizon=3)
     try:
         envs.reset(seed=list(range(num_envs)))
@@ -211,16 +212,17 @@ def test_vector_resets_only_what_the_mask_says(num_envs: int) -> None:
             obs, _, terminated, truncated, info = envs.step(action)
             assert truncated.all() == (step == 2) and not terminated.any() and not info["success"].any()
         mask = np.arange(num_envs) % 2 == 0
-        after, _ = envs.reset(seed=[10 + i for i in range(num_envs)], options={"reset_mask": mask})
+        reset, _ = envs.reset(seed=[10 + i for i in range(num_envs)], options={"reset_mask": mask})
         for i in range(num_envs):
-            np.testing.assert_array_equal(after[i], single.reset(seed=10 + i)[0] if mask[i] else obs[i])
+            np.testing.assert_array_equal(reset[i], single.reset(seed=10 + i)[0] if mask[i] else obs[i])
         if num_envs > 1:  # Ctrl-C reaches every process of the terminal; the workers leave it to the parent
             for process in envs.processes:
                 os.kill(process.pid, signal.SIGINT)
             assert envs.step(action)[0].shape == (num_envs, 6)
     finally:
         envs.close()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        after = signal.signal(signal.SIGINT, before)
+    assert after is signal.default_int_handler
 
 
 def test_unknown_task_lists_the_choices() -> None:
