@@ -31,7 +31,7 @@ Symbols
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve small tensors
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch: waiting threads spin a little, and starve no other
 
 import contextlib
 import copy
@@ -542,7 +542,8 @@ def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed:
     """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
     net.eval()
     device, space, out = net.embed.device, make_space(net, args.flow.space), []
-    generator, rows = torch.Generator(device).manual_seed(seed), max(1, 2**14 // args.model.length)
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = max(1, 2 ** (14 if device.type == "cuda" else 10) // args.model.length)  # what a CPU's cache holds
     for done in range(0, samples, rows):
         shape = (min(rows, samples - done), args.model.length, space.width)
         x = space.noise(torch.randn(shape, generator=generator, device=device))

@@ -31,7 +31,7 @@ Symbols
 
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve small tensors
+os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch: waiting threads spin a little, and starve no other
 
 import contextlib
 import copy
@@ -660,7 +660,8 @@ def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed:
     """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
     net.eval()
     device, space, out = net.embed.device, make_space(net, args.distill.space), []
-    generator, rows = torch.Generator(device).manual_seed(seed), max(1, 2**14 // args.model.length)
+    generator = torch.Generator(device).manual_seed(seed)
+    rows = max(1, 2 ** (14 if device.type == "cuda" else 10) // args.model.length)  # what a CPU's cache holds
     for done in range(0, samples, rows):
         shape = (min(rows, samples - done), args.model.length, space.width)
         x = space.noise(torch.randn(shape, generator=generator, device=device))
@@ -723,7 +724,9 @@ def train(run: TextRun, student: DiT, teacher: DiT | None, clock: Clock, args: A
     core = Objective(student, teacher, residual, clock, d).to(run.device)
     trained = [p for p in core.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
-    run.attach(student, {"objective": core, "ema": ema, "optimizer": optimizer})
+    off = 1.0 if d.recipe == "two_stage" else 1 - d.diagonal  # forward passes that make targets, per row
+    forwards = off * {"semigroup": 2, "lagrangian": 3, "eulerian": 3, "two_stage": 4}[d.recipe] + (1 - off)
+    run.attach(student, {"objective": core, "ema": ema, "optimizer": optimizer}, forwards)
     objective: nn.Module = core
     if args.run.compile:
         student.trunk = torch.compile(student.trunk)

@@ -17,11 +17,12 @@ class Meter:
     """
 
     def __init__(
-        self, tokens: int, weights: int, attention: int, processes: int, bf16: bool, device: torch.device
-    ) -> None:
-        """tokens of an optimizer step; weights in products; attention: layers * length * width."""
+        self, tokens: int, weights: int, attention: int, processes: int, bf16: bool, device: torch.device,
+        forwards: float = 0.0,
+    ) -> None:  # fmt: skip
+        """tokens of an optimizer step; weights in products; attention: layers * length * width; further forwards."""
         self.tokens, self.device, self.steps = tokens, device, 0
-        self.work = tokens * (6 * weights + 12 * attention) / processes
+        self.work = tokens * (3 + forwards) * (2 * weights + 4 * attention) / processes
         x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
         self.peak = max(2 * 2048**3 / self._seconds(lambda: x @ x) for _ in range(4))
         self.started = time.perf_counter()

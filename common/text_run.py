@@ -50,8 +50,11 @@ class TextRun:
         self.data = self.ranks.first(load)  # the others find what the first process built
         self.step, self.averages = 0, Averages()
 
-    def attach(self, net: nn.Module, parts: Mapping[str, Any]) -> None:
-        """Begin training `net`. parts: what a checkpoint holds, {name: module or optimizer}; restored on a resume."""
+    def attach(self, net: nn.Module, parts: Mapping[str, Any], forwards: float = 0.0) -> None:
+        """Begin training `net`. parts: what a checkpoint holds, {name: module or optimizer}; restored on a resume.
+
+        forwards: passes over a batch without gradients in a step, beside the one with; only to measure speed.
+        """
         a, saved, self.parts = self.a, self.saved, parts
         bytes_needed = 3 * 16 * sum(p.numel() for p in net.parameters())
         if self.chief:
@@ -72,7 +75,7 @@ class TextRun:
                 args=self.flat,
             )
         bf16, attention = a.precision == "bf16", a.layers * a.length * a.width
-        self.meter = Meter(a.batch * a.length, products(net), attention, self.ranks.world, bf16, self.device)
+        self.meter = Meter(a.batch * a.length, products(net), attention, self.ranks.world, bf16, self.device, forwards)
         self.saved = None
 
     def running(self) -> bool:
