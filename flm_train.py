@@ -112,8 +112,8 @@ class FlowArgs:
 class TrainArgs:
     """Optimization [P 4]."""
 
-    total_steps: int = 2_000  # optimizer steps
-    batch: int = 96  # rows per optimizer step, over all processes
+    total_steps: int = 3_500  # optimizer steps
+    batch: int = 32  # rows per optimizer step, over all processes
     micro_batch: int = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
     loss_rows: int = 0  # rows whose logits exist at a time, the rest is recomputed: bounds memory; 0: all
     lr: float = 1e-3  # peak learning rate

@@ -105,7 +105,7 @@ class DistillArgs:
     space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
     reparam: bool = True  # times are measured in decoding accuracy; as the teacher
     diagonal: float = 0.5  # share of the rows with s = t
-    boundary: float = 1 / 32  # share of the other rows with the whole jump, from 0 to 1
+    boundary: float = 1 / 8  # share of the other rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
     lagrangian_teacher: bool = False  # D_t of the Lagrangian recipe from the teacher; released: from the student
     stage_one: float = 0.5  # two_stage: share of the steps that train the residual network
 
@@ -115,7 +115,7 @@ class TrainArgs:
     """Optimization [P 4]."""
 
     total_steps: int = 1_500  # optimizer steps
-    batch: int = 96  # rows per optimizer step, over all processes
+    batch: int = 32  # rows per optimizer step, over all processes
     micro_batch: int = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
     lr: float = 5e-4  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
@@ -147,15 +147,17 @@ class Args:
 
 
 PAPER = dict(
-    layers=12, width=768, heads=12, dropout=0.1, total_steps=550_000, batch=512, micro_batch=0, lr=3e-4, warmup=2_500,
-    decay=0.0, beta2=0.95, ema=0.9999, eval_every=10_000, checkpoint_every=5_000, samples=1024, judge="gpt2-large",
+    layers=12, width=768, heads=12, dropout=0.1, total_steps=550_000, batch=512, micro_batch=0, boundary=1 / 32,
+    lr=3e-4, warmup=2_500, decay=0.0, beta2=0.95, ema=0.9999, eval_every=10_000, checkpoint_every=5_000, samples=1024,
+    judge="gpt2-large",
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, gamma=0.8),
     "openwebtext": PAPER | dict(length=1024, batch=128, gamma=1.0),
     "toy": dict(
-        length=8, layers=2, width=128, heads=4, space="onehot", batch=128, micro_batch=0, total_steps=400, lr=2e-3,
-        warmup=50, eval_every=200, checkpoint_every=200, samples=2_048, steps=(1, 4), precision="fp32",
+        length=8, layers=2, width=128, heads=4, space="onehot", batch=128, micro_batch=0, boundary=1 / 32,
+        total_steps=400, lr=2e-3, warmup=50, eval_every=200, checkpoint_every=200, samples=2_048, steps=(1, 4),
+        precision="fp32",
     ),
 }  # fmt: skip
 
