@@ -64,13 +64,16 @@ def run(seeds: list[int], judge: str) -> None:
         run_one("fmlm_distill.py", f"fmlm_s{seed}", [*common, "--teacher", str(RUNS / f"flm_s{seed}")])
 
 
+def evaluate(script: str, run: str, *flags: str) -> None:
+    subprocess.run([sys.executable, script, "--eval", str(RUNS / run), *flags], cwd=ROOT, check=True)
+
+
 def judge(seeds: list[int], name: str) -> None:
     """The runs' own step counts again, under another judge; the samples are the same."""
     for seed in seeds:
         for script, run in (("flm_train.py", f"flm_s{seed}"), ("fmlm_distill.py", f"fmlm_s{seed}")):
             if not (RUNS / run / f"evaluation_{name}.json").exists():
-                job = [sys.executable, script, "--eval", str(RUNS / run), "--judge", name]
-                subprocess.run(job, cwd=ROOT, check=True)
+                evaluate(script, run, "--judge", name)
 
 
 def ablations(steps: int) -> None:
@@ -81,16 +84,11 @@ def ablations(steps: int) -> None:
 
 def frontier() -> None:
     """Evaluations of the first seed's FLM: bridge sampling over temperature, and FMLM over gamma."""
-    flm, fmlm = RUNS / f"flm_s{SEEDS[0]}", RUNS / f"fmlm_s{SEEDS[0]}"
-    jobs = [
-        ["flm_train.py", "--eval", str(flm), "--sampler=bridge", f"--temperature={t}", f"--steps={FRONTIER_STEPS}"]
-        for t in TEMPERATURES
-    ]
-    jobs += [
-        ["fmlm_distill.py", "--eval", str(fmlm), "--gamma", g, "--steps", "2", "4", "8"] for g in ("0.5", "0.8", "1")
-    ]
-    for job in jobs:
-        subprocess.run([sys.executable, *job], cwd=ROOT, check=True)
+    for t in TEMPERATURES:
+        flags = ("--sampler=bridge", f"--temperature={t}", f"--steps={FRONTIER_STEPS}")
+        evaluate("flm_train.py", f"flm_s{SEEDS[0]}", *flags)
+    for gamma in ("0.5", "0.8", "1"):
+        evaluate("fmlm_distill.py", f"fmlm_s{SEEDS[0]}", "--gamma", gamma, "--steps", "2", "4", "8")
 
 
 def store() -> None:
