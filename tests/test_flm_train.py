@@ -112,6 +112,28 @@ def test_parameter_count_is_the_published_one() -> None:
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(139.29e6, abs=5e3)
 
 
+def test_rows_scaled_by_frequency_show_more_of_the_token() -> None:
+    """Norms go with sqrt(frequency), Frobenius norm stays; the share of x E's signal that noise leaves is p-weighted
+    mean of e_y^T E (E^T E)^-1 E^T e_y, d / V for random rows."""
+    torch.manual_seed(0)
+    net, vocab = flm.DiT(small().model, 2_000), 2_000
+    count = (100_000 / torch.arange(1, vocab + 1)).long()  # Zipf's law
+
+    def signal() -> float:
+        e = net.embed.detach().double()
+        share = (e @ torch.linalg.inv(e.mT @ e) * e).sum(-1)
+        return (share * count / count.sum()).sum().item()
+
+    with torch.no_grad():
+        net.embed /= net.embed.norm(dim=-1, keepdim=True)
+    before, signal_before = net.embed.square().sum().item(), signal()
+    net.scale_rows(count)
+    norm = net.embed.detach().norm(dim=-1)
+    assert (norm[0] / norm[99]).item() == pytest.approx(math.sqrt(100_001 / 1_001), rel=1e-4)
+    assert net.embed.square().sum().item() == pytest.approx(before, rel=1e-4)
+    assert signal_before == pytest.approx(32 / vocab, rel=0.1) and signal() > 10 * signal_before
+
+
 def test_logits_are_capped_and_positions_matter() -> None:
     args = small(logit_cap=2.0)
     net = perturbed(flm.DiT(args.model, 50), 0.5).eval()

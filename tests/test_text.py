@@ -437,6 +437,8 @@ def test_austen(tmp_path: Path) -> None:
     assert data.train.shape == (15173, 64) and data.valid.shape == (807, 64) and data.train.dtype == np.uint16
     for rows in (data.train, data.valid):
         assert (rows[:, [0, -1]] == 4095).all() and rows.max() == 4095
+    counts = data.counts()
+    assert counts.shape == (4096,) and counts.sum() == data.train.size and counts[4095] == (data.train == 4095).sum()
     train, valid = austen_sentences()
     stream = [data.tokenizer.decode(row[1:-1], separators="\n") for row in data.valid[:2]]
     assert "\n".join(valid).startswith(stream[0]) and valid[0] in stream[0]

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from common.errors import UserError
@@ -25,6 +26,10 @@ class TextData:
     tokenizer: Tokenizer
     train: NDArray[Any]
     valid: NDArray[Any]
+
+    def counts(self, rows: int = 100_000) -> NDArray[np.int64]:
+        """(V,) occurrences of every token in the first rows of the training split."""
+        return np.bincount(self.train[:rows].ravel(), minlength=self.tokenizer.vocab_size)
 
 
 def load_text(
