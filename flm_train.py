@@ -76,7 +76,7 @@ class RunArgs:
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
     log_every: int = 50  # steps between lines of metrics.jsonl
-    eval_every: int = 500  # steps between validations, each with a few samples
+    eval_every: int = 1_000  # steps between validations, each with a few samples
     checkpoint_every: int = 500  # steps between checkpoints; the last two are kept
 
 
@@ -113,11 +113,11 @@ class FlowArgs:
 class TrainArgs:
     """Optimization [P 4]."""
 
-    total_steps: int = 3_500  # optimizer steps
-    batch: int = 32  # rows per optimizer step, over all processes
+    total_steps: int = 7_000  # optimizer steps
+    batch: int = 16  # rows per optimizer step, over all processes
     micro_batch: int = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
     loss_rows: int = 0  # rows whose logits exist at a time, the rest is recomputed: bounds memory; 0: all
-    lr: float = 1e-3  # peak learning rate
+    lr: float = 2e-3  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
     decay: float = 0.3  # last share of the steps, over which the learning rate falls linearly to 0; paper: 0
     beta2: float = 0.98  # AdamW

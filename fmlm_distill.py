@@ -115,8 +115,8 @@ class DistillArgs:
 class TrainArgs:
     """Optimization [P 4]."""
 
-    total_steps: int = 1_500  # optimizer steps
-    batch: int = 32  # rows per optimizer step, over all processes
+    total_steps: int = 3_000  # optimizer steps
+    batch: int = 16  # rows per optimizer step, over all processes
     micro_batch: int = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
     lr: float = 5e-4  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
