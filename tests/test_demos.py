@@ -215,6 +215,17 @@ def test_scripted_lift(tmp_path: Path) -> None:
         np.testing.assert_allclose(state[10:13], file["data/demo_0/obs/object"][0, :3], atol=1e-6)
 
 
+@pytest.mark.parametrize(("name", "noise"), [("can", 0.3), ("square", 0.3)])
+def test_scripted_pick_and_place(tmp_path: Path, name: str, noise: float) -> None:
+    demos = get_demos(name, "scripted", 1, noise, tmp_path)
+    task = TASKS[name]
+    assert demos.obs.shape[1] == 23 and demos.actions.shape[1] == 7 and len(demos.ends) == 1
+    assert 80 < len(demos.obs) < scripted.MAX_STEPS[name] <= task.horizon
+    spread = demos.obs[:, 16:19]
+    assert np.linalg.norm(spread[-1, :2] - spread[0, :2]) > 0.1  # the object is elsewhere
+    assert demos.actions[0, 6] < -0.9 and demos.actions[:, 6].max() > 0.9
+
+
 def test_hopeless_expert_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy, "TARGET_RADIUS", 0.0)
     with pytest.raises(UserError, match="toy expert fails with noise 50"):
@@ -235,7 +246,7 @@ def test_no_expert_for_a_users_environment(tmp_path: Path) -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dataset repository in a folder."""
-    source = tmp_path / "hub" / LIFT.dataset
+    source = tmp_path / "hub" / "v1.5/lift/ph/low_dim_v15.hdf5"
     write_demos(source, episodes(), env_args())
     monkeypatch.setattr(robomimic, "HUB", (tmp_path / "hub").as_uri() + "/")
     return source
@@ -259,8 +270,17 @@ def test_failed_download_says_what_to_do(tmp_path: Path, hub: Path) -> None:
     with pytest.raises(
         UserError, match=r"cannot download .*low_dim_v15.hdf5 to .*put the file there.*--demos scripted"
     ):
-        download(LIFT, tmp_path / "cache")
+        download(LIFT, "", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
+
+
+def test_release_by_name(tmp_path: Path, hub: Path) -> None:
+    target = tmp_path / "hub" / "v1.5/square/mh/low_dim_v15.hdf5"
+    write_demos(target, episodes(TASKS["square"]), env_args(TASKS["square"]))
+    assert get_demos("square", "robomimic", 1, 0.0, tmp_path / "cache").name == "square_mh_low_dim_v15.hdf5"
+    assert get_demos("lift", "robomimic-ph", 1, 0.0, tmp_path / "cache").name == "lift_ph_low_dim_v15.hdf5"
+    with pytest.raises(UserError, match="--demos robomimic-mh: tool_hang has robomimic-ph"):
+        get_demos("tool_hang", "robomimic-mh", 1, 0.0, tmp_path / "cache")
 
 
 def test_no_dataset_for_the_toy_task(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from common.demos.scripted import lift_expert
+from common.demos.robosuite_experts import lift_expert
 from common.envs import TASKS, make_env, make_vec_env, resolve, robosuite_env
 from common.envs.gymnasium_env import UserEnv
 from common.envs.osc import FastStep
@@ -67,6 +67,40 @@ def test_episode_equals_robosuites(fast: RobosuiteEnv, slow: RobosuiteEnv) -> No
         assert np.abs(obs - np.concatenate([raw[key] for key in keys])).max() < 1e-5
         assert reward == raw_reward
         assert np.abs(qpos(fast) - qpos(slow)).max() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["can", "square", "tool_hang", "transport"])
+def test_other_tasks_step_as_robosuite(name: str) -> None:
+    """Layout, relative poses at a reset, one control step from equal states, and an episode."""
+    task, rng = TASKS[name], np.random.default_rng(0)
+    actions = rng.uniform(-1, 1, (15, task.action_dim)).astype(np.float32)
+    fast, slow = make_env(name), make_env(name, original_step=True)
+    first = fast.reset(seed=5)[0]
+    np.testing.assert_array_equal(slow.reset(seed=5)[0], first)
+    assert first.shape == (sum(width for _, width in task.obs),)
+    if name in ("can", "square"):
+        hand, near = first[:3], first[9:12]
+        assert np.linalg.norm(near) == pytest.approx(np.linalg.norm(first[16:19] - hand), rel=1e-5)
+    low, high = fast.env.action_spec
+    assert (low == fast.action_space.low).all() and (high == fast.action_space.high).all()
+    model, kind = slow.env.sim.model._model, mujoco.mjtState.mjSTATE_INTEGRATION
+    state, gaps = np.empty(mujoco.mj_stateSize(model, kind)), []
+    keys = [key if key != "object" else "object-state" for key, _ in task.obs]
+    for action in actions:  # an episode
+        obs, reward, *_ = fast.step(action)
+        raw, raw_reward, *_ = slow.env.step(action.astype(np.float64))
+        assert np.abs(obs - np.concatenate([raw[key] for key in keys])).max() < 1e-5
+        assert reward == raw_reward
+    for action in actions:  # single steps from equal states
+        mujoco.mj_getState(model, slow.env.sim.data._data, state, kind)
+        mujoco.mj_setState(model, fast.env.sim.data._data, state, kind)
+        fast.step(action)
+        slow.step(action)
+        gaps.append(np.abs(qpos(fast) - qpos(slow)).max())
+    assert np.median(gaps) < 1e-14 and max(gaps) < 1e-6  # new contacts amplify rounding errors
+    np.testing.assert_array_equal(fast.reset(seed=5)[0], first)
+    fast.close()
+    slow.close()
 
 
 def test_original_step_reports_the_end_of_the_step(slow: RobosuiteEnv) -> None:

@@ -49,7 +49,8 @@ def get_demos(
 
     Args:
         env_id: a name in TASKS or "package.module:EnvId".
-        source: "scripted", "robomimic" (the task's proficient-human dataset) or a path FILE.hdf5.
+        source: "scripted"; "robomimic", the release for the task that the paper uses, "robomimic-ph" (one expert),
+            "robomimic-mh" (six people); or a path FILE.hdf5.
         num, noise, seed: for "scripted": episodes, tremor of the expert and seed; other sources ignore them.
         cache_dir: where made and downloaded files are kept.
         filter_key: use only the episodes that the file's mask of this name lists, e.g. "train".
@@ -63,10 +64,10 @@ def get_demos(
         path = Path(cache_dir) / f"{task.name}_scripted_n{num}_noise{noise:g}_seed{seed}.hdf5"
         if not path.exists():
             generate(task, num, noise, seed, path)
-    elif source == "robomimic":
+    elif source.partition("-")[0] == "robomimic" and not source.endswith(".hdf5"):
         from common.demos.robomimic import download
 
-        path = download(task, Path(cache_dir))
+        path = download(task, source.partition("-")[2], Path(cache_dir))
     else:
         path = Path(source)
     obs, actions, ends = read_demos(path, task, filter_key)

@@ -173,18 +173,25 @@ def _read_matrix(demo: h5py.Group, key: str, where: str, width: int | None) -> N
     return values
 
 
-def download(task: TaskSpec, cache_dir: Path) -> Path:
-    """Path of the task's robomimic dataset in `cache_dir`, downloaded on first use.
+def download(task: TaskSpec, release: str, cache_dir: Path) -> Path:
+    """Path of robomimic's dataset for the task in `cache_dir`, downloaded on first use.
+
+    release: ph (one proficient person), mh (six people, some worse), or "" for the task's first.
 
     The publisher gives no checksums. The file's sha256 is recorded beside it on first use and compared on
     every later one, so a change or damage after the download is noticed; the download itself is trusted.
     Raises UserError without a dataset or a network, or if the file has changed.
     """
-    if not task.dataset:
+    if not task.datasets:
         raise UserError(f"robomimic has no dataset for {task.name}; give demonstrations with --demos FILE.hdf5")
-    path = cache_dir / "_".join(task.dataset.split("/")[1:])
+    release = release or task.datasets[0]
+    if release not in task.datasets:
+        names = ", ".join(f"robomimic-{name}" for name in task.datasets)
+        raise UserError(f"--demos robomimic-{release}: {task.name} has {names}")
+    name = f"{task.name}/{release}/low_dim_v15.hdf5"
+    path = cache_dir / name.replace("/", "_")
     if not path.exists():
-        _fetch(HUB + task.dataset, path)
+        _fetch(f"{HUB}v1.5/{name}", path)
     with open(path, "rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     sidecar = path.with_name(path.name + ".sha256")

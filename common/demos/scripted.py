@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
-from scipy.spatial.transform import Rotation
 from tqdm import tqdm
 
 from common.demos.robomimic import Episode, write_demos
@@ -16,55 +15,20 @@ from common.envs import TaskSpec, make_env
 from common.errors import UserError
 
 Expert = Generator[NDArray[np.float32], NDArray[np.float32], None]
-MAX_STEPS = 150  # an expert that needs longer has dropped the object
 SEED_BASE = 2**31  # training and evaluation use smaller seeds: their episodes are not among the demonstrations
-
-
-def lift_expert(env: gym.Env[Any, Any], obs: NDArray[np.float32], rng: np.random.Generator, noise: float) -> Expert:
-    """Expert for Lift: above the cube, down, close, up. Yields actions (7,), is sent observations (19,).
-
-    `noise` is the standard deviation of a tremor on the six pose commands, in units of the action range; with
-    it the grasp also misses the cube's centre by up to 4 mm. `env` is unused: the observation says it all.
-    """
-    miss = rng.uniform(-0.004, 0.004, 3) if noise else np.zeros(3)
-    # The fingers close along the hand's y axis; turn it to the nearest pair of the cube's faces.
-    hand = Rotation.from_quat(obs[3:7]).as_matrix()
-    cube = Rotation.from_quat(obs[12:16]).as_matrix()
-    yaw = np.arctan2(hand[1, 1], hand[0, 1])
-    turn = np.arctan2(cube[1, 0], cube[0, 0]) - yaw
-    yaw += (turn + np.pi / 4) % (np.pi / 2) - np.pi / 4
-    y, up = np.array([np.cos(yaw), np.sin(yaw), 0.0]), np.array([0.0, 0.0, 1.0])
-    grasp = Rotation.from_matrix(np.stack([np.cross(up, y), y, -up], axis=1))
-
-    phase, closing, lifted = "above", 0, np.zeros(3)
-    while True:
-        pos, cube_pos = obs[:3].astype(np.float64), obs[9:12].astype(np.float64)
-        turn_left = (grasp * Rotation.from_quat(obs[3:7]).inv()).as_rotvec()
-        if phase == "above" and _near(cube_pos + 0.08 * up, pos, 0.015) and _near(turn_left, 0, 0.15):
-            phase = "down"
-        elif phase == "down" and _near(cube_pos + miss, pos, 0.008):
-            phase = "close"
-        elif phase == "close" and closing == 5:
-            phase, lifted = "up", pos + 0.12 * up
-        closing += phase == "close"
-        target = {"above": cube_pos + 0.08 * up, "up": lifted}.get(phase, cube_pos + miss)
-        command = np.concatenate([1.5 * (target - pos) / 0.05, turn_left / 0.5])
-        command = np.clip(command, -1, 1) + noise * rng.standard_normal(6)
-        grip = 1.0 if phase in ("close", "up") else -1.0
-        obs = yield np.append(np.clip(command, -1, 1), grip).astype(np.float32)
-
-
-def _near(a: NDArray[np.float64], b: NDArray[np.float64] | float, distance: float) -> bool:
-    return float(np.linalg.norm(a - b)) < distance
+MAX_STEPS = {"lift": 150, "can": 250, "square": 300}  # an expert that needs longer has dropped the object
 
 
 def _expert(task: TaskSpec) -> Callable[..., Expert]:
+    """Makes an expert's actions: called with environment, first observation, generator and noise."""
     if task.name == "toy":
         from common.envs.toy import toy_expert
 
         return toy_expert
-    if task.name == "lift":
-        return lift_expert
+    if task.name in MAX_STEPS:
+        from common.demos import robosuite_experts
+
+        return getattr(robosuite_experts, f"{task.name}_expert")
     raise UserError(f"{task.name} has no scripted expert; give demonstrations with --demos FILE.hdf5")
 
 
@@ -73,7 +37,7 @@ def generate(task: TaskSpec, num: int, noise: float, seed: int, path: Path) -> N
     expert = _expert(task)
     if num < 1:
         raise UserError(f"{num} demonstrations were asked for; ask for at least one")
-    env = make_env(task.name, horizon=min(MAX_STEPS, task.horizon))
+    env = make_env(task.name, horizon=MAX_STEPS.get(task.name, task.horizon))
     keys = [key for key, _ in task.obs]
     splits = np.cumsum([width for _, width in task.obs])[:-1]
     episodes: list[Episode] = []

@@ -29,17 +29,29 @@ class TaskSpec:
     suite: str  # "toy", "robosuite" or "gymnasium"
     env_name: str
     horizon: int | None = None
-    dataset: str = ""  # path in robomimic's dataset repository
+    datasets: tuple[str, ...] = ()  # robomimic's releases for it, the paper's first: ph (one expert), mh (six people)
     obs: tuple[tuple[str, int], ...] = ()  # name and width of the parts of an observation, in order
     action_dim: int = 0
 
 
 _PANDA = (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2))
+_PANDAS = (*_PANDA, ("robot1_eef_pos", 3), ("robot1_eef_quat", 4), ("robot1_gripper_qpos", 2))
+
+
+def _robosuite(name: str, env: str, horizon: int, datasets: tuple[str, ...], objects: int, arms: int = 1) -> TaskSpec:
+    obs = (*(_PANDA if arms == 1 else _PANDAS), ("object", objects))
+    return TaskSpec(name, "robosuite", env, horizon, datasets, obs, 7 * arms)
+
+
 TASKS = {
     task.name: task
     for task in (
         TaskSpec("toy", "toy", "toy", 40, obs=(("state", 6),), action_dim=2),
-        TaskSpec("lift", "robosuite", "Lift", 300, "v1.5/lift/ph/low_dim_v15.hdf5", (*_PANDA, ("object", 10)), 7),
+        _robosuite("lift", "Lift", 300, ("ph", "mh"), 10),
+        _robosuite("can", "PickPlaceCan", 300, ("ph", "mh"), 14),
+        _robosuite("square", "NutAssemblySquare", 400, ("mh", "ph"), 14),
+        _robosuite("tool_hang", "ToolHang", 1_000, ("ph",), 44),
+        _robosuite("transport", "TwoArmTransport", 800, ("mh", "ph"), 41, arms=2),
     )
 }
 

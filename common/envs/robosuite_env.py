@@ -102,7 +102,9 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     robosuite gives it; the first success terminates the episode, `horizon` steps truncate it.
 
     As in robosuite, observations, reward and success after a step are of the body poses at the start of the
-    last 2 ms physics step, but of the joint positions at its end.
+    last 2 ms physics step, but of the joint positions at its end; and where the object state has the object's pose
+    relative to the hand, that is the object's pose of the observation before [deviation: at a reset the present one,
+    where robosuite has zeros and its datasets have not].
 
     Args:
         task: names robosuite's environment and the layout of observations and actions.
@@ -145,6 +147,7 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.env.reset()
         self._advance = self.env.step if self.original_step else FastStep(self.env)
         self._steps = 0
+        self._observe()  # sensors of relative poses read what the others saw the time before: at first nothing
         return self._observe(), {"success": False}
 
     def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
