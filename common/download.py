@@ -1,9 +1,63 @@
-"""Large downloads, in pieces and with a progress bar."""
+"""Large files: downloaded once, in pieces and with a progress bar, and checked on every use."""
 
+import http.client
+import os
 import urllib.request
+from pathlib import Path
 from typing import BinaryIO
 
 from tqdm import tqdm
+
+from common.errors import UserError, first_line
+from common.text.files import sha256, write_atomic
+
+
+def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Path:
+    """`path`, downloaded from `url` if it is missing, and checked as `check_digest` does.
+
+    Raises UserError without a network, with `otherwise` as the remedy besides placing the file by hand.
+    """
+    if not path.is_file():
+        _download(url, path, otherwise)
+    return check_digest(path, known)
+
+
+def check_digest(path: Path, known: str | None = None) -> Path:
+    """`path`, if its sha256 is `known`.
+
+    Where that is None, the file's own is written beside it (NAME.sha256) on first use and compared later: damage
+    and change after the download are noticed, the download itself is trusted. Raises UserError if it differs.
+    """
+    digest = sha256(path)
+    manifest = path.with_name(path.name + ".sha256")
+    if known is None and not manifest.exists():
+        write_atomic(manifest, f"{digest}  {path.name}\n".encode())
+    expected = known or (manifest.read_text().split() or ["nothing"])[0]
+    if digest != expected:
+        why = "it is damaged" if known else "it has changed since its first use"
+        also = "" if known else f" and {manifest.name}"
+        raise UserError(
+            f"{path} has sha256 {digest[:12]}..., not {expected[:12]}...: {why}; delete it{also} to download it again"
+        )
+    return path
+
+
+def _download(url: str, path: Path, otherwise: str) -> None:
+    """Downloads `url` to `path`, whole or not at all."""
+    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temp, "wb") as file:
+            stream(url, file, path.name)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+    except (OSError, http.client.HTTPException) as error:
+        raise UserError(
+            f"cannot download {url} ({first_line(error)}); put the file at {path} by hand, or {otherwise}"
+        ) from error
+    finally:
+        temp.unlink(missing_ok=True)
 
 
 def stream(url: str, file: BinaryIO, name: str) -> None:

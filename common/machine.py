@@ -15,7 +15,7 @@ import torch
 def describe_machine() -> dict[str, Any]:
     """Versions, commit, command line and hardware: what is needed to repeat a run."""
     versions: dict[str, str] = {"python": platform.python_version()}
-    for package in ("torch", "numpy", "mujoco", "gymnasium", "robosuite"):
+    for package in ("torch", "numpy", "mujoco", "gymnasium", "robosuite", "metaworld", "gymnasium-robotics"):
         try:
             versions[package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:

@@ -267,9 +267,7 @@ def test_download_once_and_notice_changes(tmp_path: Path, hub: Path) -> None:
 
 def test_failed_download_says_what_to_do(tmp_path: Path, hub: Path) -> None:
     hub.unlink()
-    with pytest.raises(
-        UserError, match=r"cannot download .*low_dim_v15.hdf5 to .*put the file there.*--demos scripted"
-    ):
+    with pytest.raises(UserError, match=r"cannot download .*low_dim_v15.hdf5 .*put the file at .*--demos scripted"):
         download(LIFT, "", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
 

@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+from common.download import obtain
 from common.errors import UserError
-from common.judge import JUDGES, TextScore, files, format_table, get_judge, gpt2, score_texts, smollm2, split_real
+from common.judge import JUDGES, TextScore, format_table, get_judge, gpt2, score_texts, smollm2, split_real
 from common.judge.metrics import copied_fraction, ngram_distance, self_bleu, unigram_entropy
 from common.judge.ngram import UNKNOWN, NgramJudge, discounts, words
 from common.judge.scoring import corpus_perplexity
@@ -545,14 +546,14 @@ def test_files_are_fetched_once_and_checked(tmp_path, monkeypatch):
         return response
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    assert files.obtain(path, "https://host/model", None) == files.obtain(path, "https://host/model", None) == path
+    assert obtain(path, "https://host/model", "other") == obtain(path, "https://host/model", "other") == path
     assert fetched == ["https://host/model"]
     assert sorted(p.name for p in path.parent.iterdir()) == ["model", "model.sha256"]
     path.write_bytes(b"weighty")
     with pytest.raises(UserError, match="delete it"):
-        files.obtain(path, "https://host/model", None)
+        obtain(path, "https://host/model", "other")
     with pytest.raises(UserError, match=r"not 000000000000\.\.\."):
-        files.obtain(path, "https://host/model", "0" * 64)
+        obtain(path, "https://host/model", "other", "0" * 64)
 
 
 @pytest.mark.parametrize("fault", ["no network", "cut short"])
@@ -565,6 +566,8 @@ def test_failed_download_leaves_nothing_and_says_where_the_file_goes(tmp_path, m
         return response
 
     monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    with pytest.raises(UserError, match=f"cannot download https://host/model .*put the file at {tmp_path}/model"):
-        files.obtain(tmp_path / "model", "https://host/model", None)
+    with pytest.raises(
+        UserError, match=f"cannot download https://host/model .*put the file at {tmp_path}/model by hand, or do without"
+    ):
+        obtain(tmp_path / "model", "https://host/model", "do without")
     assert not list(tmp_path.iterdir())

@@ -13,7 +13,8 @@ from common.demos.robosuite_experts import lift_expert
 from common.envs import TASKS, make_env, make_vec_env, resolve, robosuite_env
 from common.envs.gymnasium_env import UserEnv
 from common.envs.osc import FastStep
-from common.envs.robosuite_env import RobosuiteEnv, mujoco  # sets MUJOCO_GL before mujoco is imported
+from common.envs.render import mujoco  # sets MUJOCO_GL before mujoco is imported
+from common.envs.robosuite_env import RobosuiteEnv
 from common.errors import UserError
 
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (100, 7)).astype(np.float32)
@@ -215,7 +216,7 @@ def test_render_without_opengl_is_a_user_error(fast: RobosuiteEnv, monkeypatch: 
 
     fast.reset(seed=5)
     monkeypatch.setattr(fast, "render_mode", "rgb_array")
-    monkeypatch.setattr(fast, "_renderer", None)
+    monkeypatch.setattr(fast, "_camera", None)
     monkeypatch.setattr(mujoco.Renderer, "__init__", fail)
     with pytest.raises(UserError, match=r"no display.*MUJOCO_GL"):
         fast.render()

@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from common.demos import minari
+from common.demos.policy_file import load_policy
 from common.demos.robomimic import read_demos
 from common.envs import resolve
 
@@ -50,20 +52,26 @@ def get_demos(
     Args:
         env_id: a name in TASKS or "package.module:EnvId".
         source: "scripted"; "robomimic", the release for the task that the paper uses, "robomimic-ph" (one expert),
-            "robomimic-mh" (six people); or a path FILE.hdf5.
-        num, noise, seed: for "scripted": episodes, tremor of the expert and seed; other sources ignore them.
+            "robomimic-mh" (six people); "minari", the same for Adroit and Kitchen, "minari-human", "minari-cloned"; a
+            trained policy POLICY.npz to roll out; or recorded episodes FILE.hdf5.
+        num, noise, seed: episodes, noise and seed of "scripted" and POLICY.npz; other sources ignore them.
         cache_dir: where made and downloaded files are kept.
         filter_key: use only the episodes that the file's mask of this name lists, e.g. "train".
 
     Raises UserError with the remedy if there are none for the task, or the file is unusable.
     """
     task = resolve(env_id)
-    if source == "scripted":
-        from common.demos.scripted import generate
+    if source == "scripted" or source.endswith(".npz"):
+        from common.demos.scripted import find_expert, generate
 
-        path = Path(cache_dir) / f"{task.name}_scripted_n{num}_noise{noise:g}_seed{seed}.hdf5"
+        expert = find_expert(task) if source == "scripted" else load_policy(Path(source), task)
+        kind = source if source == "scripted" else Path(source).stem
+        path = Path(cache_dir) / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}.hdf5"
         if not path.exists():
-            generate(task, num, noise, seed, path)
+            generate(task, expert, num, noise, seed, path)
+    elif source.partition("-")[0] == "minari" and not source.endswith(".hdf5"):
+        folder = minari.find_dataset(task, source.partition("-")[2])
+        return Demos(*minari.read_dataset(folder, task), "/".join(folder.parts[-3:]))
     elif source.partition("-")[0] == "robomimic" and not source.endswith(".hdf5"):
         from common.demos.robomimic import download
 

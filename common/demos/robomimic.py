@@ -6,8 +6,6 @@ For a user's own environment it is all keys in sorted order, or obs (T, O) itsel
 actions are in [-1, 1], as the environment made by `make_env` takes them.
 """
 
-import hashlib
-import http.client
 import json
 import os
 import re
@@ -21,7 +19,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from common.download import stream
+from common.download import obtain
 from common.envs import TaskSpec
 from common.errors import UserError
 
@@ -178,8 +176,7 @@ def download(task: TaskSpec, release: str, cache_dir: Path) -> Path:
 
     release: ph (one proficient person), mh (six people, some worse), or "" for the task's first.
 
-    The publisher gives no checksums. The file's sha256 is recorded beside it on first use and compared on
-    every later one, so a change or damage after the download is noticed; the download itself is trusted.
+    The publisher gives no checksums: one is recorded on first use, see `check_digest`.
     Raises UserError without a dataset or a network, or if the file has changed.
     """
     if not task.datasets:
@@ -189,29 +186,7 @@ def download(task: TaskSpec, release: str, cache_dir: Path) -> Path:
         names = ", ".join(f"robomimic-{name}" for name in task.datasets)
         raise UserError(f"--demos robomimic-{release}: {task.name} has {names}")
     name = f"{task.name}/{release}/low_dim_v15.hdf5"
-    path = cache_dir / name.replace("/", "_")
-    if not path.exists():
-        _fetch(f"{HUB}v1.5/{name}", path)
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    sidecar = path.with_name(path.name + ".sha256")
-    if not sidecar.exists():
-        with _atomic(sidecar) as temp:
-            temp.write_text(f"{digest}  {path.name}\n")
-    elif sidecar.read_text().split()[:1] != [digest]:
-        raise UserError(f"{path} has changed since its first use; delete it and {sidecar.name} to download it again")
-    return path
-
-
-def _fetch(url: str, path: Path) -> None:
-    """Downloads `url` to `path`, whole or not at all."""
-    try:
-        with _atomic(path) as temp, open(temp, "wb") as file:
-            stream(url, file, path.name)
-    except (OSError, http.client.HTTPException) as error:
-        raise UserError(
-            f"cannot download {url} to {path} ({error}); put the file there by hand, or use --demos scripted"
-        ) from error
+    return obtain(cache_dir / name.replace("/", "_"), f"{HUB}v1.5/{name}", "use --demos scripted")
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Demonstrations by scripted experts: tremor in the hand, imprecise grasps, failures left out."""
 
+import importlib.metadata
 import json
 from collections.abc import Callable, Generator
 from pathlib import Path
@@ -19,22 +20,38 @@ SEED_BASE = 2**31  # training and evaluation use smaller seeds: their episodes a
 MAX_STEPS = {"lift": 150, "can": 250, "square": 300}  # an expert that needs longer has dropped the object
 
 
-def _expert(task: TaskSpec) -> Callable[..., Expert]:
-    """Makes an expert's actions: called with environment, first observation, generator and noise."""
+def metaworld_expert(
+    env: gym.Env[Any, Any], obs: NDArray[np.float32], rng: np.random.Generator, noise: float
+) -> Expert:
+    """Meta-World's own policy of the episode's task, with tremor in the three position commands."""
+    from metaworld.policies import ENV_POLICY_MAP
+
+    policy = ENV_POLICY_MAP[env.names[env.which]]()
+    while True:
+        action = np.clip(policy.get_action(obs[:39].astype(np.float64)), -1, 1)
+        action[:3] += noise * rng.standard_normal(3)
+        obs = yield np.clip(action, -1, 1).astype(np.float32)
+
+
+def find_expert(task: TaskSpec) -> Callable[..., Expert]:
+    """The task's expert: called with environment, first observation, generator and noise. Raises UserError."""
     if task.name == "toy":
         from common.envs.toy import toy_expert
 
         return toy_expert
+    if task.suite == "metaworld":
+        return metaworld_expert
     if task.name in MAX_STEPS:
         from common.demos import robosuite_experts
 
         return getattr(robosuite_experts, f"{task.name}_expert")
+    if task.suite == "adroit":
+        raise UserError(f"{task.name} has no scripted expert; name a trained policy with --demos POLICY.npz")
     raise UserError(f"{task.name} has no scripted expert; give demonstrations with --demos FILE.hdf5")
 
 
-def generate(task: TaskSpec, num: int, noise: float, seed: int, path: Path) -> None:
-    """Writes `num` successful episodes to `path`, in the robomimic schema. A function of its arguments."""
-    expert = _expert(task)
+def generate(task: TaskSpec, expert: Callable[..., Expert], num: int, noise: float, seed: int, path: Path) -> None:
+    """Writes `num` successful episodes of an expert to `path`, in the robomimic schema. A function of its arguments."""
     if num < 1:
         raise UserError(f"{num} demonstrations were asked for; ask for at least one")
     env = make_env(task.name, horizon=MAX_STEPS.get(task.name, task.horizon))
@@ -42,7 +59,7 @@ def generate(task: TaskSpec, num: int, noise: float, seed: int, path: Path) -> N
     splits = np.cumsum([width for _, width in task.obs])[:-1]
     episodes: list[Episode] = []
     try:
-        with tqdm(total=num, desc=f"scripted {task.name} demonstrations", leave=False, mininterval=1) as bar:
+        with tqdm(total=num, desc=f"{task.name} demonstrations", leave=False, mininterval=1) as bar:
             attempt = 0
             while len(episodes) < num:
                 if attempt == 20 * num + 20:
@@ -67,15 +84,16 @@ def _rollout(
     obs, _ = env.reset(seed=seed)
     policy = expert(env, obs, rng, noise)
     action = next(policy)
-    steps, done = [], False
+    steps, done, success = [], False, False
     while not done:
         state = env.state() if hasattr(env, "state") else obs
-        next_obs, reward, terminated, truncated, _ = env.step(action)
+        next_obs, reward, terminated, truncated, info = env.step(action)
         steps.append((obs, state, action, reward))
+        success |= info["success"]
         done, obs = terminated or truncated, next_obs
         if not done:
             action = policy.send(obs)
-    return tuple(np.stack(column) for column in zip(*steps, strict=True)) if terminated else None
+    return tuple(np.stack(column) for column in zip(*steps, strict=True)) if success else None
 
 
 def _env_args(task: TaskSpec) -> str:
@@ -86,5 +104,6 @@ def _env_args(task: TaskSpec) -> str:
 
         version, kwargs = robosuite.__version__, env_kwargs(task.action_dim // ARM_ACTIONS)
     else:
-        version, kwargs = "1", {}
+        package = {"metaworld": "metaworld", "adroit": "gymnasium-robotics"}.get(task.suite)
+        version, kwargs = importlib.metadata.version(package) if package else "1", {}
     return json.dumps({"env_name": task.env_name, "env_version": version, "type": 1, "env_kwargs": kwargs})

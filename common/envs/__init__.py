@@ -26,12 +26,15 @@ class TaskSpec:
     """One task. A user's own environment has no horizon, dataset or layout here: it brings its own."""
 
     name: str
-    suite: str  # "toy", "robosuite" or "gymnasium"
+    suite: str  # "toy", "robosuite", "metaworld", "adroit", "kitchen" or "gymnasium"
     env_name: str
     horizon: int | None = None
-    datasets: tuple[str, ...] = ()  # robomimic's releases for it, the paper's first: ph (one expert), mh (six people)
+    datasets: tuple[str, ...] = ()  # published demonstrations of robomimic or Minari, those of the paper first
     obs: tuple[tuple[str, int], ...] = ()  # name and width of the parts of an observation, in order
     action_dim: int = 0
+    parts: tuple[
+        str, ...
+    ] = ()  # of a multi-task environment: an episode has part seed % len(parts); Kitchen: its goals
 
 
 _PANDA = (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2))
@@ -43,6 +46,27 @@ def _robosuite(name: str, env: str, horizon: int, datasets: tuple[str, ...], obj
     return TaskSpec(name, "robosuite", env, horizon, datasets, obs, 7 * arms)
 
 
+def _metaworld(name: str, parts: tuple[str, ...] = ()) -> TaskSpec:
+    obs = (("state", 39), ("task", len(parts))) if parts else (("state", 39),)
+    return TaskSpec(name, "metaworld", name if parts else f"{name}-v3", 200, (), obs, 4, parts)
+
+
+def _adroit(name: str, width: int, action_dim: int) -> tuple[TaskSpec, TaskSpec]:
+    env, obs = f"AdroitHand{name.capitalize()}", (("state", width),)
+    sparse = TaskSpec(name, "adroit", f"{env}Sparse-v1", 200, MINARI, obs, action_dim)
+    return sparse, TaskSpec(f"{name}-dense", "adroit", f"{env}-v1", 200, MINARI, obs, action_dim)
+
+
+def _kitchen(name: str, goals: int, parts: tuple[str, ...]) -> TaskSpec:
+    obs = (("observation", 59), ("achieved_goal", goals), ("desired_goal", goals))
+    return TaskSpec(f"kitchen-{name}", "kitchen", "FrankaKitchen-v1", 600, (name,), obs, 9, parts)
+
+
+MINARI = ("expert", "human", "cloned")
+MT10 = (
+    "reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3", "drawer-close-v3",
+    "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3",
+)  # fmt: skip
 TASKS = {
     task.name: task
     for task in (
@@ -52,6 +76,15 @@ TASKS = {
         _robosuite("square", "NutAssemblySquare", 400, ("mh", "ph"), 14),
         _robosuite("tool_hang", "ToolHang", 1_000, ("ph",), 44),
         _robosuite("transport", "TwoArmTransport", 800, ("mh", "ph"), 41, arms=2),
+        *map(_metaworld, ("peg-insert-side", "assembly", "hand-insert", "pick-place")),
+        _metaworld("mt10", MT10),
+        *_adroit("door", 39, 28),
+        *_adroit("hammer", 46, 26),
+        *_adroit("pen", 45, 24),
+        *_adroit("relocate", 39, 30),
+        _kitchen("complete", 11, ("microwave", "kettle", "light switch", "slide cabinet")),
+        _kitchen("mixed", 12, ("microwave", "kettle", "bottom burner", "light switch")),
+        _kitchen("partial", 11, ("microwave", "kettle", "light switch", "slide cabinet")),
     )
 }
 
@@ -86,6 +119,14 @@ def make_env(
         from common.envs.robosuite_env import RobosuiteEnv
 
         return RobosuiteEnv(task, horizon, original_step=original_step, render=render)
+    if task.suite == "metaworld":
+        from common.envs.metaworld_env import MetaWorldEnv
+
+        return MetaWorldEnv(task, horizon, render=render)
+    if task.suite in ("adroit", "kitchen"):
+        from common.envs.robotics_env import RoboticsEnv
+
+        return RoboticsEnv(task, horizon, render=render)
     if task.suite == "toy":
         from common.envs.toy import ToyReach
 

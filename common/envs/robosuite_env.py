@@ -1,10 +1,7 @@
 """robosuite tasks as Gymnasium environments, with the observations and actions of robomimic v1.5."""
 
-import ctypes
 import logging
 import os
-import platform
-from contextlib import suppress
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -12,19 +9,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.envs import TaskSpec
+from common.envs.render import Camera  # before robosuite imports mujoco
 from common.errors import UserError
 
 
 def _import_robosuite() -> Any:
     """The robosuite module, imported without its warnings about optional parts.
 
-    MuJoCo picks its OpenGL library on import, and EGL is the one that needs no display. Importing robosuite
-    sets MUJOCO_GL=egl even where there is no EGL, which would keep child processes from importing MuJoCo.
+    Importing it sets MUJOCO_GL=egl even where there is no EGL, which would keep child processes from importing MuJoCo.
     """
-    if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
-        with suppress(OSError):
-            ctypes.CDLL("libEGL.so.1")
-            os.environ["MUJOCO_GL"] = "egl"
     gl = os.environ.get("MUJOCO_GL")
     logging.disable(logging.WARNING)
     try:
@@ -41,13 +34,10 @@ def _import_robosuite() -> Any:
 
 suite = _import_robosuite()
 
-import mujoco  # noqa: E402  after MUJOCO_GL is set
-
 from common.envs.osc import FastStep  # noqa: E402
 
 MODEL_BLOCK = 32  # seeds that share one compiled model: compiling costs 100 times a plain reset
 ARM_ACTIONS = 7
-CAMERA, IMAGE_SIZE = "agentview", 256
 
 
 def env_kwargs(robots: int) -> dict[str, Any]:
@@ -87,12 +77,6 @@ def env_kwargs(robots: int) -> dict[str, Any]:
     }
 
 
-class _Renderer(mujoco.Renderer):
-    """A renderer whose deletion is silent if OpenGL failed before it was complete."""
-
-    _gl_context = _mjr_context = None
-
-
 class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     """One robosuite task: 20 Hz pose deltas of a Panda arm, low-dimensional observations, sparse reward.
 
@@ -123,7 +107,7 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (task.action_dim,), np.float32)
         self._block: int | None = None
-        self._renderer: _Renderer | None = None
+        self._camera: Camera | None = None
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -186,27 +170,14 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """
         if self.render_mode is None:
             return None
-        model, data = self.env.sim.model._model, self.env.sim.data._data
-        if self._renderer is None:
-            # Reflections and multisampling take nine tenths of the time on a CPU and change little.
-            model.vis.quality.offsamples = 0
-            model.vis.global_.offwidth = model.vis.global_.offheight = IMAGE_SIZE
-            try:
-                self._renderer = _Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
-            except Exception as error:  # every OpenGL library fails in its own way
-                raise UserError(
-                    f"cannot render ({error}); install libegl1 and libgl1, or set MUJOCO_GL to egl or osmesa"
-                ) from error
-            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
-            self._scene_option = mujoco.MjvOption()
-            self._scene_option.geomgroup[0] = False  # collision shapes
-        self._renderer.update_scene(data, CAMERA, self._scene_option)
-        return self._renderer.render()
+        if self._camera is None:
+            self._camera = Camera(self.env.sim.model._model, "agentview", hidden=(0,))  # 0: collision shapes
+        return self._camera(self.env.sim.data._data)
 
     def close(self) -> None:
         """Frees the renderer and the simulation; a later reset makes new ones."""
-        if self._renderer is not None:
-            self._renderer.close()
+        if self._camera is not None:
+            self._camera.close()
         if self._block is not None:
             self.env.close()
-        self._block = self._renderer = None
+        self._block = self._camera = None

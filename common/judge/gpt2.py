@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from common.download import obtain
 from common.errors import UserError, first_line
-from common.judge.files import obtain
 from common.judge.scoring import corpus_perplexity
 from common.text.tokenizers import END, load_tokenizer
 
@@ -153,6 +153,7 @@ def load_gpt2(name: str, data_dir: Path, folder: Path | None, device: torch.devi
         if not path.is_file():
             raise UserError(f"{path} does not exist; it should be {HUB.format(name=name, file=FILE)}")
     else:
-        path = obtain(data_dir / "judges" / name / FILE, HUB.format(name=name, file=FILE), SHA256.get(name))
+        url, otherwise = HUB.format(name=name, file=FILE), "choose the judge ngram or smollm2"
+        path = obtain(data_dir / "judges" / name / FILE, url, otherwise, SHA256.get(name))
     weights = read_weights(path, shapes(*SIZES[name]), device)
     return GPT2Judge(name, weights, lambda text: tokenizer.encode_batch([text])[0])
