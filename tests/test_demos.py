@@ -272,6 +272,43 @@ def test_failed_download_says_what_to_do(tmp_path: Path, hub: Path) -> None:
     assert not list((tmp_path / "cache").glob("*"))
 
 
+def robomimic_args(task: TaskSpec, **changes: object) -> str:
+    """env_args as the v1.5 releases have them."""
+    arm = dict(
+        type="OSC_POSE", input_max=1, input_min=-1, output_max=[0.05] * 3 + [0.5] * 3,
+        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", uncouple_pos_ori=True, control_delta=True, input_ref_frame="world",
+        gripper={"type": "GRIP"},
+    )  # fmt: skip
+    kwargs = dict(
+        robots=["Panda"] * (task.action_dim // 7), control_freq=20, lite_physics=False, reward_shaping=False,
+        controller_configs={"type": "BASIC", "body_parts": {"right": arm | changes}},
+    )  # fmt: skip
+    kwargs |= {key: changes[key] for key in ("robots", "control_freq") if key in changes}
+    return json.dumps(dict(env_name=task.env_name, env_version="1.5.1", type=1, env_kwargs=kwargs))
+
+
+ROBOSUITE = [name for name, task in TASKS.items() if task.suite == "robosuite"]
+
+
+@pytest.mark.parametrize("name", ROBOSUITE)
+def test_robomimic_files_of_all_tasks_load_or_are_refused(tmp_path: Path, name: str) -> None:
+    task, path = TASKS[name], tmp_path / "demos.hdf5"
+    write_demos(path, episodes(task), robomimic_args(task))
+    demos = get_demos(name, str(path), 1, 0.0, tmp_path)
+    assert demos.obs.shape == (14, sum(width for _, width in task.obs)) and demos.actions.shape[1] == task.action_dim
+    for args, words in (
+        (env_args(task, "1.4.1"), "recorded with robosuite 1.4.1, which orders the object observation differently"),
+        (robomimic_args(task, output_max=[1.0] * 6), r"recorded with output_max \[1.0"),
+        (robomimic_args(task, control_freq=10), "control_freq 10"),
+        (robomimic_args(task, robots=["Sawyer"]), r"robots \['Sawyer'\]"),
+        (robomimic_args(task, input_ref_frame="base"), "input_ref_frame base"),
+        (robomimic_args(TASKS["lift" if name != "lift" else "can"]), f"not for {task.env_name}"),
+    ):
+        write_demos(path, episodes(task), args)
+        with pytest.raises(UserError, match=words):
+            get_demos(name, str(path), 1, 0.0, tmp_path)
+
+
 def test_release_by_name(tmp_path: Path, hub: Path) -> None:
     target = tmp_path / "hub" / "v1.5/square/mh/low_dim_v15.hdf5"
     write_demos(target, episodes(TASKS["square"]), env_args(TASKS["square"]))

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -24,6 +25,8 @@ from common.envs import TaskSpec
 from common.errors import UserError
 
 HUB = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/"
+# What gives an action its meaning; robomimic's v1.5 files name the same values.
+CONTROL = ("type", "input_max", "input_min", "output_max", "output_min", "input_type", "input_ref_frame", "kp")
 ACTION_LIMIT = 1 - 1e-5  # the ends of the range are unreachable for squashed policies
 
 
@@ -128,6 +131,25 @@ def _check_origin(data: h5py.Group, path: Path, task: TaskSpec) -> None:
             f"{path} was recorded with robosuite {version}, which orders the object observation differently; "
             "use the v1.5 release of the dataset"
         )
+    if task.suite == "robosuite":
+        _check_control(origin.get("env_kwargs", {}), path, task)
+
+
+def _check_control(kwargs: dict[str, Any], path: Path, task: TaskSpec) -> None:
+    """Refuses actions that mean something else here: other robots, control rate, controller or units."""
+    from common.envs.robosuite_env import ARM_ACTIONS, env_kwargs
+
+    ours = env_kwargs(task.action_dim // ARM_ACTIONS)
+    arms = [config.get("controller_configs", {}).get("body_parts", {}).get("right", {}) for config in (kwargs, ours)]
+    robots = kwargs.get("robots")
+    robots = [robots] if isinstance(robots, str) else robots
+    found = {"robots": robots, "control_freq": kwargs.get("control_freq")} | arms[0]
+    wanted = {"robots": ours["robots"], "control_freq": ours["control_freq"]} | {key: arms[1][key] for key in CONTROL}
+    for key, value in wanted.items():
+        if found.get(key) is not None and found[key] != value:
+            raise UserError(
+                f"{path} was recorded with {key} {found[key]}, {task.name} has {value}; use the v1.5 release"
+            )
 
 
 def _version(text: str) -> tuple[int, ...]:
