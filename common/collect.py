@@ -23,6 +23,7 @@ class Episode:
     actions: list[np.ndarray] = field(default_factory=list)  # T of (A,)
     rewards: list[float] = field(default_factory=list)  # T
     queue: list[np.ndarray] = field(default_factory=list)  # actions still to execute, each (A,)
+    success: bool = False  # at any step so far
 
 
 class Collector:
@@ -76,13 +77,14 @@ class Collector:
             e.actions.append(actions[i])
             e.rewards.append(self.reward(float(raw[i]), bool(info["success"][i])))
             e.obs.append(obs[i].copy())
+            e.success |= bool(info["success"][i])
         done = terminated | truncated
         for i in np.flatnonzero(done):
-            e, success = self.current[i], bool(info["success"][i])
+            e = self.current[i]
             self.buffer.add_episode(
-                np.stack(e.obs), np.stack(e.actions), np.array(e.rewards), bool(terminated[i]), success
+                np.stack(e.obs), np.stack(e.actions), np.array(e.rewards), bool(terminated[i]), e.success
             )
-            self.successes.append(success)
+            self.successes.append(e.success)
             self.lengths.append(len(e.actions))
             self.finished += 1
             self.current[i] = self._begin(i)
@@ -98,6 +100,7 @@ class Collector:
                 "queue": torch.tensor(np.array(e.queue)),
                 "rewards": list(e.rewards),
                 "obs": torch.tensor(np.array(e.obs)),
+                "success": e.success,
             }
             for e in self.current
         ]
@@ -124,6 +127,7 @@ class Collector:
                 list(s["actions"].numpy()),
                 list(s["rewards"]),
                 list(s["queue"].numpy()),
+                s["success"],
             )
             for s in state["episodes"]
         ]

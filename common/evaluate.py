@@ -20,6 +20,7 @@ class EvalResult:
 
     success: np.ndarray  # (E,) bool
     length: np.ndarray  # (E,) int64, environment steps
+    parts: tuple[str, ...] = ()  # (E,) task of every episode, where one policy serves several
 
     @property
     def rate(self) -> float:
@@ -36,11 +37,18 @@ class EvalResult:
         """Mean number of environment steps per episode, failures included."""
         return float(self.length.mean())
 
+    @property
+    def by_part(self) -> dict[str, float]:
+        """Fraction of every task's episodes that succeeded, by name."""
+        parts = np.array(self.parts)
+        return {name: float(self.success[parts == name].mean()) for name in sorted(set(self.parts))}
+
     def __str__(self) -> str:
         low, high = self.interval
+        parts = ", ".join(f"{name} {rate:.2f}" for name, rate in self.by_part.items())
         return (
             f"success {self.rate:.2f} [{low:.2f}, {high:.2f}] over {len(self.success)} episodes, "
-            f"mean length {self.mean_length:.1f}"
+            f"mean length {self.mean_length:.1f}{f' ({parts})' if parts else ''}"
         )
 
 

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, Literal
@@ -14,7 +14,7 @@ import torch
 from common import checkpoint
 from common.collect import Collector
 from common.demos import Demos, get_demos
-from common.envs import make_env, make_vec_env
+from common.envs import make_env, make_vec_env, resolve
 from common.errors import UserError
 from common.evaluate import EvalResult, evaluate, record_video
 from common.replay import ReplayBuffer
@@ -29,7 +29,7 @@ EVAL_SEEDS = {"final": 0, "bc": 100_000, "interval": 200_000}  # the final episo
 class RunArgs:
     """What to run, and where its files go."""
 
-    env: str = "lift"  # lift, toy, or your own Gymnasium environment as package.module:EnvId
+    env: str = "lift"  # a task of docs/tasks.md, or your own Gymnasium environment as package.module:EnvId
     preset: Literal["auto", "cpu", "paper"] = "auto"  # settings for two CPU cores or the released ones; auto: by GPU
     seed: int = 1  # seeds networks, noise, batches and environments
     eval: str = ""  # run folder to evaluate: no training; prints success over --eval-episodes of both policies
@@ -68,7 +68,7 @@ class Run:
         self.flat, self.dir, self.stop, self.saved = dict(args), run_dir, stop, saved
         a = self.a = SimpleNamespace(**args)
         self.started = time.perf_counter()
-        self.device = pick_device(a.device)
+        self.device, self.task = pick_device(a.device), resolve(a.env)
         torch.set_num_threads(a.threads)
         self.state: dict[str, Any] = saved["state"] if saved else {"step": 0}
         if training:
@@ -145,12 +145,17 @@ class Run:
         for name, policy in policies.items():
             rng = torch.Generator(self.device).manual_seed(self.a.eval_seed)
             first = self.a.eval_seed + EVAL_SEEDS[use]
-            results[name] = evaluate(self.eval_envs, lambda obs, p=policy, r=rng: p(obs, r), episodes, first)
+            result = evaluate(self.eval_envs, lambda obs, p=policy, r=rng: p(obs, r), episodes, first)
+            names = self.task.tasks
+            parts = tuple(names[(first + i) % len(names)] for i in range(episodes)) if names else ()
+            results[name] = replace(result, parts=parts)
         return results
 
     def log_eval(self, results: Mapping[str, EvalResult], prefix: str = "eval") -> None:
         rates = {f"{prefix}/{k}_success": r.rate for k, r in results.items()}
-        self.log.log(self.state["step"], rates | {f"{prefix}/{k}_length": r.mean_length for k, r in results.items()})
+        rates |= {f"{prefix}/{k}_length": r.mean_length for k, r in results.items()}
+        rates |= {f"{prefix}/{k}_success/{part}": x for k, r in results.items() for part, x in r.by_part.items()}
+        self.log.log(self.state["step"], rates)
 
     def log_training(self, metrics: Mapping[str, float]) -> None:
         """One line of metrics.jsonl: the given metrics and those of the last 20 training episodes."""

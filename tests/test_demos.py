@@ -276,8 +276,8 @@ def robomimic_args(task: TaskSpec, **changes: object) -> str:
     """env_args as the v1.5 releases have them."""
     arm = dict(
         type="OSC_POSE", input_max=1, input_min=-1, output_max=[0.05] * 3 + [0.5] * 3,
-        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", uncouple_pos_ori=True, control_delta=True, input_ref_frame="world",
-        gripper={"type": "GRIP"},
+        output_min=[-0.05] * 3 + [-0.5] * 3, kp=150, damping=1, impedance_mode="fixed", uncouple_pos_ori=True,
+        control_delta=True, input_ref_frame="world", gripper={"type": "GRIP"},
     )  # fmt: skip
     kwargs = dict(
         robots=["Panda"] * (task.action_dim // 7), control_freq=20, lite_physics=False, reward_shaping=False,

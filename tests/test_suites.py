@@ -44,7 +44,7 @@ def test_every_part_of_mt10_repeats_and_is_told() -> None:
     for seed, start in enumerate(starts):
         assert start[39:].tolist() == np.eye(10)[seed % 10].tolist()
         np.testing.assert_array_equal(env.reset(seed=seed)[0], start)
-        assert env.env is env._made[MT10[seed % 10]]
+        assert env.env is env._made[f"{MT10[seed % 10]}-v3"]
     drawn = []
     for _ in range(2):
         env.reset(seed=3)
@@ -99,7 +99,7 @@ def test_kitchen_succeeds_when_all_goals_are_met() -> None:
             core.data.qpos[OBS_ELEMENT_INDICES[other]] = OBS_ELEMENT_GOALS[other]
         _, reward, terminated, truncated, info = env.step(action)
         assert (reward, terminated, info) == (done, False, {"success": False}), goal
-    for goal in TASKS["kitchen-partial"].parts:
+    for goal in TASKS["kitchen-partial"].goals:
         core.data.qpos[OBS_ELEMENT_INDICES[goal]] = OBS_ELEMENT_GOALS[goal]
     core.data.qvel[:] = 0
     obs, reward, terminated, truncated, info = env.step(action)
@@ -183,7 +183,7 @@ def minari_dataset(root: Path, name: str, changes: dict | None = None) -> Path:
     folder = minari_folder(root, name)
     (folder / "data").mkdir(parents=True)
     spec = dict(
-        id=task.env_name.replace("Sparse", ""), kwargs={"tasks_to_complete": list(task.parts)} if task.parts else {}
+        id=task.env_name.replace("Sparse", ""), kwargs={"tasks_to_complete": list(task.goals)} if task.goals else {}
     )
     (folder / "data" / "metadata.json").write_text(json.dumps({"env_spec": json.dumps(spec | (changes or {}))}))
     with h5py.File(folder / "data" / "main_data.hdf5", "w") as file:

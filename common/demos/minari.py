@@ -70,9 +70,9 @@ def _check_origin(path: Path, task: TaskSpec) -> None:
         ) from error
     if env.replace("Sparse", "") != task.env_name.replace("Sparse", ""):
         raise UserError(f"{path} is of {env}, not of {task.env_name}; choose the matching task or data")
-    goals = set(kwargs.get("tasks_to_complete", task.parts))
-    if goals != set(task.parts):
-        raise UserError(f"{path} has the goals {sorted(goals)}, {task.name} has {sorted(task.parts)}")
+    goals = set(kwargs.get("tasks_to_complete", task.goals))
+    if goals != set(task.goals):
+        raise UserError(f"{path} has the goals {sorted(goals)}, {task.name} has {sorted(task.goals)}")
 
 
 def _read_episode(episode: h5py.Group, where: str, task: TaskSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -81,7 +81,7 @@ def _read_episode(episode: h5py.Group, where: str, task: TaskSpec) -> tuple[NDAr
         actions = episode["actions"][()].astype(np.float32)
         group = episode["observations"]
         if task.suite == "kitchen":
-            goals = [group[kind][name] for kind in ("achieved_goal", "desired_goal") for name in sorted(task.parts)]
+            goals = [group[kind][name] for kind in ("achieved_goal", "desired_goal") for name in sorted(task.goals)]
             group = np.concatenate([part[()] for part in (group["observation"], *goals)], axis=-1)
         obs = np.asarray(group[()], np.float32)
     except (KeyError, TypeError, ValueError) as error:

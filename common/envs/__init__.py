@@ -32,9 +32,8 @@ class TaskSpec:
     datasets: tuple[str, ...] = ()  # published demonstrations of robomimic or Minari, those of the paper first
     obs: tuple[tuple[str, int], ...] = ()  # name and width of the parts of an observation, in order
     action_dim: int = 0
-    parts: tuple[
-        str, ...
-    ] = ()  # of a multi-task environment: an episode has part seed % len(parts); Kitchen: its goals
+    tasks: tuple[str, ...] = ()  # several under one policy: an episode is of tasks[seed % len(tasks)]
+    goals: tuple[str, ...] = ()  # what has to be done, in Kitchen
 
 
 _PANDA = (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2))
@@ -46,9 +45,9 @@ def _robosuite(name: str, env: str, horizon: int, datasets: tuple[str, ...], obj
     return TaskSpec(name, "robosuite", env, horizon, datasets, obs, 7 * arms)
 
 
-def _metaworld(name: str, parts: tuple[str, ...] = ()) -> TaskSpec:
-    obs = (("state", 39), ("task", len(parts))) if parts else (("state", 39),)
-    return TaskSpec(name, "metaworld", name if parts else f"{name}-v3", 200, (), obs, 4, parts)
+def _metaworld(name: str, tasks: tuple[str, ...] = ()) -> TaskSpec:
+    obs = (("state", 39), ("task", len(tasks))) if tasks else (("state", 39),)
+    return TaskSpec(name, "metaworld", name if tasks else f"{name}-v3", 200, (), obs, 4, tasks)
 
 
 def _adroit(name: str, width: int, action_dim: int) -> tuple[TaskSpec, TaskSpec]:
@@ -57,15 +56,15 @@ def _adroit(name: str, width: int, action_dim: int) -> tuple[TaskSpec, TaskSpec]
     return sparse, TaskSpec(f"{name}-dense", "adroit", f"{env}-v1", 200, MINARI, obs, action_dim)
 
 
-def _kitchen(name: str, goals: int, parts: tuple[str, ...]) -> TaskSpec:
-    obs = (("observation", 59), ("achieved_goal", goals), ("desired_goal", goals))
-    return TaskSpec(f"kitchen-{name}", "kitchen", "FrankaKitchen-v1", 600, (name,), obs, 9, parts)
+def _kitchen(name: str, width: int, goals: tuple[str, ...]) -> TaskSpec:
+    obs = (("observation", 59), ("achieved_goal", width), ("desired_goal", width))
+    return TaskSpec(f"kitchen-{name}", "kitchen", "FrankaKitchen-v1", 600, (name,), obs, 9, goals=goals)
 
 
 MINARI = ("expert", "human", "cloned")
 MT10 = (
-    "reach-v3", "push-v3", "pick-place-v3", "door-open-v3", "drawer-open-v3", "drawer-close-v3",
-    "button-press-topdown-v3", "peg-insert-side-v3", "window-open-v3", "window-close-v3",
+    "reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown",
+    "peg-insert-side", "window-open", "window-close",
 )  # fmt: skip
 TASKS = {
     task.name: task

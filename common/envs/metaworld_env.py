@@ -29,7 +29,7 @@ class MetaWorldEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     `horizon` steps truncate it [deviation: the benchmark has dense rewards, 500 steps, and goes on after success].
 
     Args:
-        task: names Meta-World's environment, or several in `parts`.
+        task: names Meta-World's environment, or several in `tasks`.
         horizon: steps until truncation, at most 500.
         render: allow `render()`.
 
@@ -41,9 +41,10 @@ class MetaWorldEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
     def __init__(self, task: TaskSpec, horizon: int, *, render: bool = False) -> None:
         if horizon > SawyerXYZEnv.max_path_length:
             raise UserError(f"--horizon {horizon}: Meta-World ends episodes after {SawyerXYZEnv.max_path_length} steps")
-        self.names, self.horizon = task.parts or (task.env_name,), horizon
+        names = [f"{name}-v3" for name in task.tasks]
+        self.names, self.horizon = names or [task.env_name], horizon
         self.render_mode = "rgb_array" if render else None
-        width = STATE + (len(self.names) if task.parts else 0)
+        width = STATE + (len(names))
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
         self._made: dict[str, SawyerXYZEnv] = {}

@@ -43,7 +43,7 @@ class RoboticsEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any
         more = {}
         if task.suite == "kitchen":
             # Rewards as in the paper's data: what is complete counts at every step.
-            more = dict(tasks_to_complete=list(task.parts), remove_task_when_completed=False)
+            more = dict(tasks_to_complete=list(task.goals), remove_task_when_completed=False)
         super().__init__(gym.make(task.env_name, max_episode_steps=-1, **more))
         self.task, self.horizon = task, horizon
         self.sparse = task.suite == "adroit" and "Sparse" in task.env_name
@@ -79,7 +79,7 @@ class RoboticsEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any
 
     def _observe(self, obs: Any) -> NDArray[np.float32]:
         if self.task.suite == "kitchen":
-            goals = [obs[kind][name] for kind in ("achieved_goal", "desired_goal") for name in sorted(self.task.parts)]
+            goals = [obs[kind][name] for kind in ("achieved_goal", "desired_goal") for name in sorted(self.task.goals)]
             obs = np.concatenate([obs["observation"], *goals])
         return np.asarray(obs, np.float32)
 
