@@ -42,6 +42,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -52,6 +53,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoint, cli
+from common.envs import resolve
 from common.replay import Batch, ReplayBuffer
 from common.run import Policy, Run, RunArgs
 from common.start import start
@@ -64,15 +66,17 @@ from common.stopwatch import Stopwatch
 class TaskArgs:
     """Environment, demonstrations and evaluation protocol."""
 
-    horizon: int = 300  # episode cap in steps (a truncation: it bootstraps)
+    horizon: int = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's
     reward_offset: float = -1.0  # added to every raw reward: -1 per step makes speed count [C]
     success_bonus: float = 5.0  # added on the step that succeeds [C]
     original_step: bool = False  # robosuite's own env.step instead of the fast path (equal trajectories, slower)
     collect_horizon: int = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
     num_envs: int = 1  # environments collecting in parallel processes
-    demos: str = "scripted"  # scripted: generate once; robomimic: download the task's file; or a FILE.hdf5
-    num_demos: int = 60  # number of scripted demonstrations
-    demo_noise: float = 0.5  # noise of the scripted expert's actions, in units of the action range
+    demos: str = (
+        "scripted"  # scripted, robomimic[-ph, -mh], minari[-human, ...], a POLICY.npz to roll out, or FILE.hdf5
+    )
+    num_demos: int = 60  # number of demonstrations made by an expert
+    demo_noise: float = 0.5  # noise of that expert's actions, in units of the action range
     filter_key: str = ""  # only the demonstrations under mask/<key> of the file
     data_dir: str = "data"  # where demonstrations are cached
     eval_every: int = 4_000  # environment steps between evaluations during training
@@ -189,17 +193,42 @@ PAPER = dict(
     eval_interval_episodes=64, reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
-    horizon=40, num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
+    num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
     actor_hidden=(128, 128), critic_hidden=(128, 128), heads=3, critic_batch=128, states=32, success_batch=128,
     bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=100, bc_eval_episodes=100,
     actor_lr=5e-4, critic_warmup=100, total_steps=5_500, start_training=1_000, update_every=3,
 )  # fmt: skip
-SETTINGS: dict[tuple[str, str], dict] = {  # (preset, task) -> changes to the defaults; later rows win over earlier
+LONG = dict(
+    demos="robomimic", chunk=8, gamma=0.999, actor_hidden=(512,) * 5, critic_hidden=(512,) * 5, start_training=40_000,
+    eval_every=20_000,
+)  # fmt: skip
+ADROIT = dict(
+    demos="minari", gamma=0.95, flow_steps=3, actor_ema=0.05, bc_steps=50_000, success_critic=False,
+    total_steps=500_000, eval_every=20_000,
+)  # fmt: skip
+# (preset, task pattern) -> changes to the defaults; later rows win over earlier. A task's cap is in common/envs.
+SETTINGS: dict[tuple[str, str], dict] = {
     ("paper", "*"): PAPER,
-    ("cpu", "lift"): dict(collect_horizon=150),
+    ("paper", "toy"): dict(num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
+    ("paper", "square"): dict(demos="robomimic"),
+    ("paper", "tool_hang"): LONG | dict(success_critic=False),
+    ("paper", "transport"): LONG | dict(bc_steps=1_000_000, total_steps=3_000_000),
+    ("paper", "kitchen-*"): dict(
+        demos="minari", reward_offset=-7.0, success_bonus=3.0, bc_stop_success=1.0, success_critic=False,
+        eval_every=20_000,
+    ),
+    **{("paper", f"{name}*"): ADROIT for name in ("door", "hammer", "pen", "relocate")},
     ("cpu", "toy"): TOY,
-    ("paper", "toy"): dict(horizon=40, num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
-}
+    ("cpu", "lift"): dict(collect_horizon=150),
+    ("cpu", "can"): dict(demo_noise=0.3, total_steps=60_000),
+    ("cpu", "square"): dict(demo_noise=0.2, num_demos=100, total_steps=150_000),
+    ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
+    ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
+    ("cpu", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
+    ("cpu", "mt10"): dict(num_demos=200, total_steps=150_000),
+    **{("cpu", f"{name}*"): dict(gamma=0.95, flow_steps=3) for name in ("door", "hammer", "pen", "relocate")},
+    ("*", "*-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False),
+}  # fmt: skip
 VARIANTS: dict[str, dict] = {
     "ogpo": dict(advantage="vanilla", bc_coef=0.0, success_critic=False, best_of_n=1),
     "ogpo+": dict(advantage="vanilla"),
@@ -213,8 +242,9 @@ def default_args(env: str, preset: str, variant: str) -> Args:
         preset = "paper" if torch.cuda.is_available() else "cpu"
     cli.check_choice("preset", preset, ("cpu", "paper"))
     cli.check_choice("variant", variant, tuple(VARIANTS))
-    args = cli.override(Args(), dict(env=env, preset=preset, variant=variant))
-    for row in (SETTINGS.get((preset, "*"), {}), SETTINGS.get((preset, env), {}), VARIANTS[variant]):
+    rows = [row for (p, task), row in SETTINGS.items() if fnmatch(preset, p) and fnmatch(env, task)]
+    args = cli.override(Args(), dict(env=env, preset=preset, variant=variant, horizon=resolve(env).horizon or 300))
+    for row in (*rows, VARIANTS[variant]):
         args = cli.override(args, row)
     return args
 

@@ -16,7 +16,8 @@ import torch
 import ogpo_state as og
 from common import checkpoint, cli
 from common.collect import Collector
-from common.envs import make_vec_env
+from common.demos.robomimic import Episode, write_demos
+from common.envs import TASKS, make_vec_env
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
 
@@ -238,31 +239,69 @@ def test_a_users_own_environment_and_demonstrations(tmp_path: Path, monkeypatch:
     assert "line.hdf5" in refused.stderr
 
 
+MINIATURE = [
+    *("--bc-steps", "20", "--bc-eval-every", "20", "--bc-eval-episodes", "2", "--horizon", "20"),
+    *("--eval-episodes", "2", "--eval-interval-episodes", "2", "--eval-every", "100", "--log-every", "50"),
+    *("--total-steps", "150", "--collect-horizon", "20", "--start-training", "60", "--critic-batch", "16"),
+    *("--critic-successes", "0", "--critic-warmup", "0", "--preset", "cpu", "--no-video"),
+]  # fmt: skip
+
+
+def random_demos(path: Path, name: str) -> Path:
+    """A file of the right schema for a task; its actions mean nothing."""
+    task, rng = TASKS[name], np.random.default_rng(0)
+    episode = Episode(
+        {key: rng.standard_normal((12, width)).astype(np.float32) for key, width in task.obs},
+        np.zeros((12, 1)),
+        rng.uniform(-1, 1, (12, task.action_dim)).astype(np.float32),
+        np.zeros(12),
+    )
+    args = dict(env_name=task.env_name, env_version="1.5.1", type=1, env_kwargs={})
+    write_demos(path, [episode] * 3, json.dumps(args))
+    return path
+
+
 def test_lift_runs_from_demonstrations_to_evaluation(tmp_path: Path) -> None:
     """The main job in miniature, with the default workers."""
-    flags = ["--num-demos", "2", "--bc-steps", "20", "--bc-eval-every", "20", "--bc-eval-episodes", "2"]
-    flags += ["--horizon", "20", "--eval-episodes", "2", "--eval-interval-episodes", "2", "--eval-every", "100"]
-    flags += [
-        "--collect-horizon",
-        "20",
-        "--log-every",
-        "50",
-        "--total-steps",
-        "150",
-        "--start-training",
-        "60",
-        "--critic-batch",
-        "16",
-        "--critic-successes",
-        "0",
-    ]
-    out = train(
-        tmp_path, "--env", "lift", "--preset", "cpu", "--run-name", "lift", *flags, "--critic-warmup", "0"
-    ).stdout
+    out = train(tmp_path, "--env", "lift", "--run-name", "lift", *MINIATURE, "--num-demos", "2").stdout
     assert "over 2 episodes" in out
-    row = [r for r in read_metrics(tmp_path / "lift") if "ogpo/td_loss" in r][-1]
-    assert np.isfinite(row["ogpo/td_loss"]) and row["ogpo/nonzero"] > 0
-    assert (tmp_path / "lift" / "after.mp4").exists() or "note: no video" in out
+
+
+@pytest.mark.parametrize("name", ["peg-insert-side", "door-dense", "kitchen-mixed"])
+def test_every_family_runs_in_miniature(tmp_path: Path, name: str) -> None:
+    demos = random_demos(tmp_path / "demos.hdf5", name)
+    out = train(
+        tmp_path, "--env", name, "--run-name", "run", *MINIATURE, "--demos", str(demos), "--eval-envs", "1"
+    ).stdout
+    assert "best-of-N policy: success 0." in out
+    losses = [row for row in read_metrics(tmp_path / "run") if "ogpo/td_loss" in row]
+    assert losses and all(np.isfinite(list(row.values())).all() for row in losses)
+
+
+def test_multi_task_success_is_told_by_task(tmp_path: Path) -> None:
+    demos = random_demos(tmp_path / "demos.hdf5", "mt10")
+    flags = [*MINIATURE, "--demos", str(demos), "--eval-episodes", "20", "--eval-envs", "1"]
+    out = train(tmp_path, "--env", "mt10", "--run-name", "run", *flags).stdout
+    assert "window-close 0." in out and "reach 0." in out
+    last = [row for row in read_metrics(tmp_path / "run") if "final/bon_success" in row][-1]
+    parts = [last[f"final/bon_success/{name}"] for name in TASKS["mt10"].tasks]
+    assert np.mean(parts) == pytest.approx(last["final/bon_success"])
+
+
+@pytest.mark.parametrize(("name", "updates"), [("tool_hang", 1), ("transport", 0)])
+def test_long_tasks_run_at_their_paper_settings(tmp_path: Path, name: str, updates: int) -> None:
+    """Networks, chunk, chains and batch as published; budgets, caps and numbers of episodes cut."""
+    demos = random_demos(tmp_path / "demos.hdf5", name)
+    cut = ["--bc-steps", "2", "--bc-eval-every", "2", "--bc-eval-episodes", "1", "--eval-episodes", "1", "--no-video"]
+    cut += ["--eval-envs", "1"]
+    cut += ["--horizon", "40", "--collect-horizon", "40", "--total-steps", "360", "--log-every", "360"]
+    cut += ["--eval-every", "1000"] + (["--start-training", "360", "--update-every", "360"] if updates else [])
+    out = train(tmp_path, "--env", name, "--preset", "paper", "--demos", str(demos), "--run-name", "run", *cut).stdout
+    assert "best-of-N policy: success 0.00" in out
+    args = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
+    want = dict(chunk=8, gamma=0.999, flow_steps=10, states=256, group=32, heads=10, actor_hidden=[512] * 5)
+    assert {key: args[key] for key in want} == want
+    assert sum("ogpo/td_loss" in row for row in read_metrics(tmp_path / "run")) == updates
 
 
 def test_collector_stores_rewards_ends_and_success_as_they_happen(tmp_path: Path) -> None:

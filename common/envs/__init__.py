@@ -190,6 +190,9 @@ def make_vec_env(
     if sys.platform != "win32":
         context = "forkserver"
         # Worth importing once rather than in every worker; what cannot be imported is left to the workers.
-        multiprocessing.set_forkserver_preload(["torch", "common.envs.robosuite_env"])
+        suite = resolve(env_id).suite
+        own = {"adroit": ["robotics_env"], "kitchen": ["robotics_env"], "gymnasium": [], "toy": []}
+        modules = [f"common.envs.{name}" for name in own.get(suite, [f"{suite}_env"])]
+        multiprocessing.set_forkserver_preload(["torch", *modules])
     make_worker = partial(_make_worker_env, os.getpid(), make)
     return AsyncVectorEnv([make_worker] * num_envs, context=context, autoreset_mode=AutoresetMode.DISABLED)
