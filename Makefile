@@ -1,15 +1,19 @@
 # make lift   train OGPO on robosuite Lift
 # make test   lint, format check and all tests
+# make doctor which simulators and renderers work here, and what mends the others
 # Both first install into $(VENV), again only when a requirements file changes. Only wheels: no compiler needed.
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
-.PHONY: lift test
+.PHONY: lift test doctor
 
 lift: $(VENV)/.installed
 	$(VENV)/bin/python ogpo_state.py --env lift
+
+doctor: $(VENV)/.installed
+	$(VENV)/bin/python -m common.doctor
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

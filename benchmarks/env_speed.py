@@ -1,6 +1,6 @@
-"""Environment steps per second of Lift: robosuite's own step against the fast control step, in the same run.
+"""Environment steps per second: robosuite's own step against the fast control step, in the same run; all five tasks.
 
-    OMP_NUM_THREADS=1 python benchmarks/env_speed.py
+    OMP_NUM_THREADS=1 python benchmarks/env_speed.py          # or: env_speed.py lift can
 
 A step is the whole Gymnasium step: 25 physics steps with control, observation, reward and success. The two take
 turns, so that other load on the machine meets both; the table gives the median and the best of the turns.
@@ -16,11 +16,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from common.envs import make_env
+from common.envs import TASKS, make_env
 from common.envs.robosuite_env import RobosuiteEnv
 
 TURNS, STEPS, SEEDS = 9, 100, range(5)
-NAMES = ("robosuite's step", "fast step")
 
 
 def episode_rate(env: RobosuiteEnv, actions: np.ndarray) -> float:
@@ -54,37 +53,37 @@ def joints(env: RobosuiteEnv, seed: int, actions: np.ndarray, push: float = 0.0)
     return np.array(rows)
 
 
-def main() -> None:
-    actions = np.random.default_rng(0).uniform(-1, 1, (STEPS, 7)).astype(np.float32)
-    envs = (make_env("lift", original_step=True), make_env("lift"))
-    for env in envs:
-        episode_rate(env, actions[:10])  # compiles and warms up
-    rates = np.array([[episode_rate(env, actions) for env in envs] for _ in range(TURNS)])
-
-    packages = ", ".join(f"{name} {version(name)}" for name in ("robosuite", "mujoco", "numpy", "numba"))
-    print(f"{packages}; {os.cpu_count()} cores")
-    print(f"{'Lift, environment steps':28}{'median /s':>12}{'best /s':>16}")
-    for name, column in zip(NAMES, rates.T, strict=True):
-        print(f"{name:28}{np.median(column):12.0f}{column.max():16.0f}")
+def compare(name: str) -> str:
+    """The task's line of the table."""
+    env = make_env(name, original_step=True), make_env(name)
+    actions = np.random.default_rng(0).uniform(-1, 1, (STEPS, len(env[0].action_space.low))).astype(np.float32)
+    for one in env:
+        episode_rate(one, actions[:10])  # compiles and warms up
+    rates = np.array([[episode_rate(one, actions) for one in env] for _ in range(TURNS)])
     ratios = rates[:, 1] / rates[:, 0]
-    print(f"{'ratio within a turn':28}{np.median(ratios):12.1f}{ratios.max():16.1f}")
-
     # Contacts amplify rounding errors, so a deviation is to be read against robosuite's own sensitivity.
-    own = [joints(envs[0], seed, actions) for seed in SEEDS]
-    others = {
-        "fast step": [joints(envs[1], seed, actions) for seed in SEEDS],
-        "robosuite pushed by 1e-15": [joints(envs[0], seed, actions, 1e-15) for seed in SEEDS],
-    }
-    print(f"\n{f'max |dq|, {len(SEEDS)} episodes':28}{'first step':>12}{'median episode':>16}{'worst episode':>16}")
-    for name, other in others.items():
-        gap = np.abs(np.array(own) - np.array(other)).max(axis=2)
-        episode = gap.max(axis=1)
-        print(f"{name:28}{gap[:, 0].max():12.1e}{np.median(episode):16.1e}{episode.max():16.1e}")
+    own, fast, pushed = (
+        np.array([joints(one, seed, actions, push) for seed in SEEDS])
+        for one, push in ((env[0], 0.0), (env[1], 0.0), (env[0], 1e-15))
+    )
+    gaps = [np.abs(own - other).max(axis=2) for other in (fast, pushed)]
+    resets = [1e3 * reset_seconds(env[1], seeds) for seeds in (list(range(16)), [100, 200, 300])]
+    for one in env:
+        one.close()
+    cells = [f"{np.median(column):.0f}" for column in rates.T] + [f"{np.median(ratios):.1f} ({ratios.max():.1f})"]
+    cells += [f"{gaps[0][:, 0].max():.0e}"]
+    cells += [f"{np.median(gap.max(axis=1)):.0e} / {gap.max():.0e}" for gap in gaps]
+    return " | ".join(["", name, *cells, *(f"{ms:.1f}" for ms in resets), ""]).strip()
 
-    print(f"\nreset, same model {1e3 * reset_seconds(envs[1], list(range(16))):10.1f} ms")
-    print(f"reset, new model  {1e3 * reset_seconds(envs[1], [100, 200, 300]):10.1f} ms")
-    for env in envs:
-        env.close()
+
+def main() -> None:
+    packages = ", ".join(f"{name} {version(name)}" for name in ("robosuite", "mujoco", "numpy", "numba"))
+    print(f"{packages}; {os.cpu_count()} cores; {TURNS} turns of {STEPS} steps, {len(SEEDS)} episodes for the gaps\n")
+    print("| task | robosuite's step /s | fast step /s | ratio (best turn) | q, first step: max gap |", end=" ")
+    print("episode: median / worst gap | robosuite pushed by 1e-15 | reset ms | reset, new model ms |")
+    print("|---|---:|---:|---:|---:|---:|---:|---:|---:|")
+    for name in sys.argv[1:] or [name for name, task in TASKS.items() if task.suite == "robosuite"]:
+        print(compare(name), flush=True)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import h5py
 import numpy as np
 import pytest
 
+from common import doctor
 from common.demos import get_demos, minari
 from common.envs import MT10, TASKS, make_env
 from common.errors import UserError
@@ -117,6 +118,29 @@ def test_mujoco_renders_every_suite() -> None:
             pytest.skip(str(error))
         assert image.shape == (256, 256, 3) and image.dtype == np.uint8 and image.std() > 10, name
         env.close()
+
+
+# --- doctor -----------------------------------------------------------------------------------------------------------
+
+
+def test_doctor_finds_a_broken_package(tmp_path: Path) -> None:
+    (tmp_path / "gymnasium_robotics.py").write_text("raise ImportError('no such assets')")
+    works, line = doctor.attempt(doctor.STEP.format(task="door"), PYTHONPATH=str(tmp_path))
+    assert not works and "no such assets" in line and "pip install gymnasium-robotics==1.4.2" in line
+    assert doctor.attempt(doctor.STEP.format(task="door")) == (True, "39 28")
+
+
+def test_doctor_names_a_remedy_for_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+    monkeypatch.setattr(
+        doctor, "attempt", lambda code, **env: ("metaworld" not in code and "insert" not in code, "1 2")
+    )
+    assert doctor.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in lines if line[0] != " "] == ["ok", "FAILS", "ok", "ok", "ok", "ok"]
+    assert lines[2].endswith("-> pip install metaworld==3.1.1")
+    monkeypatch.setattr(doctor, "attempt", lambda code, **env: ("MUJOCO_GL" not in env, "1 2"))
+    assert doctor.main() == 0  # training needs no renderer
+    assert "apt-get install libegl1" in capsys.readouterr().out
 
 
 # --- demonstrations ---------------------------------------------------------------------------------------------------
