@@ -120,6 +120,21 @@ def test_mujoco_renders_every_suite() -> None:
         env.close()
 
 
+# --- docs -------------------------------------------------------------------------------------------------------------
+
+
+def test_docs_name_every_task_and_their_own_task_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (Path(__file__).resolve().parent.parent / "docs" / "tasks.md").read_text()
+    for name in TASKS:
+        assert f"`{name}`" in text or f"`{'-' + name.partition('-')[2]}`" in text or name.endswith("-dense"), name
+    (tmp_path / "my_tasks.py").write_text(text.split("```python\n")[1].split("```")[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    env = make_env("my_tasks:Line-v0")
+    (x, goal), _ = env.reset(seed=3)
+    steps = [env.step(np.array([goal], np.float32)) for _ in range(5)]
+    assert x == 0 and [step[2] for step in steps] == [False] * 4 + [True] and steps[-1][4] == {"success": True}
+
+
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
