@@ -9,22 +9,18 @@ python benchmarks/flm.py report             # flm/results.md, flm/steps_JUDGE.pn
 """
 
 import argparse
-import gzip
-import json
-import shutil
 import subprocess
 import sys
-import time
-from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-from common.judge.metrics import REAL, TextScore  # noqa: E402
-from common.textplots import plot_scores, read_scores  # noqa: E402
+from runs import ROOT, RUNS, execute, keep, last, metrics, minutes
 
-RUNS, STORE = ROOT / "runs", ROOT / "benchmarks" / "flm"
+sys.path.insert(0, str(ROOT))
+from common.judge.metrics import REAL, TextScore
+from common.textplots import plot_scores, read_scores
+
+STORE = ROOT / "benchmarks" / "flm"
 SEEDS = (1, 2, 3)
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FRONTIER_STEPS = 64
@@ -39,22 +35,8 @@ ABLATIONS: dict[str, list[str]] = {
 
 
 def run_one(script: str, name: str, flags: list[str]) -> None:
-    """One run to its end; an interrupted one is resumed."""
-    folder = RUNS / name
-    if (folder / "wall_seconds").exists():
-        return
-    started = time.time()
-    if (folder / "checkpoint.pt").exists():
-        flags = ["--resume", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        flags = ["--run-name", name, *flags]
-    RUNS.mkdir(exist_ok=True)
-    with open(RUNS / f"{name}.txt", "a") as out:
-        done = subprocess.run([sys.executable, script, *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT)
-    if done.returncode:
+    if execute(script, name, flags):
         raise SystemExit(f"{name} failed: see {RUNS / name}.txt")
-    (folder / "wall_seconds").write_text(f"{time.time() - started:.0f}\n")
 
 
 def run(seeds: list[int], judge: str) -> None:
@@ -94,16 +76,10 @@ def frontier() -> None:
 def store() -> None:
     """Keeps what the docs quote of every finished run."""
     for folder in sorted(RUNS.glob("f*lm_*")):
-        if not (folder / "wall_seconds").exists():
-            continue
         target = STORE / folder.name
-        target.mkdir(parents=True, exist_ok=True)
-        for file in [folder / "args.json", folder / "wall_seconds", *folder.glob("evaluation*.json")]:
-            shutil.copy(file, target / file.name)
-        for file in folder.glob("samples_*.txt"):
-            (target / file.name).write_text("\n----\n".join(file.read_text().split("\n----\n")[:8]) + "\n")
-        with gzip.GzipFile(target / "metrics.jsonl.gz", "wb", mtime=0) as out:
-            out.write((folder / "metrics.jsonl").read_bytes())
+        if folder.is_dir() and keep(folder, target, folder.glob("evaluation*.json")):
+            for file in folder.glob("samples_*.txt"):
+                (target / file.name).write_text("\n----\n".join(file.read_text().split("\n----\n")[:8]) + "\n")
 
 
 def stored(prefix: str, judge: str) -> dict[int, list[TextScore]]:
@@ -128,11 +104,6 @@ def rows_of(label: str, runs: dict[int, list[TextScore]]) -> list[str]:
     return lines
 
 
-def last(folder: Path, key: str) -> float:
-    lines = gzip.decompress((folder / "metrics.jsonl.gz").read_bytes()).splitlines()
-    return [row[key] for row in map(json.loads, lines) if key in row][-1]
-
-
 def report() -> None:
     text = [
         "# FLM and FMLM on the embedded corpus: stored results",
@@ -151,12 +122,9 @@ def report() -> None:
         text += rows_of("FLM", flm)[:-1] + rows_of("FMLM", fmlm)
         both = {f"FLM, seed {s}": v for s, v in flm.items()} | {f"FMLM, seed {s}": v for s, v in fmlm.items()}
         plot_scores(both, STORE / f"steps_{judge}.png", "embedded corpus, 256 samples a point")
-    minutes = {
-        p: [int((STORE / f"{p}_s{seed}" / "wall_seconds").read_text()) / 60 for seed in stored(p, "ngram")]
-        for p in ("flm", "fmlm")
-    }
+    times = {p: [minutes(STORE / f"{p}_s{seed}") for seed in stored(p, "ngram")] for p in ("flm", "fmlm")}
     text += ["", "Wall time, minutes, training and evaluation: "]
-    text[-1] += "; ".join(f"{p} {', '.join(f'{m:.1f}' for m in ms)}" for p, ms in minutes.items()) + "."
+    text[-1] += "; ".join(f"{p} {', '.join(f'{m:.1f}' for m in ms)}" for p, ms in times.items()) + "."
     text += frontier_report() + ablation_report()
     (STORE / "results.md").write_text("\n".join(text) + "\n")
 
@@ -217,7 +185,7 @@ def ablation_report() -> list[str]:
         if (folder / "evaluation_ngram.json").exists():
             few, many = read_scores(folder / "evaluation_ngram.json")[:2]
             cells = [f"{s.perplexity:.1f}, {s.entropy:.2f}" for s in (few, many)]
-            lines.append(f"| {name} | {last(folder, 'valid/ce'):.3f} | {cells[0]} | {cells[1]} |")
+            lines.append(f"| {name} | {last(metrics(folder), 'valid/ce'):.3f} | {cells[0]} | {cells[1]} |")
     return lines if len(lines) > head else []
 
 

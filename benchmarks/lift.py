@@ -6,26 +6,19 @@ python benchmarks/lift.py report              # lift/results.md, lift/variants.p
 """
 
 import argparse
-import gzip
-import json
-import math
 import os
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
+from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, minutes, series
+
 sys.path.insert(0, str(ROOT))
-from common.evaluate import wilson  # noqa: E402
+from common.evaluate import wilson
 
 STORE = ROOT / "benchmarks" / "lift"
-RUNS = ROOT / "runs"
 SEEDS = (1, 2, 3, 4, 5)
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": ["--profile"],
@@ -45,27 +38,12 @@ TITLES = {
 
 
 def run_one(config: str, seed: int) -> tuple[str, int]:
-    """Trains one run unless it is finished; an interrupted one is resumed. Returns its name and exit code."""
+    """Name and exit code of one run."""
     name = f"lift_{config}_s{seed}"
-    folder = RUNS / name
-    if (folder / "wall_seconds").exists():
-        return name, 0
-    started = time.time()
-    if (folder / "checkpoint.pt").exists():
-        command = ["--resume", str(folder)]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        command = ["--env", "lift", "--preset", "cpu", "--seed", str(seed), "--run-name", name, *CONFIGS[config]]
-        if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
-            command += ["--cloned", f"runs/lift_ogpo+ca_s{seed}"]
-    RUNS.mkdir(exist_ok=True)
-    with open(RUNS / f"{name}.txt", "a") as out:
-        code = subprocess.run(
-            [sys.executable, "ogpo_state.py", *command], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
-        ).returncode
-    if code == 0:
-        (folder / "wall_seconds").write_text(f"{time.time() - started:.0f}\n")
-    return name, code
+    flags = ["--env", "lift", "--preset", "cpu", "--seed", str(seed), *CONFIGS[config]]
+    if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
+        flags += ["--cloned", f"runs/lift_ogpo+ca_s{seed}"]
+    return name, execute("ogpo_state.py", name, flags)
 
 
 def run(jobs: int, configs: Sequence[str]) -> int:
@@ -80,34 +58,13 @@ def store() -> None:
     """Keeps what the report needs of each finished run."""
     for config in CONFIGS:
         for seed in SEEDS:
-            source, target = RUNS / f"lift_{config}_s{seed}", STORE / f"{config}_s{seed}"
-            if not (source / "wall_seconds").exists():
-                continue
-            target.mkdir(parents=True, exist_ok=True)
-            for file in ("args.json", "wall_seconds"):
-                shutil.copy(source / file, target / file)
-            with gzip.GzipFile(target / "metrics.jsonl.gz", "wb", mtime=0) as out:
-                out.write((source / "metrics.jsonl").read_bytes())
+            keep(RUNS / f"lift_{config}_s{seed}", STORE / f"{config}_s{seed}")
 
 
 def load(config: str) -> dict[int, list[dict]]:
     """{seed: lines of metrics.jsonl} of the stored runs."""
-    runs = {}
-    for seed in SEEDS:
-        path = STORE / f"{config}_s{seed}" / "metrics.jsonl.gz"
-        if path.exists():
-            runs[seed] = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
-    return runs
-
-
-def series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
-    return np.array([p[0] for p in points]), np.array([p[1] for p in points])
-
-
-def last(rows: list[dict], key: str) -> float:
-    values = series(rows, key)[1]
-    return float(values[-1]) if len(values) else math.nan
+    folders = {seed: STORE / f"{config}_s{seed}" for seed in SEEDS}
+    return {seed: metrics(folder) for seed, folder in folders.items() if folder.exists()}
 
 
 def report() -> None:
@@ -126,7 +83,7 @@ def report() -> None:
         if not runs:
             continue
         text += [f"## {TITLES[config]}", ""]
-        args = json.loads((STORE / f"{config}_s{next(iter(runs))}" / "args.json").read_text())["args"]
+        args = arguments(STORE / f"{config}_s{next(iter(runs))}")
         command = (
             f"`python ogpo_state.py --env lift {' '.join(CONFIGS[config])} --seed N`, {args['total_steps']:,} steps"
         )
@@ -142,7 +99,7 @@ def report() -> None:
             reached = next((f"{s:,}" for s, v in zip(steps, bon, strict=True) if v >= 0.9), "-")
             ode, best = last(rows, "final/ode_success"), last(rows, "final/bon_success")
             table.append((bc, ode, best))
-            wall = int((STORE / f"{config}_s{seed}" / "wall_seconds").read_text()) / 60
+            wall = minutes(STORE / f"{config}_s{seed}")
             text.append(
                 f"| {seed} | {bc:.2f} | {ode:.2f} | {last(rows, 'final/ode_length'):.0f} | {best:.2f} "
                 f"| {last(rows, 'final/bon_length'):.0f} | {reached} | {wall:.1f} |"

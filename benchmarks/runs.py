@@ -1,0 +1,74 @@
+"""What the benchmarks share: runs that can be interrupted, and what is kept of them."""
+
+import gzip
+import json
+import math
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+RUNS = ROOT / "runs"
+
+
+def execute(script: str, name: str, flags: Sequence[str]) -> int:
+    """Exit code of one run, to its end: skipped if it is finished, resumed if it was interrupted."""
+    folder = RUNS / name
+    if (folder / "wall_seconds").exists():
+        return 0
+    started = time.time()
+    if (folder / "checkpoint.pt").exists():
+        flags = ["--resume", str(folder)]
+    else:
+        shutil.rmtree(folder, ignore_errors=True)
+        flags = ["--run-name", name, *flags]
+    RUNS.mkdir(exist_ok=True)
+    with open(RUNS / f"{name}.txt", "a") as out:
+        code = subprocess.run(
+            [sys.executable, script, *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
+        ).returncode
+    if code == 0:
+        (folder / "wall_seconds").write_text(f"{time.time() - started:.0f}\n")
+    return code
+
+
+def keep(source: Path, target: Path, more: Iterable[Path] = ()) -> bool:
+    """Copies arguments, wall time, `more` files and the metrics, compressed, of a run if it is finished."""
+    if not (source / "wall_seconds").exists():
+        return False
+    target.mkdir(parents=True, exist_ok=True)
+    for file in (source / "args.json", source / "wall_seconds", *more):
+        shutil.copy(file, target / file.name)
+    with gzip.GzipFile(target / "metrics.jsonl.gz", "wb", mtime=0) as out:
+        out.write((source / "metrics.jsonl").read_bytes())
+    return True
+
+
+def metrics(folder: Path) -> list[dict]:
+    """Lines of metrics.jsonl of a kept run."""
+    return [json.loads(line) for line in gzip.decompress((folder / "metrics.jsonl.gz").read_bytes()).splitlines()]
+
+
+def minutes(folder: Path) -> float:
+    return int((folder / "wall_seconds").read_text()) / 60
+
+
+def arguments(folder: Path) -> dict:
+    return json.loads((folder / "args.json").read_text())["args"]
+
+
+def series(rows: list[dict], key: str) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and values of a metric."""
+    points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
+    return np.array([p[0] for p in points]), np.array([p[1] for p in points])
+
+
+def last(rows: list[dict], key: str) -> float:
+    """Newest value of a metric, NaN if it never was."""
+    values = series(rows, key)[1]
+    return float(values[-1]) if len(values) else math.nan
