@@ -1,0 +1,158 @@
+"""OGPO on the task suite: runs every task and seed, stores their metrics, makes the table and the figures of the docs.
+
+python benchmarks/tasks.py run --jobs 2 --tasks can square     # resumable: finished runs are skipped
+python benchmarks/tasks.py run --tasks door pen --policies DIR  # Adroit: trained policies DIR/pol_TASK.npz
+python benchmarks/tasks.py store               # copy args.json and metrics.jsonl.gz of finished runs to tasks/
+python benchmarks/tasks.py report              # tasks/results.md, tasks/curves.png from tasks/ alone
+python benchmarks/tasks.py frames              # tasks/frames.png from the runs' videos
+"""
+
+import argparse
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+
+from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, minutes, series
+
+sys.path.insert(0, str(ROOT))
+from common.envs import TASKS
+from common.evaluate import wilson
+
+STORE = ROOT / "benchmarks" / "tasks"
+SEEDS = (1, 2, 3)
+NAMES = [
+    *("can", "square", "peg-insert-side", "assembly", "hand-insert", "pick-place", "mt10"),
+    *("door", "hammer", "pen", "relocate"),
+]
+FRAMES = ("square", "peg-insert-side", "door")  # one task a family
+
+
+def run(jobs: int, names: list[str], seeds: list[int], policies: Path | None) -> int:
+    def one(job: tuple[str, int]) -> int:
+        name, seed = job
+        flags = ["--env", name, "--preset", "cpu", "--seed", str(seed)]
+        if TASKS[name].suite == "adroit":
+            if policies is None:
+                sys.exit(f"{name} has no expert of its own: give --policies DIR with trained policies pol_TASK.npz")
+            flags += ["--demos", str(policies.resolve() / f"pol_{name}.npz")]
+        return execute("ogpo_state.py", f"task_{name}_s{seed}", flags)
+
+    pairs = [(name, seed) for seed in seeds for name in names]
+    with ThreadPoolExecutor(jobs) as pool:
+        failed = [pair for pair, code in zip(pairs, pool.map(one, pairs), strict=True) if code]
+    print(f"{len(pairs) - len(failed)} finished, {len(failed)} failed: {failed or '-'}")
+    return int(bool(failed))
+
+
+def stored(name: str) -> dict[int, Path]:
+    folders = {seed: STORE / f"{name}_s{seed}" for seed in SEEDS}
+    return {seed: folder for seed, folder in folders.items() if folder.exists()}
+
+
+def line(name: str, seed: int, folder: Path) -> str:
+    rows, args = metrics(folder), arguments(folder)
+    episodes = args["eval_episodes"]
+    cells = [f"{series(rows, 'eval/ode_success')[1][0]:.2f}"]
+    for policy in ("ode", "bon"):
+        rate = last(rows, f"final/{policy}_success")
+        low, high = wilson(round(rate * episodes), episodes)
+        cells.append(f"{rate:.2f} [{low:.2f}, {high:.2f}]")
+    steps, success = series(rows, "eval/bon_success")
+    for level in (0.8, 0.9):
+        cells.append(next((f"{s:,}" for s, v in zip(steps, success, strict=True) if v >= level), "-"))
+    return f"| {name} | {seed} | {' | '.join(cells)} | {args['total_steps']:,} | {minutes(folder):.0f} |"
+
+
+def report() -> None:
+    text = [
+        "# OGPO on the task suite: stored results",
+        "",
+        "Made by `python benchmarks/tasks.py report`; `cpu` settings. Success over the last evaluation's episodes with "
+        "Wilson 95 % interval: cloned policy (noise-free), both policies at the end. Steps to 0.8 and 0.9: the "
+        "first evaluation during training (20 episodes, best-of-N policy) at that level. Wall time: the whole command, "
+        "two runs at a time on two cores.",
+        "",
+        "| task | seed | cloned | ODE policy | best-of-N policy | steps to 0.8 | to 0.9 | steps | minutes |",
+        "|---|---:|---:|---|---|---:|---:|---:|---:|",
+    ]
+    for name in NAMES:
+        text += [line(name, seed, folder) for seed, folder in stored(name).items()]
+    for name in NAMES:
+        if not (TASKS[name].tasks and stored(name)):
+            continue
+        text += ["", f"## {name}, by task: best-of-N policy", ""]
+        runs = {seed: metrics(folder) for seed, folder in stored(name).items()}
+        text += [f"| task | {' | '.join(f'seed {seed}' for seed in runs)} |", "|---|" + "---:|" * len(runs)]
+        for task in TASKS[name].tasks:
+            rates = [f"{last(rows, f'final/bon_success/{task}'):.2f}" for rows in runs.values()]
+            text.append(f"| {task} | {' | '.join(rates)} |")
+    (STORE / "results.md").write_text("\n".join(text) + "\n")
+    plot()
+
+
+def plot() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    names = [name for name in NAMES if stored(name)]
+    if not names:
+        return
+    columns = min(4, len(names))
+    figure, axes = plt.subplots(
+        -(-len(names) // columns), columns, figsize=(3.2 * columns, 2.6 * -(-len(names) // columns)),
+        layout="constrained", squeeze=False, sharey=True,
+    )  # fmt: skip
+    for axis in axes.flat[len(names) :]:
+        axis.set_visible(False)
+    for axis, name in zip(axes.flat, names, strict=False):
+        for folder in stored(name).values():
+            rows = metrics(folder)
+            axis.plot(*series(rows, "train/success"), color="tab:orange", alpha=0.4, linewidth=1)
+            axis.plot(*series(rows, "eval/bon_success"), "o-", color="tab:blue", alpha=0.7, markersize=3)
+        axis.set(title=name, ylim=(-0.03, 1.03))
+        axis.grid(alpha=0.3)
+    axes[0, 0].set_ylabel("success")
+    figure.supxlabel("environment steps (orange: last 20 training episodes; blue: evaluations)")
+    figure.savefig(STORE / "curves.png", dpi=110)
+
+
+def frames() -> None:
+    """Three moments of an episode of the finished policy, one task a family."""
+    import imageio.v2 as imageio
+    from PIL import Image
+
+    rows = []
+    for name in FRAMES:
+        with imageio.get_reader(RUNS / f"task_{name}_s{SEEDS[0]}" / "after.mp4") as video:
+            pictures = list(video)
+        end = next(i for i, p in enumerate(pictures) if abs(p[2:6, 2:-2].astype(int) - (40, 170, 70)).max() < 60)
+        rows.append(np.concatenate([pictures[i] for i in (0, end // 2, end)], axis=1))
+    Image.fromarray(np.concatenate(rows)).save(STORE / "frames.png", optimize=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "store", "report", "frames"))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--policies", type=Path, help="folder of trained Adroit policies")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.what == "run":
+        sys.exit(run(args.jobs, args.tasks, args.seeds, args.policies))
+    elif args.what == "store":
+        for name in NAMES:
+            for seed in SEEDS:
+                keep(RUNS / f"task_{name}_s{seed}", STORE / f"{name}_s{seed}")
+    else:
+        {"report": report, "frames": frames}[args.what]()
+
+
+if __name__ == "__main__":
+    main()
