@@ -1,0 +1,75 @@
+"""Settings of OGPO by preset and task, as data: what differs from the defaults of a script's arguments.
+
+preset < task < variant, later rows win over earlier, and a flag on the command line wins over all.
+"""
+
+from collections.abc import Iterator
+from fnmatch import fnmatch
+
+from common import cli
+from common.envs import resolve
+
+# Released settings, generation 3, Square column [C]; the script for Lift was never released, so Lift takes Square's.
+PAPER = dict(
+    chunk=4, flow_steps=10, actor_hidden=(512,) * 4, normalize_obs=False, noise_std=0.05,
+    score_correction="released", clip_mean="all", clip_chain_end=True, best_of_n=8, best_of_n_heads=2,
+    actor_ema=0.005, bc_steps=500_000, bc_lr=3e-4, bc_batch=256, bc_stop_success=0.45, bc_eval_every=10_000,
+    bc_eval_episodes=64, advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0, bc_fallback=True,
+    success_batch=256, success_min=256, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000,
+    actor_lr_period=50_000, actor_weight_decay=0.0, gamma=0.99, heads=10, critic_hidden=(512,) * 4,
+    critic_batch=256, critic_lr=4.5e-5, critic_weight_decay=1e-5, critic_ema=0.05, pessimistic_init=False,
+    critic_warmup=0, choose_successes=0, critic_successes=0, success_critic=True, total_steps=2_000_000,
+    start_training=10_000, update_every=1, replay_size=2_000_000, max_grad_norm=1_000.0, eval_every=10_000,
+    eval_interval_episodes=64, reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
+)  # fmt: skip
+TOY = dict(
+    num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
+    actor_hidden=(128, 128), critic_hidden=(128, 128), heads=3, critic_batch=128, states=32, success_batch=128,
+    bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=100, bc_eval_episodes=100,
+    actor_lr=5e-4, critic_warmup=100, total_steps=5_500, start_training=1_000, update_every=3,
+)  # fmt: skip
+LONG = dict(
+    demos="robomimic", chunk=8, gamma=0.999, actor_hidden=(512,) * 5, critic_hidden=(512,) * 5, start_training=40_000,
+    eval_every=20_000,
+)  # fmt: skip
+ADROIT = dict(
+    demos="minari", gamma=0.95, flow_steps=3, actor_ema=0.05, bc_steps=50_000, success_critic=False,
+    total_steps=500_000, eval_every=20_000,
+)  # fmt: skip
+# (preset, task pattern) -> changes to the defaults; later rows win over earlier. A task's cap is in common/envs.
+SETTINGS: dict[tuple[str, str], dict] = {
+    ("paper", "*"): PAPER,
+    ("paper", "toy"): dict(num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
+    ("paper", "square"): dict(demos="robomimic"),
+    ("paper", "tool_hang"): LONG | dict(success_critic=False),
+    ("paper", "transport"): LONG | dict(bc_steps=1_000_000, total_steps=3_000_000),
+    ("paper", "kitchen-*"): dict(
+        demos="minari", reward_offset=-7.0, success_bonus=3.0, bc_stop_success=1.0, success_critic=False,
+        eval_every=20_000,
+    ),
+    **{("paper", f"{name}*"): ADROIT for name in ("door", "hammer", "pen", "relocate")},
+    ("cpu", "toy"): TOY,
+    ("cpu", "lift"): dict(collect_horizon=150),
+    ("cpu", "can"): dict(demo_noise=0.3, total_steps=60_000),
+    ("cpu", "square"): dict(demo_noise=0.2, num_demos=100, total_steps=150_000),
+    ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
+    ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
+    ("cpu", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
+    ("cpu", "mt10"): dict(num_demos=200, total_steps=150_000),
+    **{("cpu", f"{name}*"): dict(gamma=0.95, flow_steps=3) for name in ("door", "hammer", "pen", "relocate")},
+    ("*", "*-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False),
+}  # fmt: skip
+VARIANTS: dict[str, dict] = {
+    "ogpo": dict(advantage="vanilla", bc_coef=0.0, success_critic=False, best_of_n=1),
+    "ogpo+": dict(advantage="vanilla"),
+    "ogpo+ca": {},
+}
+
+
+def rows(env: str, preset: str, variant: str) -> Iterator[dict]:
+    """{name of an argument: value} of every row that applies, in order. Raises UserError on an unknown name."""
+    cli.check_choice("preset", preset, ("cpu", "paper"))
+    cli.check_choice("variant", variant, tuple(VARIANTS))
+    yield {"horizon": resolve(env).horizon or 300}
+    yield from (row for (p, task), row in SETTINGS.items() if fnmatch(preset, p) and fnmatch(env, task))
+    yield VARIANTS[variant]
