@@ -106,7 +106,7 @@ class DistillArgs:
     space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
     reparam: bool = True  # times are measured in decoding accuracy; as the teacher
     diagonal: float = 0.5  # share of the rows with s = t
-    boundary: float = 1 / 8  # share of the other rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
+    boundary: float = 1 / 4  # share of the other rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
     lagrangian_teacher: bool = False  # D_t of the Lagrangian recipe from the teacher; released: from the student
     stage_one: float = 0.5  # two_stage: share of the steps that train the residual network
 
@@ -118,7 +118,7 @@ class TrainArgs:
     total_steps: int = 3_000  # optimizer steps
     batch: int = 16  # rows per optimizer step, over all processes
     micro_batch: int = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
-    lr: float = 5e-4  # peak learning rate
+    lr: float = 1e-3  # peak learning rate
     warmup: int = 100  # steps of linear warm-up
     decay: float = 0.3  # last share of the steps, over which the learning rate falls linearly to 0; paper: 0
     beta2: float = 0.95  # AdamW
