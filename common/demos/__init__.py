@@ -10,6 +10,8 @@ from common.demos import minari
 from common.demos.policy_file import load_policy
 from common.demos.robomimic import read_demos
 from common.envs import resolve
+from common.errors import UserError
+from common.text.files import sha256
 
 
 @dataclass
@@ -65,11 +67,13 @@ def get_demos(
         from common.demos.scripted import find_expert, generate
 
         expert = find_expert(task) if source == "scripted" else load_policy(Path(source), task)
-        kind = source if source == "scripted" else Path(source).stem
+        kind = source if source == "scripted" else f"{Path(source).stem}-{sha256(Path(source))[:8]}"
         path = Path(cache_dir) / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}.hdf5"
         if not path.exists():
             generate(task, expert, num, noise, seed, path)
     elif source.partition("-")[0] == "minari" and not source.endswith(".hdf5"):
+        if filter_key is not None:
+            raise UserError(f"--filter-key {filter_key}: Minari's data have no masks; leave the flag out")
         folder = minari.find_dataset(task, source.partition("-")[2])
         return Demos(*minari.read_dataset(folder, task), "/".join(folder.parts[-3:]))
     elif source.partition("-")[0] == "robomimic" and not source.endswith(".hdf5"):
