@@ -1,7 +1,6 @@
 """Large files: downloaded once, in pieces and with a progress bar, and checked on every use."""
 
 import http.client
-import os
 import urllib.request
 from pathlib import Path
 from typing import BinaryIO
@@ -9,7 +8,7 @@ from typing import BinaryIO
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
-from common.text.files import sha256, write_atomic
+from common.files import replacing, sha256, write_atomic
 
 
 def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Path:
@@ -44,20 +43,13 @@ def check_digest(path: Path, known: str | None = None) -> Path:
 
 def _download(url: str, path: Path, otherwise: str) -> None:
     """Downloads `url` to `path`, whole or not at all."""
-    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temp, "wb") as file:
+        with replacing(path) as temp, open(temp, "wb") as file:
             stream(url, file, path.name)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temp, path)
     except (OSError, http.client.HTTPException) as error:
         raise UserError(
             f"cannot download {url} ({first_line(error)}); put the file at {path} by hand, or {otherwise}"
         ) from error
-    finally:
-        temp.unlink(missing_ok=True)
 
 
 def stream(url: str, file: BinaryIO, name: str) -> None:

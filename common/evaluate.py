@@ -1,7 +1,6 @@
 """Episodes with open-loop action chunks: success, length, confidence interval and video."""
 
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +9,7 @@ import gymnasium as gym
 import numpy as np
 
 from common.errors import UserError, first_line
+from common.files import replacing
 
 Act = Callable[[np.ndarray], np.ndarray]
 
@@ -113,23 +113,20 @@ def record_video(env: gym.Env, act: Act, path: Path, seed: int, episodes: int = 
         UserError: no working OpenGL or ffmpeg. Training can go on without the video.
     """
     path = Path(path)
-    tmp = path.with_name(f"{path.stem}.tmp{path.suffix}")
     try:
-        import imageio.v2 as imageio
+        with replacing(path) as temp:
+            try:
+                import imageio.v2 as imageio
 
-        writer = imageio.get_writer(tmp, fps=fps, macro_block_size=2)  # the pixel format needs even sizes
-    except Exception as error:
-        raise UserError(f"no video: {first_line(error)}; run: pip install imageio imageio-ffmpeg") from error
-    try:
-        with writer:
-            for i in range(episodes):
-                for picture in _film(env, act, seed + i, hold=fps // 2):
-                    writer.append_data(picture)
-        os.replace(tmp, path)
+                writer = imageio.get_writer(temp, fps=fps, macro_block_size=2)  # the pixel format needs even sizes
+            except Exception as error:
+                raise UserError(f"no video: {first_line(error)}; run: pip install imageio imageio-ffmpeg") from error
+            with writer:
+                for i in range(episodes):
+                    for picture in _film(env, act, seed + i, hold=fps // 2):
+                        writer.append_data(picture)
     except OSError as error:
         raise UserError(f"no video: ffmpeg stopped ({first_line(error)})") from error
-    finally:
-        tmp.unlink(missing_ok=True)
 
 
 def _film(env: gym.Env, act: Act, seed: int, hold: int) -> Iterator[np.ndarray]:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from common.errors import UserError, first_line
+from common.files import replacing, write_atomic
 from common.machine import describe_machine
 
 _LIVE_PERIOD = 0.2  # seconds between refreshes of the live line on a terminal
@@ -202,13 +203,7 @@ class RunLog:
 
 def write_json(path: Path, value: object) -> None:
     """Write `value` to `path` atomically; what JSON lacks (paths, ...) becomes a string."""
-    tmp = path.with_name(path.name + ".tmp")
-    with open(tmp, "w") as file:
-        json.dump(value, file, indent=2, default=str)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(tmp, path)
+    write_atomic(path, (json.dumps(value, indent=2, default=str) + "\n").encode())
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
@@ -251,9 +246,8 @@ def plot_curves(run_dir: Path) -> Path:
     for axis in (top, bottom):
         axis.grid(alpha=0.3)
     path = Path(run_dir) / "learning_curve.png"
-    tmp = path.with_name("learning_curve.tmp.png")
-    figure.savefig(tmp, dpi=150)
-    os.replace(tmp, path)
+    with replacing(path) as temp:
+        figure.savefig(temp, dpi=150)
     return path
 
 

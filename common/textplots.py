@@ -1,11 +1,11 @@
 """Figures of generated text: perplexity over the number of network calls, and against entropy."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from common.files import replacing
 from common.judge.metrics import REAL, TextScore
 from common.runlog import write_json
 
@@ -56,6 +56,5 @@ def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: st
     for axis in (left, right):
         axis.grid(alpha=0.3, which="both")
     figure.suptitle(title)
-    tmp = path.with_name(path.name + ".tmp.png")
-    figure.savefig(tmp, dpi=150)
-    os.replace(tmp, path)
+    with replacing(path) as temp:
+        figure.savefig(temp, dpi=150)

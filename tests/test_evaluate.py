@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 
-from common.envs import ChunkStep
+from common.envs import ChunkStep, make_env
 from common.envs.toy import ToyReach
 from common.errors import UserError
 from common.evaluate import EvalResult, evaluate, record_video, wilson
@@ -83,7 +83,7 @@ def test_policy_is_asked_only_at_chunk_borders_and_only_for_running_episodes():
 
 def test_chunk_step_is_the_steps_it_stands_for():
     """Chunks of 5 in episodes of 8: full, then cut by the end of the episode, its rest never executed."""
-    plain, chunked = ToyReach(horizon=8), ChunkStep(ToyReach(horizon=8), 5)
+    plain, chunked = make_env("toy", horizon=8), ChunkStep(make_env("toy", horizon=8), 5)
     assert chunked.action_space.shape == (5, 2)
     np.testing.assert_array_equal(plain.reset(seed=3)[0], chunked.reset(seed=3)[0])
     actions = np.random.default_rng(0).uniform(-0.2, 0.2, (10, 2)).astype(np.float32)
@@ -159,8 +159,8 @@ def toy_act(obs):
 
 
 def test_video_shows_every_step_and_the_outcome(tmp_path):
-    env = ToyReach(render=True)
-    envs = SyncVectorEnv([lambda: ChunkStep(ToyReach(), 2)], autoreset_mode=AutoresetMode.DISABLED)
+    env = make_env("toy", render=True)
+    envs = SyncVectorEnv([lambda: ChunkStep(make_env("toy"), 2)], autoreset_mode=AutoresetMode.DISABLED)
     result = evaluate(envs, toy_act, episodes=6, seed=0)
     assert 0 < result.success.sum() < 6  # both outcomes are on show
     record_video(env, toy_act, tmp_path / "a.mp4", seed=0, episodes=6, fps=10)
@@ -179,7 +179,7 @@ def test_no_opengl_is_a_user_error_without_a_half_made_file(tmp_path, monkeypatc
 
     monkeypatch.setattr(ToyReach, "render", no_gl)
     with pytest.raises(UserError, match=r"cannot render \(libEGL not found\).*MUJOCO_GL"):
-        record_video(ToyReach(render=True), toy_act, tmp_path / "a.mp4", seed=0)
+        record_video(make_env("toy", render=True), toy_act, tmp_path / "a.mp4", seed=0)
     assert not list(tmp_path.iterdir())
 
 
@@ -189,4 +189,4 @@ def test_no_ffmpeg_is_a_user_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(imageio, "get_writer", no_ffmpeg)
     with pytest.raises(UserError, match="pip install imageio"):
-        record_video(ToyReach(render=True), toy_act, tmp_path / "a.mp4", seed=0)
+        record_video(make_env("toy", render=True), toy_act, tmp_path / "a.mp4", seed=0)

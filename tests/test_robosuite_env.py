@@ -13,7 +13,7 @@ from common.demos.robosuite_experts import lift_expert
 from common.envs import TASKS, make_env, make_vec_env, resolve, robosuite_env
 from common.envs.gymnasium_env import UserEnv
 from common.envs.osc import FastStep
-from common.envs.render import mujoco  # sets MUJOCO_GL before mujoco is imported
+from common.envs.render import Camera, mujoco  # sets MUJOCO_GL before mujoco is imported
 from common.envs.robosuite_env import RobosuiteEnv
 from common.errors import UserError
 
@@ -216,7 +216,7 @@ def test_render_without_opengl_is_a_user_error(fast: RobosuiteEnv, monkeypatch: 
 
     fast.reset(seed=5)
     monkeypatch.setattr(fast, "render_mode", "rgb_array")
-    monkeypatch.setattr(fast, "_camera", None)
+    monkeypatch.setattr(fast, "_camera", Camera("agentview"))
     monkeypatch.setattr(mujoco.Renderer, "__init__", fail)
     with pytest.raises(UserError, match=r"no display.*MUJOCO_GL"):
         fast.render()

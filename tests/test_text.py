@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 
 from common.errors import UserError
+from common.files import sha256
 from common.text import load_text, load_tokenizer, packing, tokenizers, toy_probabilities, toy_rows
 from common.text.corpora import austen_sentences, find_source, undo_lm1b_spacing
-from common.text.files import sha256
 from common.text.local import fingerprint, local_splits, text_files
 from common.text.packing import Split, cut, describe, token_dtype
 from common.text.tokenizers import Tokenizer

@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
 
-from common.envs import toy
-from common.envs.toy import ToyReach, toy_expert
+from common.envs import make_env, toy
+from common.envs.toy import toy_expert
 
 
 def at(x, y, goal=(0.8, 0.0), velocity=(0.0, 0.0), **kwargs):
     """An environment with the point placed by hand."""
-    env = ToyReach(**kwargs)
+    env = make_env("toy", **kwargs)
     env.reset(seed=0)
     env.x, env.y, env.goal_x, env.goal_y = x, y, *goal
     env.vx, env.vy = velocity
@@ -24,7 +24,7 @@ def act(x, y):
 
 
 def test_gymnasium_contract():
-    check_env(ToyReach(render=True), skip_render_check=True)
+    check_env(make_env("toy", render=True), skip_render_check=True)
 
 
 def test_velocity_follows_the_command_with_lag():
@@ -86,7 +86,7 @@ def test_success_at_the_horizon_is_no_truncation():
 
 
 def test_horizon_truncates():
-    env = ToyReach(horizon=5)
+    env = make_env("toy", horizon=5)
     env.reset(seed=0)
     assert [env.step(act(-1.0, 0.0))[2:4] for _ in range(5)] == [(False, False)] * 4 + [(False, True)]
 
@@ -103,14 +103,14 @@ def test_episode_is_a_function_of_seed_and_actions():
     def run(env, seed):
         return np.stack([env.reset(seed=seed)[0]] + [env.step(a)[0] for a in actions])
 
-    used = ToyReach()
+    used = make_env("toy")
     run(used, 1)
-    assert (run(used, 5) == run(ToyReach(), 5)).all()
-    assert (run(ToyReach(), 5)[0] != run(ToyReach(), 6)[0]).any()
+    assert (run(used, 5) == run(make_env("toy"), 5)).all()
+    assert (run(make_env("toy"), 5)[0] != run(make_env("toy"), 6)[0]).any()
 
 
 def rollout(seed, noise):
-    env = ToyReach()
+    env = make_env("toy")
     obs, _ = env.reset(seed=seed)
     expert = toy_expert(env, obs, np.random.default_rng(seed), noise)
     action, path, terminated, truncated = next(expert), [obs], False, False
@@ -147,7 +147,7 @@ def test_picture():
 
 
 def test_fast():
-    env, action = ToyReach(horizon=10**9), act(-0.3, 0.1)
+    env, action = make_env("toy", horizon=10**9), act(-0.3, 0.1)
     env.reset(seed=0)
     start = time.perf_counter()
     for _ in range(5000):

@@ -11,7 +11,7 @@ from common.demos.policy_file import load_policy
 from common.demos.robomimic import read_demos
 from common.envs import resolve
 from common.errors import UserError
-from common.text.files import sha256
+from common.files import sha256
 
 
 @dataclass

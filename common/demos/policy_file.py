@@ -1,16 +1,15 @@
 """A trained policy in a file as demonstrator: a small MLP saved with numpy."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from common.demos.scripted import Expert
 from common.envs import TaskSpec
 from common.errors import UserError
-
-Expert = Generator[NDArray[np.float32], NDArray[np.float32], None]
 
 
 def load_policy(path: Path, task: TaskSpec) -> Callable[..., Expert]:

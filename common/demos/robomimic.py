@@ -7,11 +7,8 @@ actions are in [-1, 1], as the environment made by `make_env` takes them.
 """
 
 import json
-import os
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +20,7 @@ from numpy.typing import NDArray
 from common.download import obtain
 from common.envs import TaskSpec
 from common.errors import UserError
+from common.files import replacing
 
 HUB = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/"
 # What gives an action its meaning; robomimic's v1.5 files name the same values.
@@ -44,7 +42,7 @@ def write_demos(path: Path, episodes: list[Episode], env_args: str) -> None:
     """Writes successful episodes atomically; mask/train lists the first nine tenths, mask/valid the rest."""
     names = [f"demo_{i}" for i in range(len(episodes))]
     cut = max(1, len(names) * 9 // 10)
-    with _atomic(path) as temp, h5py.File(temp, "w") as file:
+    with replacing(path) as temp, h5py.File(temp, "w") as file:
         data = file.create_group("data")
         data.attrs["total"] = sum(len(episode.actions) for episode in episodes)
         data.attrs["env_args"] = env_args
@@ -209,17 +207,3 @@ def download(task: TaskSpec, release: str, cache_dir: Path) -> Path:
         raise UserError(f"--demos robomimic-{release}: {task.name} has {names}")
     name = f"{task.name}/{release}/low_dim_v15.hdf5"
     return obtain(cache_dir / name.replace("/", "_"), f"{HUB}v1.5/{name}", "use --demos scripted")
-
-
-@contextmanager
-def _atomic(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block succeeds."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temp = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temp
-        with open(temp, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temp, path)
-    finally:
-        temp.unlink(missing_ok=True)

@@ -4,16 +4,17 @@ Each is a generator: it yields actions (7,) and is sent the observation after ea
 of a tremor on the six pose commands, in units of the action range; with it the grasp also misses by some millimetres.
 """
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
+from common.demos.scripted import Expert
+
 Array = NDArray[np.float64]
 Obs = NDArray[np.float32]
-Expert = Generator[NDArray[np.float32], Obs, None]
 Pose = Callable[[Obs], tuple[Array, Rotation]]  # where the hand should be, given an observation
 OPEN, CLOSE = -1.0, 1.0
 UP = np.array([0.0, 0.0, 1.0])

@@ -5,6 +5,7 @@ the first success terminates the episode, the horizon truncates it (never both).
 episode a function of s and the actions.
 """
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -20,13 +21,22 @@ from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, Vecto
 
 from common.errors import UserError
 
+SUITES = {  # suite -> module of this package and class, made with (task, horizon, render=...)
+    "toy": ("toy", "ToyReach"),
+    "robosuite": ("robosuite_env", "RobosuiteEnv"),
+    "metaworld": ("metaworld_env", "MetaWorldEnv"),
+    "adroit": ("robotics_env", "RoboticsEnv"),
+    "kitchen": ("robotics_env", "RoboticsEnv"),
+    "gymnasium": ("gymnasium_env", "UserEnv"),
+}
+
 
 @dataclass(frozen=True)
 class TaskSpec:
     """One task. A user's own environment has no horizon, dataset or layout here: it brings its own."""
 
     name: str
-    suite: str  # "toy", "robosuite", "metaworld", "adroit", "kitchen" or "gymnasium"
+    suite: str  # a key of SUITES
     env_name: str
     horizon: int | None = None
     datasets: tuple[str, ...] = ()  # published demonstrations of robomimic or Minari, those of the paper first
@@ -113,26 +123,10 @@ def make_env(
     Raises UserError if the environment is unknown or cannot be made.
     """
     task = resolve(env_id)
-    horizon = horizon or task.horizon
-    if task.suite == "robosuite":
-        from common.envs.robosuite_env import RobosuiteEnv
-
-        return RobosuiteEnv(task, horizon, original_step=original_step, render=render)
-    if task.suite == "metaworld":
-        from common.envs.metaworld_env import MetaWorldEnv
-
-        return MetaWorldEnv(task, horizon, render=render)
-    if task.suite in ("adroit", "kitchen"):
-        from common.envs.robotics_env import RoboticsEnv
-
-        return RoboticsEnv(task, horizon, render=render)
-    if task.suite == "toy":
-        from common.envs.toy import ToyReach
-
-        return ToyReach(horizon=horizon, render=render)
-    from common.envs.gymnasium_env import UserEnv
-
-    return UserEnv(task.env_name, horizon, render=render)
+    module, name = SUITES[task.suite]
+    make = getattr(importlib.import_module(f"common.envs.{module}"), name)
+    more = {"original_step": original_step} if task.suite == "robosuite" else {}
+    return make(task, horizon or task.horizon, render=render, **more)
 
 
 class ChunkStep(gym.Wrapper[Any, Any, Any, Any]):
@@ -190,9 +184,7 @@ def make_vec_env(
     if sys.platform != "win32":
         context = "forkserver"
         # Worth importing once rather than in every worker; what cannot be imported is left to the workers.
-        suite = resolve(env_id).suite
-        own = {"adroit": ["robotics_env"], "kitchen": ["robotics_env"], "gymnasium": [], "toy": []}
-        modules = [f"common.envs.{name}" for name in own.get(suite, [f"{suite}_env"])]
-        multiprocessing.set_forkserver_preload(["torch", *modules])
+        module, _ = SUITES[resolve(env_id).suite]
+        multiprocessing.set_forkserver_preload(["torch", f"common.envs.{module}"])
     make_worker = partial(_make_worker_env, os.getpid(), make)
     return AsyncVectorEnv([make_worker] * num_envs, context=context, autoreset_mode=AutoresetMode.DISABLED)

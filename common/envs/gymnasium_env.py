@@ -7,6 +7,7 @@ import gymnasium as gym
 import numpy as np
 from numpy.typing import NDArray
 
+from common.envs import TaskSpec
 from common.errors import UserError
 
 
@@ -14,7 +15,7 @@ class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any]
     """float32 observations, actions in [-1, 1], and an episode that terminates at the first success.
 
     Args:
-        env_id: "package.module:EnvId"; the module is imported first, so that it can register EnvId.
+        task: its env_name is "package.module:EnvId"; the module is imported first, so that it can register EnvId.
         horizon: steps until truncation; None keeps the environment's own limit.
         render: make the environment with render_mode="rgb_array".
 
@@ -22,7 +23,8 @@ class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any]
     and a bounded 1-D Box of actions, or does not report `info["success"]` at every step.
     """
 
-    def __init__(self, env_id: str, horizon: int | None, *, render: bool = False) -> None:
+    def __init__(self, task: TaskSpec, horizon: int | None, *, render: bool = False) -> None:
+        env_id = task.env_name
         module, _, name = env_id.partition(":")
         try:
             importlib.import_module(module)

@@ -44,11 +44,11 @@ class MetaWorldEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         names = [f"{name}-v3" for name in task.tasks]
         self.names, self.horizon = names or [task.env_name], horizon
         self.render_mode = "rgb_array" if render else None
-        width = STATE + (len(names))
+        width = STATE + len(names)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
         self._made: dict[str, SawyerXYZEnv] = {}
-        self._camera: Camera | None = None
+        self._camera = Camera("corner2")
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -63,9 +63,6 @@ class MetaWorldEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             self._made[name] = MAKERS[f"{name}-goal-observable"](seed=0)
             # Places from the generator that `seed` sets, new at every reset.
             self._made[name].seeded_rand_vec, self._made[name]._freeze_rand_vec = True, False
-        if self._camera is not None and self.env is not self._made[name]:
-            self._camera.close()
-            self._camera = None
         self.env = self._made[name]
         self.env.seed(seed)
         obs, _ = self.env.reset()
@@ -92,14 +89,10 @@ class MetaWorldEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """RGB image (256, 256, 3); None if made without render=True. Raises UserError where there is no OpenGL."""
         if self.render_mode is None:
             return None
-        if self._camera is None:
-            self._camera = Camera(self.env.model, "corner2")
-        return self._camera(self.env.data)
+        return self._camera(self.env.model, self.env.data)[::-1, ::-1]  # this camera hangs upside down
 
     def close(self) -> None:
-        if self._camera is not None:
-            self._camera.close()
-            self._camera = None
+        self._camera.close()
         for env in self._made.values():
             env.close()
         self._made.clear()

@@ -28,37 +28,41 @@ class _Renderer(mujoco.Renderer):
 
 
 class Camera:
-    """Renders one model; the simulation stays as it is.
+    """Renders a simulation, which stays as it is.
+
+    The OpenGL context is made at the first picture, in the process that draws, and again for another model.
 
     Args:
-        model: compiled model; its offscreen buffer is made as large as the picture.
         camera: name or number of a camera of the model, or a free one.
         hidden: groups of geometry that are left out, e.g. collision shapes.
-
-    Raises UserError where there is no OpenGL.
     """
 
-    def __init__(
-        self, model: mujoco.MjModel, camera: str | int | mujoco.MjvCamera, hidden: tuple[int, ...] = ()
-    ) -> None:
-        # Reflections and multisampling take nine tenths of the time on a CPU and change little.
-        model.vis.quality.offsamples = 0
-        model.vis.global_.offwidth = model.vis.global_.offheight = IMAGE_SIZE
-        try:
-            self._renderer = _Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
-        except Exception as error:  # every OpenGL library fails in its own way
-            raise UserError(
-                f"cannot render ({error}); install libegl1 and libgl1, or set MUJOCO_GL to egl or osmesa"
-            ) from error
-        self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+    def __init__(self, camera: str | int | mujoco.MjvCamera, hidden: tuple[int, ...] = ()) -> None:
         self._camera, self._option = camera, mujoco.MjvOption()
         for group in hidden:
             self._option.geomgroup[group] = False
+        self._model: mujoco.MjModel | None = None
 
-    def __call__(self, data: mujoco.MjData) -> NDArray[np.uint8]:
-        """RGB image (256, 256, 3)."""
+    def __call__(self, model: mujoco.MjModel, data: mujoco.MjData) -> NDArray[np.uint8]:
+        """RGB image (256, 256, 3). Raises UserError where there is no OpenGL."""
+        if model is not self._model:
+            self.close()
+            # Reflections and multisampling take nine tenths of the time on a CPU and change little.
+            model.vis.quality.offsamples = 0
+            model.vis.global_.offwidth = model.vis.global_.offheight = IMAGE_SIZE
+            try:
+                self._renderer = _Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
+            except Exception as error:  # every OpenGL library fails in its own way
+                raise UserError(
+                    f"cannot render ({error}); install libegl1 and libgl1, or set MUJOCO_GL to egl or osmesa"
+                ) from error
+            self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
+            self._model = model
         self._renderer.update_scene(data, self._camera, self._option)
         return self._renderer.render()
 
     def close(self) -> None:
-        self._renderer.close()
+        """Frees the context; a later picture makes a new one."""
+        if self._model is not None:
+            self._renderer.close()
+            self._model = None

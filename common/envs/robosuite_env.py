@@ -107,7 +107,7 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (task.action_dim,), np.float32)
         self._block: int | None = None
-        self._camera: Camera | None = None
+        self._camera = Camera("agentview", hidden=(0,))  # 0: collision shapes
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -168,16 +168,12 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
 
         Raises UserError where there is no OpenGL.
         """
-        if self.render_mode is None:
-            return None
-        if self._camera is None:
-            self._camera = Camera(self.env.sim.model._model, "agentview", hidden=(0,))  # 0: collision shapes
-        return self._camera(self.env.sim.data._data)
+        sim = self.env.sim
+        return self._camera(sim.model._model, sim.data._data) if self.render_mode else None
 
     def close(self) -> None:
         """Frees the renderer and the simulation; a later reset makes new ones."""
-        if self._camera is not None:
-            self._camera.close()
+        self._camera.close()
         if self._block is not None:
             self.env.close()
-        self._block = self._camera = None
+        self._block = None

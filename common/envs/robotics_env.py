@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.envs import TaskSpec
-from common.envs.render import Camera  # before gymnasium-robotics imports mujoco
+from common.envs.render import Camera, mujoco  # before gymnasium-robotics imports mujoco
 from common.errors import UserError
 
 try:
@@ -18,7 +18,13 @@ except ImportError as error:
     ) from error
 
 gym.register_envs(gymnasium_robotics)
-CAMERAS = {"adroit": "fixed", "kitchen": -1}
+
+
+def kitchen_view() -> mujoco.MjvCamera:
+    """The benchmark's own view of the kitchen, which is no camera of its model."""
+    camera = mujoco.MjvCamera()
+    camera.distance, camera.azimuth, camera.elevation, camera.lookat = 2.2, 70, -35, (-0.2, 0.5, 2)
+    return camera
 
 
 class RoboticsEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any]):
@@ -51,7 +57,7 @@ class RoboticsEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any
         width = sum(width for _, width in task.obs)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (task.action_dim,), np.float32)
-        self._camera: Camera | None = None
+        self._camera = Camera("fixed" if task.suite == "adroit" else kitchen_view())
 
     @property
     def render_mode(self) -> str | None:
@@ -90,14 +96,8 @@ class RoboticsEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any
 
     def render(self) -> NDArray[np.uint8] | None:
         """RGB image (256, 256, 3); None if made without render=True. Raises UserError where there is no OpenGL."""
-        if self._render_mode is None:
-            return None
-        if self._camera is None:
-            self._camera = Camera(self.unwrapped.model, CAMERAS[self.task.suite])
-        return self._camera(self.unwrapped.data)
+        return self._camera(self.unwrapped.model, self.unwrapped.data) if self._render_mode else None
 
     def close(self) -> None:
-        if self._camera is not None:
-            self._camera.close()
-            self._camera = None
+        self._camera.close()
         super().close()

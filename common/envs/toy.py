@@ -10,6 +10,8 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 
+from common.envs import TaskSpec
+
 STEP = 0.1  # distance covered per step at full speed; the arena is [-1, 1]^2
 LAG = 0.5  # share of the old velocity that survives a step
 TARGET_RADIUS = 0.2
@@ -18,7 +20,6 @@ GAP_HALF_WIDTH = 0.25
 START_X = -0.45  # one chunk of eight actions reaches and passes the wall: a gap is chosen once
 START_SPREAD = 0.4  # the start is (START_X, y) with |y| at most this
 GOAL_SPREAD = 0.6  # the target is (0.8, y) with |y| at most this
-HORIZON = 40
 
 _PIXELS = 192
 _SKIN = 1e-3  # a blocked point rests this far from the wall
@@ -32,12 +33,12 @@ class ToyReach(gym.Env):
     Reward 1 on success, else 0. Success (distance below `TARGET_RADIUS`) terminates; truncation at `horizon`.
     """
 
-    def __init__(self, horizon: int = HORIZON, render: bool = False) -> None:
+    def __init__(self, task: TaskSpec, horizon: int, *, render: bool = False) -> None:
         self.observation_space = gym.spaces.Box(-2.0, 2.0, (6,), np.float32)
         self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
         self.render_mode = "rgb_array" if render else None
         self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-        self.horizon = horizon
+        self.task, self.horizon = task, horizon
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None

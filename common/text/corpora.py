@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, first_line
-from common.text.files import sha256
+from common.files import sha256
 from common.text.local import fingerprint, local_splits, text_files
 from common.text.packing import Split
 from common.text.tokenizers import ASSETS

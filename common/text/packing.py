@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
-from common.text.files import sha256, write_atomic
+from common.files import sha256, write_atomic
 from common.text.tokenizers import Tokenizer
 
 BATCH_TEXTS = 1000  # encoded at once: bounds the memory

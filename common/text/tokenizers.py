@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from common.download import obtain
 from common.errors import UserError
-from common.text.files import fetch, sha256
+from common.files import sha256
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 AUSTEN_RANKS = ASSETS / "austen_4096.tiktoken"
@@ -91,7 +92,7 @@ def _find(name: str, data_dir: Path, path: Path | None) -> Path:
     if path is None:
         found = data_dir / "tokenizers" / spec.names[0]
         if not found.exists():
-            fetch(spec.url, spec.sha256, found)
+            obtain(found, spec.url, "give its place with --tokenizer-path", spec.sha256)
     else:
         places = (path, *(path / file for file in spec.names))
         found = next((place for place in places if place.is_file()), path)
