@@ -5,12 +5,14 @@ python benchmarks/tasks.py run --tasks door pen --policies DIR  # Adroit: traine
 python benchmarks/tasks.py store               # copy args.json and metrics.jsonl.gz of finished runs to tasks/
 python benchmarks/tasks.py report              # tasks/results.md, tasks/curves.png from tasks/ alone
 python benchmarks/tasks.py frames              # tasks/frames.png from the runs' videos
+python benchmarks/tasks.py settings            # the table of settings in docs/tasks.md
 """
 
 import argparse
 import os
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +22,7 @@ from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, minutes, s
 sys.path.insert(0, str(ROOT))
 from common.envs import TASKS
 from common.evaluate import wilson
+from common.settings import SOURCES
 
 STORE = ROOT / "benchmarks" / "tasks"
 SEEDS = (1, 2, 3)
@@ -135,9 +138,38 @@ def frames() -> None:
     Image.fromarray(np.concatenate(rows)).save(STORE / "frames.png", optimize=True)
 
 
+def settings_table() -> list[str]:
+    """The settings of every task as lines of a Markdown table; neighbours with the same ones share a line."""
+    from ogpo_state import default_args
+
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for preset in ("cpu", "paper"):
+        for name in TASKS:
+            args = default_args(name, preset, "ogpo+ca")
+            t, p, b = args.task, args.policy, args.pretrain
+            made = TASKS[name].suite == "adroit" and preset == "cpu"
+            demos = f"{t.num_demos} of a policy file, noise {t.demo_noise:g}" if made else t.demos
+            if demos == "scripted":
+                demos = f"{t.num_demos} scripted, noise {t.demo_noise:g}"
+            elif demos == "robomimic":
+                demos = f"robomimic-{TASKS[name].datasets[0]}"
+            cells = (
+                preset, f"{p.chunk}", f"{p.flow_steps}", f"{args.critic.gamma:g}",
+                f"{t.horizon:,}" + (f" ({t.collect_horizon:,})" if t.collect_horizon else ""),
+                f"{t.reward_offset:+g}, {t.success_bonus:+g}", demos,
+                f"{b.bc_stop_success:g}", f"{args.loop.total_steps:,}",
+                next(text for (s, task), text in SOURCES.items() if s == preset and fnmatch(name, task)),
+            )  # fmt: skip
+            groups.setdefault(cells, []).append(name)
+    head = "| task | preset | H | K | gamma | cap | reward | demonstrations | cloned to | steps | source |"
+    return [head, "|---|---|---:|---:|---:|---:|---|---|---:|---:|---|"] + [
+        f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in groups.items()
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "store", "report", "frames"))
+    parser.add_argument("what", choices=("run", "store", "report", "frames", "settings"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--tasks", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -150,6 +182,8 @@ def main() -> None:
         for name in NAMES:
             for seed in SEEDS:
                 keep(RUNS / f"task_{name}_s{seed}", STORE / f"{name}_s{seed}")
+    elif args.what == "settings":
+        print("\n".join(settings_table()))
     else:
         {"report": report, "frames": frames}[args.what]()
 

@@ -60,6 +60,23 @@ SETTINGS: dict[tuple[str, str], dict] = {
     **{("cpu", f"{name}{reward}"): dict(gamma=0.95, flow_steps=3) for name in HANDS for reward in ("", "-dense")},
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
 }  # fmt: skip
+# Where a task's values come from; the first pattern that fits counts.
+SOURCES: dict[tuple[str, str], str] = {
+    ("paper", "toy"): "Square's, shorter",
+    ("paper", "lift"): "Square's: the paper has no Lift",
+    ("paper", "can"): "Square's: the paper has no Can",
+    ("paper", "square"): "released script",
+    ("paper", "tool_hang"): "released script",
+    ("paper", "transport"): "released script",
+    ("paper", "kitchen-*"): "released script",
+    **{("paper", f"{name}*"): "released script" for name in HANDS},
+    ("paper", "*"): "Square's: the paper has no Meta-World",
+    ("cpu", "tool_hang"): "released script; not tuned",
+    ("cpu", "transport"): "released script; not tuned",
+    ("cpu", "kitchen-*"): "released script; not tuned",
+    **{("cpu", f"{name}-dense"): "the sparse task's; not tuned" for name in HANDS},
+    ("cpu", "*"): "tuned here, seeds 1-3",
+}
 VARIANTS: dict[str, dict] = {
     "ogpo": dict(advantage="vanilla", bc_coef=0.0, success_critic=False, best_of_n=1),
     "ogpo+": dict(advantage="vanilla"),
