@@ -36,7 +36,7 @@ ADROIT = dict(
     demos="minari", gamma=0.95, flow_steps=3, actor_ema=0.05, bc_steps=50_000, success_critic=False,
     total_steps=500_000, eval_every=20_000,
 )  # fmt: skip
-HANDS = ("door", "hammer", "pen", "relocate")
+HANDS = {"door": 0.1, "hammer": 0.2, "pen": 0.3, "relocate": 0.1}  # and the noise at which their experts stumble
 # (preset, task pattern) -> changes to the defaults; later rows win over earlier. A task's cap is in common/envs.
 SETTINGS: dict[tuple[str, str], dict] = {
     ("paper", "*"): PAPER,
@@ -48,7 +48,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
         demos="minari", reward_offset=-7.0, success_bonus=3.0, bc_stop_success=1.0, success_critic=False,
         eval_every=20_000,
     ),
-    **{("paper", f"{name}{reward}"): ADROIT for name in HANDS for reward in ("", "-dense")},
+    **{("paper", f"{name}*"): ADROIT for name in HANDS},
     ("cpu", "toy"): TOY,
     ("cpu", "lift"): dict(collect_horizon=150),
     ("cpu", "can"): dict(demo_noise=0.3, total_steps=60_000),
@@ -57,7 +57,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
     ("cpu", "mt10"): dict(num_demos=200, total_steps=150_000),
-    **{("cpu", f"{name}{reward}"): dict(gamma=0.95, flow_steps=3) for name in HANDS for reward in ("", "-dense")},
+    **{("cpu", f"{name}*"): dict(gamma=0.95, flow_steps=3, demo_noise=noise) for name, noise in HANDS.items()},
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
 }  # fmt: skip
 # Where a task's values come from; the first pattern that fits counts.
