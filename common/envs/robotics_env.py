@@ -1,5 +1,7 @@
 """Adroit hands and Franka Kitchen of gymnasium-robotics."""
 
+import contextlib
+import io
 from typing import Any, ClassVar
 
 import gymnasium as gym
@@ -11,7 +13,10 @@ from common.envs.render import Camera, mujoco  # before gymnasium-robotics impor
 from common.errors import UserError
 
 try:
-    import gymnasium_robotics
+    with contextlib.redirect_stderr(
+        io.StringIO()
+    ):  # prints a note on dense rewards in every process; docs/tasks.md has it
+        import gymnasium_robotics
 except ImportError as error:
     raise UserError(
         f"gymnasium-robotics cannot be imported ({error}); run: pip install gymnasium-robotics==1.4.2"
