@@ -13,9 +13,8 @@ from common.envs.render import Camera, mujoco  # before gymnasium-robotics impor
 from common.errors import UserError
 
 try:
-    with contextlib.redirect_stderr(
-        io.StringIO()
-    ):  # prints a note on dense rewards in every process; docs/tasks.md has it
+    # Its note on dense rewards would come from every process; docs/tasks.md has it.
+    with contextlib.redirect_stderr(io.StringIO()):
         import gymnasium_robotics
 except ImportError as error:
     raise UserError(
