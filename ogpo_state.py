@@ -53,33 +53,11 @@ from torch import Tensor, nn
 
 from common import checkpoint, cli, settings
 from common.replay import Batch, ReplayBuffer
-from common.run import Policy, Run, RunArgs
+from common.run import Policy, Run, RunArgs, TaskArgs
 from common.start import start
 from common.stopwatch import Stopwatch
 
-# --- Arguments. Values below are the `cpu` preset; common/settings.py holds what other presets and tasks change. -----
-
-
-@dataclass
-class TaskArgs:
-    """Environment, demonstrations and evaluation protocol."""
-
-    horizon: int = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's
-    reward_offset: float = -1.0  # added to every raw reward: -1 per step makes speed count [C]
-    success_bonus: float = 5.0  # added on the step that succeeds [C]
-    original_step: bool = False  # robosuite's own env.step instead of the fast path (equal trajectories, slower)
-    collect_horizon: int = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
-    num_envs: int = 1  # environments collecting in parallel processes
-    demos: str = "scripted"  # scripted, robomimic, minari (docs/tasks.md), POLICY.npz to roll out, or FILE.hdf5
-    num_demos: int = 60  # number of demonstrations made by an expert
-    demo_noise: float = 0.5  # noise of that expert's actions, in units of the action range
-    filter_key: str = ""  # only the demonstrations under mask/<key> of the file
-    data_dir: str = "data"  # where demonstrations are cached
-    eval_every: int = 4_000  # environment steps between evaluations during training
-    eval_interval_episodes: int = 20  # episodes of each evaluation during training
-    eval_episodes: int = 100  # episodes of the first and last evaluation and of --eval
-    eval_envs: int = 2  # evaluation processes
-    eval_seed: int = 0  # first of the fixed seeds of the evaluation episodes
+# --- Arguments. Values are the `cpu` preset's; common/settings.py holds what other presets and tasks change. ----------
 
 
 @dataclass
@@ -139,6 +117,8 @@ class ActorArgs:
 class CriticArgs:
     """Critic ensemble on chunked temporal-difference targets [S 1.7]."""
 
+    reward_offset: float = -1.0  # added to every raw reward: -1 per step makes speed count [C]
+    success_bonus: float = 5.0  # added on the step that succeeds [C]
     gamma: float = 0.99  # discount per environment step
     heads: int = 4  # M, independent critics
     critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
@@ -177,12 +157,7 @@ class Args:
 
 def default_args(env: str, preset: str, variant: str) -> Args:
     """Defaults for an environment: dataclass < preset < task < variant. Raises UserError on an unknown name."""
-    if preset == "auto":
-        preset = "paper" if torch.cuda.is_available() else "cpu"
-    args = cli.override(Args(), dict(env=env, preset=preset, variant=variant))
-    for row in settings.rows(env, preset, variant):
-        args = cli.override(args, row)
-    return args
+    return settings.apply(Args(), env, preset, variant)
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -456,7 +431,7 @@ def make_agent(args: Args, obs_dim: int, act_dim: int, device: torch.device, dem
     c = args.critic
     critic = CriticEnsemble(c.heads, obs_dim, dim, c.critic_hidden, mean, std).to(device)
     if c.pessimistic_init:
-        nn.init.constant_(critic.biases[-1], args.task.reward_offset / max(1 - c.gamma, 1e-3))
+        nn.init.constant_(critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
     return Agent(
         actor=actor,
         actor_ema=copy.deepcopy(actor).requires_grad_(False),
@@ -673,9 +648,7 @@ def train_online(run: Run, agent: Agent, args: Args) -> None:
         if step >= loop.start_training and run.buffer.starts.size >= args.critic.critic_batch:
             for _ in range(step // loop.update_every - before // loop.update_every):
                 run.averages.add(update(agent, run.buffer, args, run.rng, watch))
-        intervals = {"log": args.run.log_every, "eval": args.task.eval_every, "save": args.run.checkpoint_every}
-        due = {name for name, every in intervals.items() if before // every != step // every}
-        if due:
+        if due := run.due(before):
             metrics = run.averages.take()
             run.check_finite(metrics)
             run.log_training({f"ogpo/{k}": v for k, v in metrics.items()})
@@ -714,8 +687,8 @@ def main(argv: list[str]) -> None:
     choose, name = ("env", "preset", "variant"), "{env}__{variant}__s{seed}"
     args, saved, run_dir = start(argv, Args(), default_args, __doc__, FIXED, AT_LEAST, choose, name)
     with checkpoint.StopSignal() as stop:
-        t, training = args.task, not args.run.eval
-        reward = lambda raw, success: raw + t.reward_offset + t.success_bonus * success  # noqa: E731
+        c, training = args.critic, not args.run.eval
+        reward = lambda raw, success: raw + c.reward_offset + c.success_bonus * success  # noqa: E731
         run = Run(cli.flatten(args), run_dir, stop, saved, reward, training)
         try:
             demo_obs = torch.from_numpy(run.demos.obs) if run.demos else None

@@ -156,7 +156,7 @@ def settings_table() -> list[str]:
             cells = (
                 preset, f"{p.chunk}", f"{p.flow_steps}", f"{args.critic.gamma:g}",
                 f"{t.horizon:,}" + (f" ({t.collect_horizon:,})" if t.collect_horizon else ""),
-                f"{t.reward_offset:+g}, {t.success_bonus:+g}", demos,
+                f"{args.critic.reward_offset:+g}, {args.critic.success_bonus:+g}", demos,
                 f"{b.bc_stop_success:g}", f"{args.loop.total_steps:,}",
                 next(text for (s, task), text in SOURCES.items() if s == preset and fnmatch(name, task)),
             )  # fmt: skip

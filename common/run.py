@@ -47,12 +47,32 @@ class RunArgs:
     checkpoint_every: int = 5_000  # environment steps between checkpoints; the last two are kept
 
 
+@dataclass
+class TaskArgs:
+    """Environment, demonstrations and evaluation protocol."""
+
+    horizon: int = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's
+    original_step: bool = False  # robosuite's own env.step instead of the fast path (equal trajectories, slower)
+    collect_horizon: int = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
+    num_envs: int = 1  # environments collecting in parallel processes
+    demos: str = "scripted"  # scripted, robomimic, minari (docs/tasks.md), POLICY.npz to roll out, or FILE.hdf5
+    num_demos: int = 60  # number of demonstrations made by an expert
+    demo_noise: float = 0.5  # noise of that expert's actions, in units of the action range
+    filter_key: str = ""  # only the demonstrations under mask/<key> of the file
+    data_dir: str = "data"  # where demonstrations are cached
+    eval_every: int = 4_000  # environment steps between evaluations during training
+    eval_interval_episodes: int = 20  # episodes of each evaluation during training
+    eval_episodes: int = 100  # episodes of the first and last evaluation and of --eval
+    eval_envs: int = 2  # evaluation processes
+    eval_seed: int = 0  # first of the fixed seeds of the evaluation episodes
+
+
 class Run:
     """Holds everything but the agent, which `attach` brings in.
 
     `args` are the flat arguments of the script ({name: value}); this class reads: env, seed, device, threads, horizon,
     collect_horizon, original_step, num_envs, eval_envs, eval_seed, demos, num_demos, demo_noise, filter_key, data_dir,
-    replay_size, total_steps, chunk, video, wandb_project, tensorboard.
+    replay_size, total_steps, chunk, log_every, eval_every, checkpoint_every, video, wandb_project, tensorboard.
     """
 
     def __init__(
@@ -164,6 +184,11 @@ class Run:
         line = dict(metrics) | {f"train/{k}": float(v) for k, v in recent.items()}
         line |= {"train/episodes": c.finished, "time/wall": time.perf_counter() - self.started}
         self.log.log(self.state["step"], line)
+
+    def due(self, before: int) -> set[str]:
+        """Which of log, eval and save fall between step `before` and now."""
+        intervals = {"log": self.a.log_every, "eval": self.a.eval_every, "save": self.a.checkpoint_every}
+        return {name for name, every in intervals.items() if before // every != self.state["step"] // every}
 
     def check_finite(self, metrics: Mapping[str, float]) -> None:
         """Stop the process with exit code 1 and a dump beside the last good checkpoint if a value is not finite."""

@@ -3,11 +3,15 @@
 preset < task < variant, later rows win over earlier, and a flag on the command line wins over all.
 """
 
-from collections.abc import Iterator
 from fnmatch import fnmatch
+from typing import TypeVar
+
+import torch
 
 from common import cli
 from common.envs import resolve
+
+T = TypeVar("T")
 
 # Released settings, generation 3, Square column [C]; the script for Lift was never released, so Lift takes Square's.
 PAPER = dict(
@@ -84,10 +88,14 @@ VARIANTS: dict[str, dict] = {
 }
 
 
-def rows(env: str, preset: str, variant: str) -> Iterator[dict]:
-    """{name of an argument: value} of every row that applies, in order. Raises UserError on an unknown name."""
+def apply(args: T, env: str, preset: str, variant: str) -> T:
+    """`args` with every row that applies; "auto" is the paper's preset on a machine with a GPU. Raises UserError."""
+    if preset == "auto":
+        preset = "paper" if torch.cuda.is_available() else "cpu"
     cli.check_choice("preset", preset, ("cpu", "paper"))
     cli.check_choice("variant", variant, tuple(VARIANTS))
-    yield {"horizon": resolve(env).horizon or 300}
-    yield from (row for (p, task), row in SETTINGS.items() if fnmatch(preset, p) and fnmatch(env, task))
-    yield VARIANTS[variant]
+    rows = [row for (p, task), row in SETTINGS.items() if fnmatch(preset, p) and fnmatch(env, task)]
+    first = dict(env=env, preset=preset, variant=variant, horizon=resolve(env).horizon or 300)
+    for row in (first, *rows, VARIANTS[variant]):
+        args = cli.override(args, row)
+    return args

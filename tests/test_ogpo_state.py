@@ -256,7 +256,7 @@ def test_pessimistic_critics_start_at_the_value_of_never_succeeding() -> None:
         q = agent.critic_ema(obs, action)
         assert q.mean(1) == pytest.approx(centre, abs=1.5)
         if pessimistic:
-            failing = torch.full((500, 4), args.task.reward_offset)
+            failing = torch.full((500, 4), args.critic.reward_offset)
             fixed = og.td_target(failing, torch.zeros(500), torch.full((4, 500), -50.0), 0.98)
             torch.testing.assert_close(fixed, torch.full((500,), -50.0))
 
