@@ -96,7 +96,7 @@ class ActorArgs:
     """Policy extraction [S 1.4-1.6] and success-buffer regularization [S 1.8]."""
 
     variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = "ogpo+ca"  # plain; + success buffer, best-of-N; + conservative A
-    advantage: Literal["conservative", "vanilla", "penultimate", "positive"] = "conservative"  # [S 1.5]
+    advantage: Literal["conservative", "vanilla", "penultimate", "positive", "grpo"] = "conservative"  # [S 1.5]
     states: int = 64  # replay states per update
     group: int = 8  # G, chains per state
     clip: float = 0.01  # epsilon of the clipped objective, on the normalised ratio
@@ -126,6 +126,8 @@ class CriticArgs:
     critic_lr: float = 1e-3  # learning rate; Adam moves a value by about this much an update, over a range of 100
     critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
+    next_samples: int = 1  # G', next actions behind a target; several are Q-variance reduction [S 1.9]
+    next_reduce: Literal["mean", "median", "trimmed"] = "mean"  # of their values, per head; trimmed: their middle half
     pessimistic_init: bool = True  # critics start at the value of never succeeding, not at 0 as released
     critic_warmup: int = 250  # updates of the critics alone
     choose_successes: int = 2  # successful episodes, and critic_warmup, before best-of-N acts
@@ -333,16 +335,19 @@ def bc_loss(net: VelocityNet, obs: Tensor, action: Tensor, x0: Tensor, t: Tensor
 
 
 def group_advantage(q: Tensor, kind: str) -> Tensor:
-    """q (M, B, G) of G chains per state -> advantage (B, G) [S 1.5]. Never divided by the group's deviation.
+    """q (M, B, G) of G chains per state -> advantage (B, G) [S 1.5].
 
     vanilla       mean over heads, minus its group mean
     conservative  per head minus its group mean; the smallest magnitude if all heads agree on the sign, else 0
     penultimate   the same gate, the second smallest magnitude
     positive      vanilla, negative values set to 0
+    grpo          vanilla over its group's standard deviation; none of the others is divided by it
     """
     per_head = q - q.mean(-1, keepdim=True)
+    mean = per_head.mean(0)
+    if kind == "grpo":
+        return mean / (mean.std(-1, keepdim=True) + 1e-6)
     if kind in ("vanilla", "positive"):
-        mean = per_head.mean(0)
         return mean.clamp(min=0) if kind == "positive" else mean
     low, high = per_head.amin(0), per_head.amax(0)
     if kind == "penultimate" and len(q) > 1:
@@ -361,6 +366,16 @@ def ppo_loss(
         off = (ratio - 1).abs()
         info = {"ratio_off": off.sum(), "clipped": (off > clip).float().sum()}
     return loss, info
+
+
+def reduce_samples(q: Tensor, how: str) -> Tensor:
+    """Q-variance reduction [S 1.9]: values of G' next actions, head by head, q (M, n, G') -> (M, n)."""
+    if how == "median":
+        return q.quantile(0.5, -1)
+    if how == "trimmed":  # the middle half
+        cut = q.shape[-1] // 4
+        q = q.sort(-1).values[..., cut : q.shape[-1] - cut]
+    return q.mean(-1)
 
 
 def td_target(rewards: Tensor, terminated: Tensor, q_next: Tensor, gamma: float) -> Tensor:
@@ -498,13 +513,15 @@ def update_actor(agent: Agent, obs: Tensor, clone: Batch | None, args: Args, wat
 
 
 def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
-    """One critic step [S 1.7]: one chain of the target actor at the next state, no best-of-N in the target."""
+    """One critic step [S 1.7]: chains of the target actor at the next state, no best-of-N in the target."""
     p, c = args.policy, args.critic
     action = batch.actions.flatten(1)  # (n, D)
     with torch.no_grad():
-        noise = agent.randn(len(action), p.flow_steps + 1, action.shape[1])
-        next_action = sample_chain(agent.actor_ema, batch.next_obs, noise, p)[0][:, -1].clamp(-1, 1)
-        q_next = agent.critic_ema(batch.next_obs, next_action)
+        rows = batch.next_obs.repeat_interleave(c.next_samples, 0)  # (n G', O)
+        noise = agent.randn(len(rows), p.flow_steps + 1, action.shape[1])
+        next_action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)
+        q_next = agent.critic_ema(rows, next_action).unflatten(1, (-1, c.next_samples))  # (M, n, G')
+        q_next = reduce_samples(q_next, c.next_reduce)
         target = td_target(batch.rewards, batch.terminated, q_next, c.gamma)
     loss, info = critic_loss(agent.critic, batch.obs, action, target)
     agent.critic_opt.zero_grad()
@@ -678,7 +695,7 @@ FIXED = ("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "heads",
 AT_LEAST = dict(
     chunk=1, flow_steps=1, best_of_n=1, group=2, states=1, heads=1, update_every=1, num_envs=1, eval_envs=1,
     eval_episodes=1, bc_eval_episodes=1, eval_interval_episodes=1, horizon=1, critic_batch=1, success_batch=1,
-    bc_batch=1, bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1,
+    bc_batch=1, bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1, next_samples=1,
     noise_std=1e-6, clip=0.0,
 )  # fmt: skip
 

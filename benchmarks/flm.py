@@ -51,11 +51,11 @@ def evaluate(script: str, run: str, *flags: str) -> None:
 
 
 def judge(seeds: list[int], name: str) -> None:
-    """The runs' own step counts again, under another judge; the samples are the same."""
+    """Some of the runs' step counts again, under another judge, which is slow; the samples are the same."""
     for seed in seeds:
         for script, run in (("flm_train.py", f"flm_s{seed}"), ("fmlm_distill.py", f"fmlm_s{seed}")):
             if not (RUNS / run / f"evaluation_{name}.json").exists():
-                evaluate(script, run, "--judge", name)
+                evaluate(script, run, "--judge", name, "--steps", "1", "4", "16", "32")
 
 
 def ablations(steps: int) -> None:

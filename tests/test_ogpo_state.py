@@ -157,6 +157,7 @@ def test_conservative_gate_on_hand_made_ensembles() -> None:
     assert og.group_advantage(q, "penultimate").tolist() == [[2.0, -2.0, 0.0]]
     assert torch.allclose(og.group_advantage(q, "vanilla"), torch.tensor([[2.0, -2.0, 0.0]]))
     assert torch.allclose(og.group_advantage(q, "positive"), torch.tensor([[2.0, 0.0, 0.0]]))
+    assert torch.allclose(og.group_advantage(q, "grpo"), torch.tensor([[1.0, -1.0, 0.0]]))  # deviation 2
     # a constant per head and state changes nothing
     shift = torch.tensor([5.0, -7.0, 100.0])[:, None, None]
     assert torch.allclose(
@@ -221,6 +222,40 @@ def test_td_target_on_a_hand_solved_chain() -> None:
     q_next = torch.tensor([[8.0, 99.0, 4.0], [4.0, -99.0, 0.0]])  # heads: mean 6, ignored, 2
     want = [-1 - 0.5 + 0.25 * 6, -1 + 0.5 * 4, -1 - 0.5 + 0.25 * 2]
     assert og.td_target(rewards, terminated, q_next, 0.5).tolist() == pytest.approx(want)
+
+
+def test_variance_reduction_on_hand_values() -> None:
+    """Two heads, one state, eight next actions: mean, mean of the middle two, mean of the middle four."""
+    q = torch.tensor([[[8.0, 1.0, 2.0, 3.0, 100.0, 4.0, 5.0, -3.0]], [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 8.0]]])
+    for how, want in (("mean", [15.0, 1.0]), ("median", [3.5, 0.0]), ("trimmed", [3.5, 0.0])):
+        assert og.reduce_samples(q, how)[:, 0].tolist() == want
+    q[0, 0, 2] = 2.5  # inside the middle half, beside the median
+    assert og.reduce_samples(q, "trimmed")[0, 0].item() == pytest.approx((2.5 + 3 + 4 + 5) / 4)
+    assert og.reduce_samples(q, "median")[0, 0].item() == 3.5
+    assert torch.equal(og.reduce_samples(q[..., :1], "median"), q[..., 0])
+
+
+def test_variance_reduction_keeps_the_mean_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several next actions: the same expected target, a smaller spread from one draw to the next."""
+    batch = Batch(
+        obs=torch.zeros(64, 5),
+        actions=torch.zeros(64, 4, 2),
+        rewards=torch.zeros(64, 4),
+        next_obs=torch.ones(64, 5),
+        terminated=torch.zeros(64),
+    )
+    targets, real = [], og.critic_loss
+    monkeypatch.setattr(og, "critic_loss", lambda *a: targets.append(a[-1]) or real(*a))
+    spread = {}
+    for samples in (1, 16):
+        agent, args = small_agent(next_samples=samples, noise_std=0.5, critic_ema=0.0)
+        perturbed(agent.critic_ema, 0.5)
+        targets.clear()
+        for _ in range(20):
+            og.update_critic(agent, batch, args)
+        spread[samples] = torch.stack(targets)  # (20, 64), the same state everywhere
+    assert spread[16].std().item() == pytest.approx(spread[1].std().item() / 4, rel=0.15)
+    assert spread[16].mean().item() == pytest.approx(spread[1].mean().item(), abs=0.1 * spread[1].std().item())
 
 
 def test_critic_heads_are_independent_and_equal_their_single_nets() -> None:
