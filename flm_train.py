@@ -626,10 +626,13 @@ def train_step(
 
 @torch.no_grad()
 def validate(net: DiT, rows: np.ndarray, clock: Clock, args: Args) -> dict[str, float]:
-    """Cross entropy of held-out rows at fixed times and noise, mean and in quarters of tau."""
+    """Cross entropy of held-out rows at fixed times and noise, mean and in quarters of tau.
+
+    Outputs that are no distribution over the tokens have none: squared error there, under the name mse.
+    """
     net.eval()
     space, device, count = make_space(net, args.flow.space), net.embed.device, min(len(rows), 256)
-    losses = []
+    proper, losses = args.flow.softmax and args.flow.predict == "denoiser", []
     for i in range(0, count, 32):
         part = range(i, min(i + 32, count))
         tau = (torch.tensor(part, dtype=torch.float64, device=device) + 0.5) / count
@@ -638,10 +641,13 @@ def validate(net: DiT, rows: np.ndarray, clock: Clock, args: Args) -> dict[str, 
         t = clock.t(tau).float()
         x = (1 - t[:, None, None]) * space.noise(xi) + t[:, None, None] * space.tokens(tokens)
         probs = denoise(net, space, x, tau, t, args.flow)
-        losses.append(-probs.clamp(min=1e-9).gather(-1, tokens[..., None]).log().mean((1, 2)))
-    quarters = torch.cat(losses).chunk(4)
-    out = {f"valid/ce_quarter{i + 1}": q.mean().item() for i, q in enumerate(quarters)}
-    return {"valid/ce": torch.cat(losses).mean().item()} | out
+        own = probs.gather(-1, tokens[..., None])  # (B, L, 1)
+        loss = -own.clamp(min=1e-9).log() if proper else probs.square().sum(-1, keepdim=True) - 2 * own + 1
+        losses.append(loss.mean((1, 2)))
+    name, quarters = "valid/ce" if proper else "valid/mse", torch.cat(losses).chunk(4)
+    return {name: torch.cat(losses).mean().item()} | {
+        f"{name}_quarter{i + 1}": q.mean().item() for i, q in enumerate(quarters)
+    }
 
 
 def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
@@ -660,7 +666,7 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
         run.count(train_step(objective, net, ema, optimizer, run.step, run.data.train, clock, run.ranks, args))
         if run.due(args.run.eval_every) and run.chief:
             valid = validate(ema, run.data.valid, clock, args)
-            run.note(valid, f"valid CE {valid['valid/ce']:.3f}")
+            run.note(valid, "validation {} {:.3f}".format(*next(iter(valid.items()))))
             run.glance(lambda steps: generate(ema, steps, args, clock, 32, args.run.seed), (1, 32))
     run.save()
     return ema

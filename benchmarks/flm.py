@@ -14,7 +14,7 @@ import sys
 
 import numpy as np
 
-from runs import ROOT, RUNS, execute, keep, last, metrics, minutes
+from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, minutes
 
 sys.path.insert(0, str(ROOT))
 from common.judge.metrics import REAL, TextScore
@@ -89,10 +89,12 @@ def stored(prefix: str, judge: str) -> dict[int, list[TextScore]]:
 
 
 def rows_of(label: str, runs: dict[int, list[TextScore]]) -> list[str]:
-    """One line of the table per number of steps: mean over the seeds, and each seed's perplexity."""
+    """One line of the table per number of steps that all seeds have: mean, and each seed's perplexity."""
     lines = []
-    for at, first in enumerate(next(iter(runs.values()))):
-        scores = [scores[at] for scores in runs.values()]
+    for first in next(iter(runs.values())):
+        scores = [score for scores in runs.values() for score in scores if score.text == first.text]
+        if len(scores) < len(runs):
+            continue
         mean = lambda key: float(np.mean([getattr(s, key) for s in scores]))  # noqa: B023, E731
         js = np.mean([s.distances for s in scores], 0)
         each = ", ".join(f"{s.perplexity:.1f}" for s in scores)
@@ -185,7 +187,10 @@ def ablation_report() -> list[str]:
         if (folder / "evaluation_ngram.json").exists():
             few, many = read_scores(folder / "evaluation_ngram.json")[:2]
             cells = [f"{s.perplexity:.1f}, {s.entropy:.2f}" for s in (few, many)]
-            lines.append(f"| {name} | {last(metrics(folder), 'valid/ce'):.3f} | {cells[0]} | {cells[1]} |")
+            args = arguments(folder)
+            proper = args["softmax"] and args["predict"] == "denoiser"  # else no cross entropy
+            ce = f"{last(metrics(folder), 'valid/ce'):.3f}" if proper else "-"
+            lines.append(f"| {name} | {ce} | {cells[0]} | {cells[1]} |")
     return lines if len(lines) > head else []
 
 

@@ -346,6 +346,26 @@ def test_micro_batches_and_rows_give_the_step_of_the_whole_batch() -> None:
         torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("changes", "name", "want"),
+    [
+        ({}, "valid/ce", math.log(64)),  # an untrained network is uniform
+        ({"loss": "mse", "softmax": False}, "valid/mse", 1.0),  # ... or zero: the one-hot is the whole error
+        ({"loss": "mse", "predict": "velocity"}, "valid/mse", None),
+    ],
+)
+def test_validation_is_a_cross_entropy_only_of_distributions(changes: dict, name: str, want: float | None) -> None:
+    args = small(**changes)
+    net, clock = flm.DiT(args.model, 64), flm.Clock(flm.accuracy_table(64))
+    rows = np.random.default_rng(0).integers(0, 64, (256, 6)).astype(np.uint16)
+    out = flm.validate(net, rows, clock, args)
+    assert list(out) == [name, *(f"{name}_quarter{i}" for i in range(1, 5))]
+    if want is None:  # D = x at zero velocity, D - x_1 = (1 - t)(x_0 - x_1): (1 - t)^2 (V + 1) on average
+        t = clock.t((torch.arange(256, dtype=torch.float64) + 0.5) / 256)
+        want = float(((1 - t) ** 2).mean() * 65)
+    assert out[name] == pytest.approx(want, rel=0.02)
+
+
 def test_learning_rate_schedule() -> None:
     a = small(lr=1.0, warmup=10, total_steps=100, decay=0.2).train
     rates = [flm.learning_rate(k, a) for k in range(100)]
