@@ -23,7 +23,7 @@ from common.textplots import plot_scores, read_scores
 STORE = ROOT / "benchmarks" / "flm"
 SEEDS = (1, 2, 3)
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
-FRONTIER_STEPS = 64
+FRONTIER_STEPS = 32
 ABLATIONS: dict[str, list[str]] = {
     "softmax_ce": [],
     "softmax_mse": ["--loss", "mse"],
