@@ -666,7 +666,8 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
         run.count(train_step(objective, net, ema, optimizer, run.step, run.data.train, clock, run.ranks, args))
         if run.due(args.run.eval_every) and run.chief:
             valid = validate(ema, run.data.valid, clock, args)
-            run.note(valid, "validation {} {:.3f}".format(*next(iter(valid.items()))))
+            name, loss = next(iter(valid.items()))
+            run.note(valid, f"{name} {loss:.3f}")
             run.glance(lambda steps: generate(ema, steps, args, clock, 32, args.run.seed), (1, 32))
     run.save()
     return ema

@@ -79,7 +79,9 @@ SOURCES: dict[tuple[str, str], str] = {
     ("cpu", "transport"): "released script; not tuned",
     ("cpu", "kitchen-*"): "released script; not tuned",
     **{("cpu", f"{name}-dense"): "the sparse task's; not tuned" for name in HANDS},
-    ("cpu", "*"): "tuned here, seeds 1-3",
+    ("cpu", "lift"): "tuned here, seeds 1-3",
+    ("cpu", "toy"): "tuned here, seeds 1-3",
+    ("cpu", "*"): "not tuned yet",
 }
 VARIANTS: dict[str, dict] = {
     "ogpo": dict(advantage="vanilla", bc_coef=0.0, success_critic=False, best_of_n=1),
