@@ -661,6 +661,7 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
         net.trunk = torch.compile(net.trunk)
     if run.ranks.world > 1:
         objective = nn.parallel.DistributedDataParallel(objective)
+    few = min(32, args.sample.samples)
     while run.running():
         net.train()
         run.count(train_step(objective, net, ema, optimizer, run.step, run.data.train, clock, run.ranks, args))
@@ -668,7 +669,7 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
             valid = validate(ema, run.data.valid, clock, args)
             name, loss = next(iter(valid.items()))
             run.note(valid, f"{name} {loss:.3f}")
-            run.glance(lambda steps: generate(ema, steps, args, clock, 32, args.run.seed), (1, 32))
+            run.glance(lambda steps: generate(ema, steps, args, clock, few, args.run.seed), (1, 32))
     run.save()
     return ema
 

@@ -745,12 +745,13 @@ def train(run: TextRun, student: DiT, teacher: DiT | None, clock: Clock, args: A
         student.trunk = torch.compile(student.trunk)
     if run.ranks.world > 1:
         objective = nn.parallel.DistributedDataParallel(core, find_unused_parameters=residual is not None)
+    few = min(32, args.sample.samples)
     while run.running():
         core.train()
         core.stage = 1 if run.step < d.stage_one * a.total_steps else 2
         run.count(train_step(objective, student, ema, optimizer, run.step, run.data.train, run.ranks, args))
         if run.due(args.run.eval_every) and run.chief:
-            run.glance(lambda steps: generate(ema, steps, args, clock, 32, args.run.seed), (1, 2, 4, 8))
+            run.glance(lambda steps: generate(ema, steps, args, clock, few, args.run.seed), (1, 2, 4, 8))
     run.save()
     return ema
 

@@ -1,6 +1,7 @@
 """Figures of generated text: perplexity over the number of network calls, and against entropy."""
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -25,7 +26,8 @@ def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: st
 
     Args:
         series: {label: lines of one table}; lines named "N steps" are joined in that order, that of real text (the
-            same in all tables of one corpus) is drawn once, as a dashed line and a star.
+            same in all tables of one corpus) is drawn once, as a dashed line and a star. Empty texts, which an
+            untrained network writes, have no perplexity: their lines are left out.
         path: of the PNG.
         title: of the figure.
     """
@@ -36,7 +38,7 @@ def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: st
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for label, scores in series.items():
-        made = [score for score in scores if score.text != REAL]
+        made = [score for score in scores if score.text != REAL and math.isfinite(score.perplexity)]
         steps = [int(score.text.split()[0]) for score in made]
         perplexity = [score.perplexity for score in made]
         (line,) = left.plot(steps, perplexity, "o-", markersize=4, label=label)
@@ -49,6 +51,7 @@ def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: st
     real = next(score for score in first if score.text == REAL)
     left.axhline(real.perplexity, color="black", linestyle="--", linewidth=1, label=REAL)
     right.plot([real.entropy], [real.perplexity], "k*", markersize=10)
+    left.set_xlim(left=0.9)
     left.set_xscale("log", base=2)
     left.set(yscale="log", xlabel="network calls", ylabel=f"perplexity ({real.judge}, per {real.unit})")
     right.set(xlabel="entropy of a sample's tokens (nats)")

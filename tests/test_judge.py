@@ -17,9 +17,10 @@ import torch
 from common.download import obtain
 from common.errors import UserError
 from common.judge import JUDGES, TextScore, format_table, get_judge, gpt2, score_texts, smollm2, split_real
-from common.judge.metrics import copied_fraction, ngram_distance, self_bleu, unigram_entropy
+from common.judge.metrics import REAL, copied_fraction, ngram_distance, self_bleu, unigram_entropy
 from common.judge.ngram import UNKNOWN, NgramJudge, discounts, words
 from common.judge.scoring import corpus_perplexity
+from common.textplots import plot_scores
 
 AUSTEN = Path(__file__).parents[1] / "assets" / "austen.txt.xz"
 
@@ -571,3 +572,14 @@ def test_failed_download_leaves_nothing_and_says_where_the_file_goes(tmp_path, m
     ):
         obtain(tmp_path / "model", "https://host/model", "do without")
     assert not list(tmp_path.iterdir())
+
+
+def test_figure_leaves_out_texts_without_perplexity(tmp_path):
+    """An untrained network may write nothing but separators."""
+    line = dict(judge="ngram", unit="word", self_bleu=0.0, distances=(0.0, 0.0, 0.0), copied=0.0, samples=4)
+    nothing = [TextScore(text=f"{n} steps", perplexity=math.nan, entropy=0.0, **line) for n in (1, 4)]
+    some = TextScore(text="8 steps", perplexity=200.0, entropy=3.0, **line)
+    real = TextScore(text=REAL, perplexity=100.0, entropy=3.5, **line)
+    for scores in ([*nothing, real], [*nothing, some, real]):
+        plot_scores({"run": scores}, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 1_000
