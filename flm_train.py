@@ -549,13 +549,18 @@ def sample_bridge(
     return y
 
 
+def rows_at_once(device: torch.device, length: int) -> int:
+    """Rows whose logits exist at a time outside training: what a CPU's cache holds, what a GPU's memory does."""
+    return max(1, 2 ** (14 if device.type == "cuda" else 10) // length)
+
+
 @torch.no_grad()
 def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int) -> Tensor:
     """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
     net.eval()
     device, space, out = net.embed.device, make_space(net, args.flow.space), []
     generator = torch.Generator(device).manual_seed(seed)
-    rows = max(1, 2 ** (14 if device.type == "cuda" else 10) // args.model.length)  # what a CPU's cache holds
+    rows = rows_at_once(device, args.model.length)
     for done in range(0, samples, rows):
         shape = (min(rows, samples - done), args.model.length, space.width)
         x = space.noise(torch.randn(shape, generator=generator, device=device))
@@ -633,8 +638,9 @@ def validate(net: DiT, rows: np.ndarray, clock: Clock, args: Args) -> dict[str, 
     net.eval()
     space, device, count = make_space(net, args.flow.space), net.embed.device, min(len(rows), 256)
     proper, losses = args.flow.softmax and args.flow.predict == "denoiser", []
-    for i in range(0, count, 32):
-        part = range(i, min(i + 32, count))
+    at_once = rows_at_once(device, args.model.length)
+    for i in range(0, count, at_once):
+        part = range(i, min(i + at_once, count))
         tau = (torch.tensor(part, dtype=torch.float64, device=device) + 0.5) / count
         tokens = torch.from_numpy(rows[part.start : part.stop].astype(np.int64)).to(device)
         xi = row_noise(0, part, (tokens.shape[1], space.width), 0, device)
