@@ -127,8 +127,8 @@ def report() -> None:
     times = {p: [minutes(STORE / f"{p}_s{seed}") for seed in stored(p, "ngram")] for p in ("flm", "fmlm")}
     text += [
         "",
-        "Seed 3 was timed alone on two cores; the other seeds ran side by side with one thread each, and their FMLM times "
-        "lack what came before an interruption. Wall time, minutes, training and evaluation: ",
+        "Seed 3 was timed alone on two cores; the other seeds ran side by side with one thread each, and their FMLM "
+        "times lack what came before an interruption. Wall time, minutes, training and evaluation: ",
     ]
     text[-1] += "; ".join(f"{p} {', '.join(f'{m:.1f}' for m in ms)}" for p, ms in times.items()) + "."
     text += frontier_report() + ablation_report()
