@@ -43,7 +43,7 @@ def run(seeds: list[int], judge: str) -> None:
     for seed in seeds:
         common = ["--seed", str(seed), "--judge", judge]
         run_one("flm_train.py", f"flm_s{seed}", common)
-        run_one("fmlm_distill.py", f"fmlm_s{seed}", [*common, "--teacher", str(RUNS / f"flm_s{seed}")])
+        run_one("fmlm_distill.py", f"fmlm_s{seed}", [*common, "--teacher", f"runs/flm_s{seed}"])
 
 
 def evaluate(script: str, run: str, *flags: str) -> None:
