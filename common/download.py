@@ -17,7 +17,7 @@ def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Pa
     Raises UserError without a network, with `otherwise` as the remedy besides placing the file by hand.
     """
     if not path.is_file():
-        _download(url, path, otherwise)
+        _download(url, path, otherwise, known)
     return check_digest(path, known)
 
 
@@ -41,14 +41,18 @@ def check_digest(path: Path, known: str | None = None) -> Path:
     return path
 
 
-def _download(url: str, path: Path, otherwise: str) -> None:
-    """Downloads `url` to `path`, whole or not at all."""
+def _download(url: str, path: Path, otherwise: str, known: str | None) -> None:
+    """Downloads `url` to `path`, whole and as its sha256 says, or not at all."""
     try:
-        with replacing(path) as temp, open(temp, "wb") as file:
-            stream(url, file, path.name)
+        with replacing(path) as temp:
+            with open(temp, "wb") as file:
+                stream(url, file, path.name)
+            if known and sha256(temp) != known:
+                raise OSError("its sha256 is not the expected one")
     except (OSError, http.client.HTTPException) as error:
+        file = f"the file (sha256 {known[:12]}...)" if known else "the file"
         raise UserError(
-            f"cannot download {url} ({first_line(error)}); put the file at {path} by hand, or {otherwise}"
+            f"cannot download {url} ({first_line(error)}); put {file} at {path} by hand, or {otherwise}"
         ) from error
 
 
