@@ -51,7 +51,7 @@ def evaluate(script: str, run: str, *flags: str) -> None:
 
 
 def judge(seeds: list[int], name: str) -> None:
-    """Some of the runs' step counts again, under another judge, which is slow; the samples are the same."""
+    """Few of the step counts, under another judge. The samples are the same; making them again is what takes time."""
     for seed in seeds:
         for script, run in (("flm_train.py", f"flm_s{seed}"), ("fmlm_distill.py", f"fmlm_s{seed}")):
             if not (RUNS / run / f"evaluation_{name}.json").exists():
