@@ -39,7 +39,6 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning th
 import copy
 import math
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -52,6 +51,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoint, cli, settings
+from common.machine import compile_functions
 from common.replay import Batch, ReplayBuffer
 from common.run import Policy, Run, RunArgs, TaskArgs
 from common.start import start
@@ -168,10 +168,6 @@ def default_args(env: str, preset: str, variant: str) -> Args:
 class VelocityNet(nn.Module):
     """v_theta(s, x, t): MLP on [observation, noised chunk, time embedding] [C]. No layer norm in the actor."""
 
-    obs_mean: Tensor
-    obs_std: Tensor
-    freqs: Tensor
-
     def __init__(self, obs_dim: int, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.register_buffer("obs_mean", mean.clone())  # (O,)
@@ -206,9 +202,6 @@ Params = Sequence[Tensor]
 
 class CriticEnsemble(nn.Module):
     """M independent heads Q_m(s, chunk), linear -> layer norm -> GELU, as batched matrix products [C]."""
-
-    obs_mean: Tensor
-    obs_std: Tensor
 
     def __init__(
         self, heads: int, obs_dim: int, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor
@@ -621,7 +614,7 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
         if agent.bc_step % c.bc_eval_every and agent.bc_step < c.bc_steps:
             continue
         run.check_finite({"bc_loss": loss.item()})
-        result = run.evaluate(ode, "bc", c.bc_eval_episodes)["ode"]
+        result = run.evaluate(ode, "bc", c.bc_eval_episodes, log="")["ode"]
         run.log.log(0, {"bc/step": agent.bc_step, "bc/loss": loss.item(), "bc/success": result.rate})
         run.log.say(f"cloning step {agent.bc_step}: loss {loss.item():.3f}, {result}")
         if result.rate <= c.bc_stop_success:
@@ -641,9 +634,7 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
     agent.bc_done = True
     agent.actor_ema.load_state_dict(agent.actor.state_dict())
     agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # starts afresh [C]
-    results = run.evaluate(ode, "final", args.task.eval_episodes)
-    run.log_eval(results)
-    run.log.say(f"cloned policy: {results['ode']}")
+    run.log.say(f"cloned policy: {run.evaluate(ode, 'final', args.task.eval_episodes)['ode']}")
     run.video(ode["ode"], "before.mp4")
     run.collector.start()
     run.save()
@@ -651,8 +642,7 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
 
 def train_online(run: Run, agent: Agent, args: Args) -> None:
     """Collect with the best-of-N policy into an empty buffer; one update every `update_every` environment steps."""
-    loop, state, collector, watch = args.loop, run.state, run.collector, Stopwatch(args.run.profile)
-    started, first_update = time.perf_counter(), agent.updates
+    loop, state, watch = args.loop, run.state, run.watch
 
     def act(obs: np.ndarray) -> np.ndarray:
         with watch("acting"):
@@ -661,48 +651,22 @@ def train_online(run: Run, agent: Agent, args: Args) -> None:
     while state["step"] < loop.total_steps and not run.stop.requested:
         before = state["step"]
         with watch("env"):
-            step = state["step"] = before + collector.step(act)
+            step = state["step"] = before + run.collector.step(act)
         if step >= loop.start_training and run.buffer.starts.size >= args.critic.critic_batch:
             for _ in range(step // loop.update_every - before // loop.update_every):
                 run.averages.add(update(agent, run.buffer, args, run.rng, watch))
-        if due := run.due(before):
-            metrics = run.averages.take()
-            run.check_finite(metrics)
-            run.log_training({f"ogpo/{k}": v for k, v in metrics.items()})
+        due = run.tick(before, agent.updates)
         if "eval" in due:
             with watch("evaluation"):
                 results = run.evaluate(policies(agent, args), "interval", args.task.eval_interval_episodes)
-            run.log_eval(results)
             run.log.say(f"step {step}: " + "; ".join(f"{k} {r}" for k, r in results.items()))
-            if args.run.profile:
-                run.log.say("time: " + ", ".join(f"{k} {v:.0%}" for k, v in watch.shares().items()))
         if "save" in due:
             run.save()
-        rate = (agent.updates - first_update) / (time.perf_counter() - started)
-        recent = f"{np.mean(collector.successes):.2f}" if collector.successes else "-"
-        run.log.progress(step, {"updates/s": f"{rate:.1f}", "success of the last 20 episodes": recent})
-
-
-def compile_hot_paths(device: torch.device) -> None:
-    """Same functions, compiled; on a GPU as CUDA graphs, which save the launches of many small kernels."""
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
-    for name in ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"):
-        globals()[name] = torch.compile(globals()[name], mode=mode)
-
-
-# A checkpoint's weights and buffer fit only these settings.
-FIXED = ("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "heads", "num_envs", "replay_size")
-AT_LEAST = dict(
-    chunk=1, flow_steps=1, best_of_n=1, group=2, states=1, heads=1, update_every=1, num_envs=1, eval_envs=1,
-    eval_episodes=1, bc_eval_episodes=1, eval_interval_episodes=1, horizon=1, critic_batch=1, success_batch=1,
-    bc_batch=1, bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1, next_samples=1,
-    noise_std=1e-6, clip=0.0,
-)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     choose, name = ("env", "preset", "variant"), "{env}__{variant}__s{seed}"
-    args, saved, run_dir = start(argv, Args(), default_args, __doc__, FIXED, AT_LEAST, choose, name)
+    args, saved, run_dir = start(argv, Args(), default_args, __doc__, settings.FIXED, settings.AT_LEAST, choose, name)
     with checkpoint.StopSignal() as stop:
         c, training = args.critic, not args.run.eval
         reward = lambda raw, success: raw + c.reward_offset + c.success_bonus * success  # noqa: E731
@@ -712,7 +676,7 @@ def main(argv: list[str]) -> None:
             agent = make_agent(args, run.obs_dim, run.act_dim, run.device, demo_obs)
             run.attach(agent)
             if args.run.compile:
-                compile_hot_paths(run.device)
+                compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"), run.device)
             if training:
                 if not agent.bc_done:
                     pretrain(run, agent, args)
@@ -723,9 +687,8 @@ def main(argv: list[str]) -> None:
                     run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
                     return
                 run.video(policies(agent, args)["bon"], "after.mp4")
-            results = run.evaluate(policies(agent, args), "final", args.task.eval_episodes)
-            if training:
-                run.log_eval(results, "final")
+            log = "final" if training else ""
+            results = run.evaluate(policies(agent, args), "final", args.task.eval_episodes, log)
             print(f"ODE policy:       {results['ode']}\nbest-of-N policy: {results['bon']}")
         finally:
             run.close()

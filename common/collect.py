@@ -92,6 +92,12 @@ class Collector:
             self._reset(done)
         return len(actions)
 
+    def recent(self) -> dict[str, float]:
+        """Success and length of the last episodes, empty before the first has ended."""
+        if not self.successes:
+            return {}
+        return {"success": float(np.mean(self.successes)), "length": float(np.mean(self.lengths))}
+
     def state_dict(self) -> dict:
         episodes = [
             {

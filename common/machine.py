@@ -1,10 +1,11 @@
-"""What a run was made with: versions, commit, command line, hardware."""
+"""What a run was made with: versions, commit, command line, hardware; and compiling functions for that hardware."""
 
 import importlib.metadata
 import os
 import platform
 import subprocess
 import sys
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -48,3 +49,13 @@ def _cpu_name() -> str:
             if line.startswith("model name"):
                 return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
     return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+
+
+def compile_functions(module: dict[str, Any], names: Sequence[str], device: torch.device) -> None:
+    """Replaces functions of a module (its globals()) by compiled ones.
+
+    On a GPU as CUDA graphs, which save the launches of many small kernels; on a CPU it needs a C++ compiler.
+    """
+    mode = "reduce-overhead" if device.type == "cuda" else "default"
+    for name in names:
+        module[name] = torch.compile(module[name], mode=mode)

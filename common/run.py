@@ -20,6 +20,7 @@ from common.evaluate import EvalResult, evaluate, record_video
 from common.replay import ReplayBuffer
 from common.runlog import Averages, RunLog, plot_curves
 from common.start import CHECKPOINT, pick_device
+from common.stopwatch import Stopwatch
 
 Policy = Callable[[np.ndarray, torch.Generator], np.ndarray]  # observations (n, O), noise source -> chunks (n, H, A)
 EVAL_SEEDS = {"final": 0, "bc": 100_000, "interval": 200_000}  # the final episodes never decided anything
@@ -70,9 +71,10 @@ class TaskArgs:
 class Run:
     """Holds everything but the agent, which `attach` brings in.
 
-    `args` are the flat arguments of the script ({name: value}); this class reads: env, seed, device, threads, horizon,
+    `args` are the flat arguments of the script ({name: value}); read here are: env, seed, device, threads, horizon,
     collect_horizon, original_step, num_envs, eval_envs, eval_seed, demos, num_demos, demo_noise, filter_key, data_dir,
-    replay_size, total_steps, chunk, log_every, eval_every, checkpoint_every, video, wandb_project, tensorboard.
+    replay_size, total_steps, chunk, log_every, eval_every, checkpoint_every, profile, video, wandb_project and
+    tensorboard.
     """
 
     def __init__(
@@ -121,6 +123,8 @@ class Run:
         self.collector = Collector(envs, self.buffer, reward, a.seed)
         self.rng = np.random.default_rng(a.seed)  # replay indices
         self.averages = Averages()  # metrics of the updates since the last log line
+        self.watch = Stopwatch(a.profile)
+        self.first: tuple[float, int] | None = None  # time and updates at the first tick, for the speed
         self.log = RunLog(
             run_dir,
             total_steps=a.total_steps,
@@ -159,8 +163,14 @@ class Run:
             },
         )
 
-    def evaluate(self, policies: Mapping[str, Policy], use: str, episodes: int) -> dict[str, EvalResult]:
-        """{name: result}. Fixed episode seeds and a noise source of its own: the same weights give the same numbers."""
+    def evaluate(
+        self, policies: Mapping[str, Policy], use: str, episodes: int, log: str = "eval"
+    ) -> dict[str, EvalResult]:
+        """{name: result}, logged under the prefix `log` unless that is empty.
+
+        Fixed episode seeds (`use`: a key of EVAL_SEEDS) and a noise source of its own: the same weights give the same
+        numbers.
+        """
         results = {}
         for name, policy in policies.items():
             rng = torch.Generator(self.device).manual_seed(self.a.eval_seed)
@@ -169,26 +179,36 @@ class Run:
             names = self.task.tasks
             parts = tuple(names[(first + i) % len(names)] for i in range(episodes)) if names else ()
             results[name] = replace(result, parts=parts)
+        if log:
+            rates = {f"{log}/{k}_success": r.rate for k, r in results.items()}
+            rates |= {f"{log}/{k}_length": r.mean_length for k, r in results.items()}
+            rates |= {f"{log}/{k}_success/{part}": x for k, r in results.items() for part, x in r.by_part.items()}
+            self.log.log(self.state["step"], rates)
         return results
 
-    def log_eval(self, results: Mapping[str, EvalResult], prefix: str = "eval") -> None:
-        rates = {f"{prefix}/{k}_success": r.rate for k, r in results.items()}
-        rates |= {f"{prefix}/{k}_length": r.mean_length for k, r in results.items()}
-        rates |= {f"{prefix}/{k}_success/{part}": x for k, r in results.items() for part, x in r.by_part.items()}
-        self.log.log(self.state["step"], rates)
+    def tick(self, before: int, updates: int) -> set[str]:
+        """After a step of the collector: the progress line, and which of log, eval and save are due since `before`.
 
-    def log_training(self, metrics: Mapping[str, float]) -> None:
-        """One line of metrics.jsonl: the given metrics and those of the last 20 training episodes."""
-        c = self.collector
-        recent = {"success": np.mean(c.successes), "length": np.mean(c.lengths)} if c.successes else {}
-        line = dict(metrics) | {f"train/{k}": float(v) for k, v in recent.items()}
-        line |= {"train/episodes": c.finished, "time/wall": time.perf_counter() - self.started}
-        self.log.log(self.state["step"], line)
-
-    def due(self, before: int) -> set[str]:
-        """Which of log, eval and save fall between step `before` and now."""
+        What is due comes with a line of metrics.jsonl: the averages of the updates and of the last 20 training
+        episodes. updates: how many the agent has had.
+        """
+        step, recent = self.state["step"], self.collector.recent()
         intervals = {"log": self.a.log_every, "eval": self.a.eval_every, "save": self.a.checkpoint_every}
-        return {name for name, every in intervals.items() if before // every != self.state["step"] // every}
+        due = {name for name, every in intervals.items() if before // every != step // every}
+        if due:
+            metrics = self.averages.take()
+            self.check_finite(metrics)
+            line = {f"ogpo/{k}": v for k, v in metrics.items()} | {f"train/{k}": v for k, v in recent.items()}
+            line |= {"train/episodes": self.collector.finished, "time/wall": time.perf_counter() - self.started}
+            self.log.log(step, line)
+        if "eval" in due and self.a.profile and self.watch.seconds:
+            self.log.say("time: " + ", ".join(f"{k} {v:.0%}" for k, v in self.watch.shares().items()))
+        if self.first is None:
+            self.first = (time.perf_counter(), updates)
+        rate = (updates - self.first[1]) / max(time.perf_counter() - self.first[0], 1e-9)
+        success = f"{recent['success']:.2f}" if recent else "-"
+        self.log.progress(step, {"updates/s": f"{rate:.1f}", "success of the last 20 episodes": success})
+        return due
 
     def check_finite(self, metrics: Mapping[str, float]) -> None:
         """Stop the process with exit code 1 and a dump beside the last good checkpoint if a value is not finite."""

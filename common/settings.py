@@ -88,6 +88,14 @@ VARIANTS: dict[str, dict] = {
     "ogpo+": dict(advantage="vanilla"),
     "ogpo+ca": {},
 }
+# A checkpoint's weights and buffer fit only these settings.
+FIXED = ("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "heads", "num_envs", "replay_size")
+AT_LEAST = dict(
+    chunk=1, flow_steps=1, best_of_n=1, group=2, states=1, heads=1, update_every=1, num_envs=1, eval_envs=1,
+    eval_episodes=1, bc_eval_episodes=1, eval_interval_episodes=1, horizon=1, critic_batch=1, success_batch=1,
+    bc_batch=1, bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1, next_samples=1,
+    noise_std=1e-6, clip=0.0,
+)  # fmt: skip
 
 
 def apply(args: T, env: str, preset: str, variant: str) -> T:

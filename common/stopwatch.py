@@ -17,12 +17,13 @@ class Stopwatch:
         self.sync = sync and torch.cuda.is_available()
         self.seconds: dict[str, float] = {}
         self._open: list[str] = []
-        self.start = self._mark = time.perf_counter()
+        self.start = self._mark = 0.0
 
     def _lap(self) -> None:
         if self.sync:
             torch.cuda.synchronize()
         now = time.perf_counter()
+        self.start = self.start or now
         if self._open:
             name = self._open[-1]
             self.seconds[name] = self.seconds.get(name, 0.0) + now - self._mark
@@ -39,7 +40,7 @@ class Stopwatch:
             self._open.pop()
 
     def shares(self) -> dict[str, float]:
-        """Fraction of the wall time since creation by section, the rest as `other`."""
+        """Fraction of the wall time since the first section began, by section, the rest as `other`."""
         total = time.perf_counter() - self.start
         shares = {name: s / total for name, s in self.seconds.items()}
         return shares | {"other": 1.0 - sum(shares.values())}

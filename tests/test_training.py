@@ -18,6 +18,7 @@ from common import checkpoint, cli
 from common.collect import Collector
 from common.demos.robomimic import Episode, write_demos
 from common.envs import TASKS, make_vec_env
+from common.machine import compile_functions
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
 
@@ -352,7 +353,7 @@ def test_eager_and_compiled_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         eager = everything()
         names = ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss")
         originals = {name: getattr(og, name) for name in names}
-        og.compile_hot_paths(torch.device("cpu"))
+        compile_functions(vars(og), names, torch.device("cpu"))
         try:
             assert all(getattr(og, name) is not originals[name] for name in names)
             compiled = everything()
