@@ -78,7 +78,7 @@ def store() -> None:
     for folder in sorted(RUNS.glob("f*lm_*")):
         target = STORE / folder.name
         if folder.is_dir() and keep(folder, target, folder.glob("evaluation*.json")):
-            for file in folder.glob("samples_*.txt"):
+            for file in (*folder.glob("samples_*_steps*.txt"), folder / "samples_real_text.txt"):
                 (target / file.name).write_text("\n----\n".join(file.read_text().split("\n----\n")[:8]) + "\n")
 
 
