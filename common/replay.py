@@ -16,6 +16,7 @@ class Batch:
     rewards: torch.Tensor  # (n, H)
     next_obs: torch.Tensor  # (n, O) observation after the chunk's last step
     terminated: torch.Tensor  # (n,) 1.0 where the episode ended for good with the chunk's last step
+    rows: np.ndarray  # (n,) the buffer's row of the chunk's first step
 
 
 class IndexQueue:
@@ -51,6 +52,7 @@ class ReplayBuffer:
         self.actions = np.zeros((capacity, act_dim), np.float32)
         self.rewards = np.zeros(capacity, np.float32)
         self.terminated = np.zeros(capacity, np.float32)
+        self.ends = np.zeros(capacity, np.int64)  # row of the episode's final observation
         self.episodes: deque[tuple[int, int, bool]] = deque()  # first row, one past the last row, success
         self.row = 0  # next row to write
         self.starts, self.success_starts = IndexQueue(capacity), IndexQueue(capacity)
@@ -80,6 +82,7 @@ class ReplayBuffer:
 
     def _append(self, lo: int, hi: int, success: bool) -> None:
         self.episodes.append((lo, hi, success))
+        self.ends[lo:hi] = hi - 1
         starts = np.arange(lo, max(lo, hi - self.horizon))
         self.starts.push(starts)
         if success:
@@ -108,6 +111,7 @@ class ReplayBuffer:
             rewards=tensor(self.rewards[rows]),
             next_obs=tensor(self.obs[last]),
             terminated=tensor(self.terminated[last - 1]),
+            rows=start,
         )
 
     def state_dict(self) -> dict:

@@ -3,6 +3,7 @@
 preset < task < variant, later rows win over earlier, and a flag on the command line wins over all.
 """
 
+from collections.abc import Collection
 from fnmatch import fnmatch
 from typing import TypeVar
 
@@ -61,7 +62,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
     ("cpu", "mt10"): dict(num_demos=200, total_steps=150_000),
-    **{("cpu", f"{name}*"): dict(gamma=0.95, flow_steps=3, demo_noise=noise) for name, noise in HANDS.items()},
+    **{("cpu", f"{name}*"): dict(flow_steps=3, demo_noise=noise) for name, noise in HANDS.items()},
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
 }  # fmt: skip
 # Where a task's values come from; the first pattern that fits counts.
@@ -98,8 +99,11 @@ AT_LEAST = dict(
 )  # fmt: skip
 
 
-def apply(args: T, env: str, preset: str, variant: str) -> T:
-    """`args` with every row that applies; "auto" is the paper's preset on a machine with a GPU. Raises UserError."""
+def apply(args: T, env: str, preset: str, variant: str, without: Collection[str] = ()) -> T:
+    """`args` with every row that applies; "auto" is the paper's preset on a machine with a GPU. Raises UserError.
+
+    without: arguments that the tables set and `args` does not have.
+    """
     if preset == "auto":
         preset = "paper" if torch.cuda.is_available() else "cpu"
     cli.check_choice("preset", preset, ("cpu", "paper"))
@@ -107,5 +111,5 @@ def apply(args: T, env: str, preset: str, variant: str) -> T:
     rows = [row for (p, task), row in SETTINGS.items() if fnmatch(preset, p) and fnmatch(env, task)]
     first = dict(env=env, preset=preset, variant=variant, horizon=resolve(env).horizon or 300)
     for row in (first, *rows, VARIANTS[variant]):
-        args = cli.override(args, row)
+        args = cli.override(args, {name: value for name, value in row.items() if name not in without})
     return args

@@ -243,6 +243,7 @@ def test_variance_reduction_keeps_the_mean_of_the_target(monkeypatch: pytest.Mon
         rewards=torch.zeros(64, 4),
         next_obs=torch.ones(64, 5),
         terminated=torch.zeros(64),
+        rows=np.zeros(64, np.int64),
     )
     targets, real = [], og.critic_loss
     monkeypatch.setattr(og, "critic_loss", lambda *a: targets.append(a[-1]) or real(*a))
@@ -306,6 +307,7 @@ def test_critic_learns_the_values_of_a_two_state_mdp() -> None:
         rewards=-torch.ones(64, 1),
         next_obs=states.flip(0).repeat(32, 1),
         terminated=torch.tensor([0.0, 1.0]).repeat(32),
+        rows=np.zeros(64, np.int64),
     )
     for _ in range(400):
         og.update_critic(agent, batch, args)

@@ -1,0 +1,475 @@
+"""The variants of ogpo_state.py: what they share with it, and every term they add against hand-computed values."""
+
+import ast
+import difflib
+import math
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from torch.distributions import Normal
+
+import ogpo_state as og
+from common import cli
+from common.replay import ReplayBuffer
+from common.runlog import read_metrics
+from common.stopwatch import Stopwatch
+from variants import ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference
+
+ROOT = Path(og.__file__).parent
+VARIANTS = (ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference)
+# What each may define in its own words; all else is the text of ogpo_state.py.
+OWN = {
+    ogpo_critic: {
+        *("CriticArgs", "returns_to_go", "calql_term", "conservative", "update_critic", "update", "pretrain_critic"),
+        "pretrain",
+    },
+    ogpo_diffusion: {
+        *("PolicyArgs", "default_args", "DDPM_STEPS", "signal_level", "chain_schedule", "chain_step"),
+        *("sample_chain", "chain_log_prob", "sample_ode", "bc_loss", "flow_schedule", "chain_mean"),
+    },
+    ogpo_extraction: {
+        *("ActorArgs", "advantage_weights", "flow_losses", "awr_loss", "ofpo_loss", "extraction_loss"),
+        "update_actor",
+    },
+    ogpo_reference: {
+        *("ReferenceArgs", "Args", "blend", "penalised_advantage", "ppo_loss", "Agent", "make_agent"),
+        *("update_actor", "update_critic", "pretrain"),
+    },
+}
+
+
+def definitions(module: ModuleType) -> dict[str, str]:
+    """{name: text} of the functions, classes and constants at the top level of a script."""
+    text = Path(module.__file__).read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = ast.get_source_segment(text, node)
+        elif isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = ast.get_source_segment(text, node)
+    return found
+
+
+def build(module: ModuleType, **changes: object) -> tuple[og.Agent, og.Args]:
+    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, states=8, group=4, heads=3, micro_batch=8)
+    args = cli.override(module.default_args("toy", "cpu", "ogpo+ca"), values | changes)
+    return module.make_agent(args, 5, 2, torch.device("cpu")), args
+
+
+def perturbed(net: torch.nn.Module, scale: float) -> None:
+    g = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=g))
+
+
+def gradients(net: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
+
+
+@pytest.mark.parametrize("module", VARIANTS)
+def test_a_variant_is_a_short_diff_of_the_script(module: ModuleType) -> None:
+    base, own = definitions(og), definitions(module)
+    differ = {name for name in base.keys() | own.keys() if base.get(name) != own.get(name)}
+    assert differ == OWN[module]
+    a, b = (Path(m.__file__).read_text().splitlines() for m in (og, module))
+    changed = [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
+    printed = subprocess.run(["diff", og.__file__, module.__file__], capture_output=True, text=True).stdout
+    assert 30 < len(changed) <= len(printed.splitlines()) < 150
+    assert len(a) < 700
+
+
+@pytest.mark.parametrize("module", VARIANTS)
+def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Path) -> None:
+    script = [sys.executable, module.__file__]
+    flags = [
+        *("--env", "toy", "--preset", "cpu", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
+        *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
+        *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--states", "8", "--start-training", "200"),
+        *("--critic-successes", "0", "--critic-warmup", "5", "--success-min", "1", "--bc-fallback", "--total-steps"),
+    ]  # fmt: skip
+    folders = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "a"]
+    short = ["--calql-steps", "3"] if module is ogpo_critic else []
+    for command in (
+        [*script, *flags, "400", *folders, *short],
+        [*script, "--resume", str(tmp_path / "a"), "--total-steps", "600"],
+        [*script, "--eval", str(tmp_path / "a")],
+    ):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stdout + done.stderr
+    assert "best-of-N policy: success" in done.stdout
+    rows = read_metrics(tmp_path / "a")
+    assert any("ogpo/actor_grad" in row and math.isfinite(row["ogpo/actor_grad"]) for row in rows)
+    assert rows[-1]["step"] == 600
+
+
+# --- other extractions ------------------------------------------------------------------------------------------------
+
+
+def test_weights_of_the_advantage() -> None:
+    advantage = torch.tensor([-20.0, 0.0, 10.0, 100.0])
+    e = math.e
+    assert ogpo_extraction.advantage_weights(advantage, "ofpo", 10.0) is advantage
+    for kind, want in (("aw_ogpo", [e**-2, 1, e, 20]), ("awr_fm", [e**-2, 1, e, 20]), ("aw_ogpo_nn", [1, 1, e, 20])):
+        assert ogpo_extraction.advantage_weights(advantage, kind, 10.0).tolist() == pytest.approx(want, rel=1e-6)
+
+
+def test_flow_losses_by_draw_average_to_the_cloning_loss() -> None:
+    agent, _ = build(ogpo_extraction)
+    obs, action = torch.randn(6, 5), torch.randn(6, 8)
+    x0, t = torch.randn(6, 3, 8), torch.rand(6, 3)
+    losses = ogpo_extraction.flow_losses(agent.actor, obs, action, x0, t)
+    assert losses.shape == (6, 3)
+    many = [og.bc_loss(agent.actor, obs, action, x0[:, k], t[:, k]) for k in range(3)]
+    assert losses.mean().item() == pytest.approx(torch.stack(many).mean().item(), rel=1e-5)
+    one = og.bc_loss(agent.actor, obs[2:3], action[2:3], x0[2:3, 1], t[2:3, 1])
+    assert losses[2, 1].item() == pytest.approx(one.item(), rel=1e-5)
+    huge = ogpo_extraction.flow_losses(agent.actor, obs, action + 100, x0, t, huber=True)
+    assert huge.max() < 110  # linear beyond 1, where squares would be ten thousand
+
+
+def test_awr_loss_renormalises_its_weights() -> None:
+    losses = torch.tensor([[1.0, 3.0], [4.0, 6.0]])
+    got = ogpo_extraction.awr_loss(losses, torch.tensor([1.0, 3.0]))
+    assert got.item() == pytest.approx(0.5 * 2 + 1.5 * 5)
+    assert ogpo_extraction.awr_loss(losses, torch.tensor([10.0, 30.0])).item() == pytest.approx(got.item())
+
+
+def test_ofpo_loss_by_hand() -> None:
+    """Two chains, two draws; the first advantage is positive, and one draw is far beyond the clip."""
+    old, new = torch.tensor([[1.0, 1.0], [9.0, 2.0]]), torch.tensor([[0.5, 1.0], [8.0, 2.0]])
+    advantage = torch.tensor([2.0, -1.0])
+    mean = ogpo_extraction.ofpo_loss(new, old, advantage, 0.1, by_draw=False)
+    assert mean.item() == pytest.approx(-(min(math.exp(0.25), 1.1) * 2) + 1.0, rel=1e-6)  # 9 and 8 are both capped at 4
+    draws = ogpo_extraction.ofpo_loss(new, old, advantage, 0.1, by_draw=True)
+    assert draws.item() == pytest.approx(-(1.1 * 2 + 1.0 * 2) / 2 + 1.0, rel=1e-6)
+
+
+def test_bptt_follows_the_gradient_of_q_through_the_chain() -> None:
+    agent, args = build(ogpo_extraction, extraction="bptt", bc_coef=0.0)
+    perturbed(agent.critic_ema, 0.3)
+    obs = torch.randn(8, 5)
+    agent.actor_opt.step = lambda: None
+    state = agent.rng.get_state()
+    ogpo_extraction.update_actor(agent, obs, None, args, Stopwatch())
+    got = gradients(agent.actor)
+    agent.rng.set_state(state)
+    agent.actor.zero_grad()
+    total = torch.zeros(())
+    for states in obs.split(2):  # micro-batches of 8 chains
+        rows = states.repeat_interleave(4, 0)
+        x = agent.randn(8, args.policy.flow_steps + 1, 8)[:, 0]
+        for k in range(args.policy.flow_steps):
+            t = torch.tensor(k / args.policy.flow_steps)
+            x = x + agent.actor(rows, x, agent.actor.embed(t)) / args.policy.flow_steps
+        total = total - agent.critic_ema(rows, x.clamp(-1, 1)).mean(0).sum()
+    (total / 32).backward()
+    assert got.abs().max() > 0
+    torch.testing.assert_close(got, gradients(agent.actor), rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("kind", ["awr_fm", "aw_ogpo", "aw_ogpo_nn", "ofpo", "ofpo++"])
+def test_extractions_raise_what_the_critics_like(kind: str) -> None:
+    """One state, critics that like positive actions: after a few updates the policy's actions are more positive."""
+    agent, args = build(
+        ogpo_extraction,
+        extraction=kind,
+        bc_coef=0.0,
+        temperature=1.0,
+        group=32,
+        advantage="vanilla",
+        actor_lr=1e-3,
+        actor_ema=0.2,
+    )
+
+    class Likes(torch.nn.Module):
+        def forward(self, obs: torch.Tensor, action: torch.Tensor) -> torch.Tensor:
+            return action.sum(-1).expand(3, -1)
+
+    agent.critic_ema = Likes()
+    obs, noise = torch.zeros(8, 5), torch.randn(64, 8)
+
+    def mean() -> float:
+        with torch.no_grad():
+            return og.sample_ode(agent.actor, torch.zeros(64, 5), noise, args.policy.flow_steps).mean().item()
+
+    before = mean()
+    for _ in range(60):
+        ogpo_extraction.update_actor(agent, obs, None, args, Stopwatch())
+    assert mean() > before + 0.02
+
+
+# --- regularization towards a slow reference --------------------------------------------------------------------------
+
+
+def test_pessimistic_blend_by_hand() -> None:
+    r = ogpo_reference.ReferenceArgs(sharpness=5.0)
+    q = torch.tensor([[4.0, 4.0, 4.0], [0.0, 0.0, 0.0]])
+    log_rho = torch.tensor([1.0, 1.4, 1e-6]).log()
+    w = [0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(5))]
+    assert ogpo_reference.blend(q, log_rho, r).tolist() == pytest.approx([2 * (1 - x) for x in w], abs=1e-4)
+    r.regularize = "kl"
+    log_rho = torch.tensor([0.0, 0.4, -1.0])
+    w = [0.5, 1 / (1 + math.exp(-2)), 1 / (1 + math.exp(5))]
+    assert ogpo_reference.blend(q, log_rho, r).tolist() == pytest.approx([2 * (1 - x) for x in w], abs=1e-4)
+    r.regularize = "none"
+    assert ogpo_reference.blend(q, log_rho, r).tolist() == [2.0, 2.0, 2.0]
+
+
+def test_penalised_advantage_by_hand() -> None:
+    """Two heads, one state, two chains; the second has become twice as probable as under the reference."""
+    r = ogpo_reference.ReferenceArgs(penalty=0.5, penalty_sigma=2.0, sharpness=5.0)
+    q = torch.tensor([[[1.0, 3.0]], [[1.0, 1.0]]])
+    log_rho = torch.tensor([[1.0, 2.0]]).log()
+    beta = 0.5 * (0 + math.sqrt(2)) / 2 / 2  # standard deviations 0 and sqrt(2)
+    w = 1 / (1 + math.exp(-5))
+    values = [1 - beta, (1 - w) * 2 + w * 1 - 2 * beta]
+    advantage, got = ogpo_reference.penalised_advantage(q, log_rho, r)
+    assert got.item() == pytest.approx(beta, rel=1e-6)
+    centre = sum(values) / 2
+    assert advantage[0].tolist() == pytest.approx([v - centre for v in values], abs=1e-6)
+    r.regularize = "kl"
+    w = 1 / (1 + math.exp(-5 * math.log(2)))
+    values = [1.0, (1 - w) * 2 + w * 1 - beta * math.log(2)]
+    centre = sum(values) / 2
+    got = ogpo_reference.penalised_advantage(q, log_rho, r)[0]
+    assert got[0].tolist() == pytest.approx([v - centre for v in values], abs=1e-6)
+
+
+def test_upper_bound_of_the_ratio() -> None:
+    log_prob = torch.tensor([1.05, 1.05, 0.9]).log()
+    advantage = torch.tensor([1.0, -1.0, -1.0])
+    loss, _ = ogpo_reference.ppo_loss(log_prob, torch.zeros(3), advantage, 0.1, torch.tensor(1.02))
+    assert loss.item() == pytest.approx(-1.02 + 1.05 + 0.9, rel=1e-6)
+    plain, _ = ogpo_reference.ppo_loss(log_prob, torch.zeros(3), advantage, 0.1)
+    assert plain.item() == pytest.approx(og.ppo_loss(log_prob, torch.zeros(3), advantage, 0.1)[0].item(), rel=1e-6)
+
+
+def test_the_reference_is_slow_and_its_ratio_reaches_the_target() -> None:
+    agent, args = build(ogpo_reference, slow_rate=0.25, bc_coef=0.0)
+    perturbed(agent.actor, 0.05)
+    perturbed(agent.critic_ema, 0.3)
+    slow = [p.clone() for p in agent.actor_slow.parameters()]
+    obs = torch.randn(8, 5)
+    info = ogpo_reference.update_actor(agent, obs, None, args, Stopwatch())
+    for before, after, new in zip(slow, agent.actor_slow.parameters(), agent.actor.parameters(), strict=True):
+        torch.testing.assert_close(after, before + 0.25 * (new - before))
+    assert info["rho"].item() != 1.0 and math.isfinite(info["rho"].item())
+    assert agent.log_rho.exp().item() == pytest.approx(info["rho"].item())
+
+
+def test_without_regularization_the_update_is_that_of_ogpo_state() -> None:
+    pairs = []
+    for module, more in ((og, {}), (ogpo_reference, {"regularize": "none"})):
+        agent, args = build(module, **more)
+        perturbed(agent.critic_ema, 0.3)
+        perturbed(agent.actor, 0.02)
+        module.update_actor(agent, torch.ones(8, 5), None, args, Stopwatch())
+        pairs.append(gradients(agent.actor))
+    assert pairs[0].abs().max() > 0
+    assert torch.equal(*pairs)
+
+
+def test_forward_kl_pulls_towards_samples_of_the_reference() -> None:
+    agent, args = build(ogpo_reference, regularize="none", forward_kl=1.0, bc_coef=0.0, actor_lr=3e-3, slow_rate=0.0)
+    agent.critic_ema.forward = lambda obs, action: torch.zeros(3, len(obs))  # no advantage
+    perturbed(agent.actor_slow, 0.3)
+    obs, noise = torch.randn(8, 5), torch.randn(8, 8)
+
+    def apart() -> float:
+        with torch.no_grad():
+            a, b = (og.sample_ode(net, obs, noise, args.policy.flow_steps) for net in (agent.actor, agent.actor_slow))
+        return (a - b).square().mean().item()
+
+    before = apart()
+    for _ in range(200):
+        info = ogpo_reference.update_actor(agent, obs, None, args, Stopwatch())
+    assert "forward_kl" in info and apart() < 0.5 * before
+
+
+# --- warm starts of the critics ---------------------------------------------------------------------------------------
+
+
+def filled(gamma: float = 0.5) -> ReplayBuffer:
+    """A success of 3 steps and an episode of 2 steps cut by the time limit, chunks of 1."""
+    buffer = ReplayBuffer(100, 1, 1, 1)
+    buffer.add_episode(np.zeros((4, 1)), np.zeros((3, 1)), np.array([-1.0, -1.0, 4.0]), True, True)
+    buffer.add_episode(np.zeros((3, 1)), np.zeros((2, 1)), np.array([-1.0, -1.0]), False, False)
+    return buffer
+
+
+def test_returns_to_go_by_hand() -> None:
+    """gamma 0.5: never succeeding is worth -2; the failed episode's first step too."""
+    got = ogpo_critic.returns_to_go(filled(), np.array([0, 1, 2, 4, 5]), 0.5, -2.0)
+    assert got.tolist() == pytest.approx([-1 - 0.5 + 1, -1 + 2, 4, -2, -2])
+
+
+def test_batches_name_their_rows() -> None:
+    buffer = filled()
+    batch = buffer.sample(50, np.random.default_rng(0), torch.device("cpu"))
+    assert set(batch.rows.tolist()) == {0, 1, 2, 4, 5}
+    assert batch.rewards[:, 0].tolist() == buffer.rewards[batch.rows].tolist()
+    again = ReplayBuffer(100, 1, 1, 1)
+    again.load_state_dict(buffer.state_dict())
+    assert again.ends[:7].tolist() == buffer.ends[:7].tolist() == [3, 3, 3, 3, 6, 6, 6]
+
+
+def test_calql_term_by_hand() -> None:
+    """One head, one state: two random actions, two of the policy, of which one is below the return-to-go of 1."""
+    q_data, q_random = torch.tensor([[2.0]]), torch.tensor([[[0.0, 3.0]]])
+    q_policy, returns = torch.tensor([[[-5.0, 4.0]]]), torch.tensor([1.0])
+    want = math.log(math.exp(0) + math.exp(3) + math.exp(1) + math.exp(4)) - 2
+    assert ogpo_critic.calql_term(q_data, q_random, q_policy, returns).item() == pytest.approx(want, rel=1e-6)
+
+
+def demonstrated(chunk: int = 4) -> ReplayBuffer:
+    buffer, rng = ReplayBuffer(1_000, 5, 2, chunk), np.random.default_rng(0)
+    for _ in range(10):
+        actions = np.full((20, 2), 0.5) + 0.05 * rng.standard_normal((20, 2))
+        rewards = np.append(-np.ones(19), 4.0)
+        buffer.add_episode(rng.standard_normal((21, 5)), actions, rewards, True, True)
+    return buffer
+
+
+def test_calql_puts_demonstrated_actions_above_random_ones() -> None:
+    agent, args = build(ogpo_critic, critic_lr=3e-3, pessimistic_init=False, calql_actions=4)
+    buffer, rng = demonstrated(), np.random.default_rng(1)
+    for _ in range(150):
+        batch = buffer.sample(64, rng, torch.device("cpu"))
+        info = ogpo_critic.update_critic(agent, batch, args, buffer, calql=True)
+    with torch.no_grad():
+        data = agent.critic(batch.obs, batch.actions.flatten(1)).mean()
+        other = agent.critic(batch.obs, torch.rand(64, 8) * 2 - 1).mean()
+    assert data > other + 0.5
+    assert all(math.isfinite(v.item()) for v in info.values())
+
+
+def test_monte_carlo_regression_moves_critics_to_the_returns() -> None:
+    """gamma 0.9, a large weight: Q of the data comes near the return-to-go although its target is far from it."""
+    errors = []
+    for coef in (0.0, 100.0):
+        agent, args = build(ogpo_critic, gamma=0.9, mc_coef=coef, critic_lr=3e-3, critic_ema=0.0)
+        buffer, rng = demonstrated(), np.random.default_rng(1)
+        for _ in range(200):
+            batch = buffer.sample(64, rng, torch.device("cpu"))
+            ogpo_critic.update_critic(agent, batch, args, buffer)
+        returns = ogpo_critic.returns_to_go(buffer, batch.rows, 0.9, -10.0)
+        q = agent.critic(batch.obs, batch.actions.flatten(1)).mean(0).detach().numpy()
+        errors.append(np.abs(q - returns).mean())
+    assert errors[1] < 0.5 * errors[0]
+
+
+# --- diffusion --------------------------------------------------------------------------------------------------------
+
+
+def test_signal_rises_from_noise_to_the_chunk() -> None:
+    times, signal = ogpo_diffusion.chain_schedule(20, torch.device("cpu"))
+    assert times.tolist() == pytest.approx([j / 20 for j in range(20, 0, -1)])
+    assert signal[-1] == 1 and signal[0] == pytest.approx(1e-3) and (signal.diff() > 0).all()
+    assert ogpo_diffusion.signal_level(torch.tensor(0.5)).item() == pytest.approx(0.4938, abs=1e-3)  # of the paper
+    fewer, _ = ogpo_diffusion.chain_schedule(3, torch.device("cpu"))
+    assert fewer.tolist() == pytest.approx([1.0, 0.65, 0.35])
+
+
+def test_a_step_over_one_training_step_is_the_ddpm_posterior() -> None:
+    """Ho et al. 2020, eq. 7, wherever the predicted chunk is not clipped; eta 0 is DDIM's deterministic step."""
+    _, signal = ogpo_diffusion.chain_schedule(20, torch.device("cpu"))
+    chunk, eps = torch.linspace(-0.9, 0.9, 7), torch.randn(7, generator=torch.Generator().manual_seed(0))
+    for k in range(1, 19):
+        now, later = signal[k], signal[k + 1]
+        x = now.sqrt() * chunk + (1 - now).sqrt() * eps
+        alpha, beta = now / later, 1 - now / later
+        mean, sigma = ogpo_diffusion.chain_step(x, eps, now, later, 1.0)
+        want = later.sqrt() * beta / (1 - now) * chunk + alpha.sqrt() * (1 - later) / (1 - now) * x
+        torch.testing.assert_close(mean, want, rtol=1e-4, atol=1e-5)
+        assert sigma.item() == pytest.approx(((1 - later) / (1 - now) * beta).sqrt().item(), rel=1e-5)
+        straight, none = ogpo_diffusion.chain_step(x, eps, now, later, 0.0)
+        torch.testing.assert_close(straight, later.sqrt() * chunk + (1 - later).sqrt() * eps, rtol=1e-4, atol=1e-5)
+        assert none == 0
+
+
+class GaussianNoise(torch.nn.Module):
+    """The exact noise prediction for data N(0.2, 0.3^2), the same for every coordinate."""
+
+    out = torch.nn.Linear(1, 3)
+
+    def embed(self, t: torch.Tensor) -> torch.Tensor:
+        return t[..., None]
+
+    def forward(self, obs: torch.Tensor, x: torch.Tensor, t_emb: torch.Tensor) -> torch.Tensor:
+        signal = ogpo_diffusion.signal_level(t_emb)
+        return (1 - signal).sqrt() * (x - signal.sqrt() * 0.2) / (signal * 0.09 + 1 - signal)
+
+
+@pytest.mark.parametrize(("eta", "near"), [(1.0, 0.06), (0.0, 0.04)])
+def test_chains_of_the_exact_network_follow_the_affine_recursion(eta: float, near: float) -> None:
+    """Every step of a Gaussian's chain is affine, so mean and variance are known; they come near the data's."""
+    n, g = 100_000, torch.Generator().manual_seed(0)
+    noise, net, obs = torch.randn(n, 21, 1, generator=g), GaussianNoise(), torch.zeros(n, 1)
+    times, signal = ogpo_diffusion.chain_schedule(20, torch.device("cpu"))
+    mean, var = 0.0, 1.0
+    for k in range(20):
+        x = torch.tensor([0.0, 0.1])  # small enough that nothing is clipped
+        eps = net(None, x, times[k])
+        (at0, at1), sigma = ogpo_diffusion.chain_step(x, eps, signal[k], signal[k + 1], eta)
+        slope = (at1 - at0).item() / 0.1
+        mean, var = at0.item() + slope * mean, slope**2 * var + sigma.item() ** 2
+    if eta:
+        p = ogpo_diffusion.PolicyArgs(flow_steps=20, noise_std=1e-6, noise_clip=10.0)
+        last = ogpo_diffusion.sample_chain(net, obs, noise, p)[0][:, -1, 0]
+    else:
+        last = ogpo_diffusion.sample_ode(net, obs, noise[:, 0], 20)[:, 0]
+    assert last.mean().item() == pytest.approx(mean, abs=5e-3) == pytest.approx(0.2, abs=0.01)
+    assert last.std().item() == pytest.approx(var**0.5, abs=5e-3) == pytest.approx(0.3, abs=near)
+
+
+def test_noise_prediction_is_best_at_the_exact_network() -> None:
+    g = torch.Generator().manual_seed(0)
+    action, x0, t = (0.2 + 0.3 * torch.randn(100_000, 1, generator=g)), torch.randn(100_000, 1, generator=g), None
+    t = torch.rand(100_000, generator=g)
+
+    class Changed(GaussianNoise):
+        def forward(self, obs: torch.Tensor, x: torch.Tensor, t_emb: torch.Tensor) -> torch.Tensor:
+            return super().forward(obs, x, t_emb) + offset
+
+    losses = {}
+    for offset in (-0.1, 0.0, 0.1):
+        losses[offset] = ogpo_diffusion.bc_loss(Changed(), torch.zeros(100_000, 1), action, x0, t).item()
+    assert losses[0.0] < losses[0.1] - 0.008 and losses[0.0] < losses[-0.1] - 0.008
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_likelihood_of_diffusion_chains_is_that_of_their_gaussians(steps: int) -> None:
+    agent, args = build(ogpo_diffusion, flow_steps=steps)
+    p, obs = args.policy, torch.randn(6, 5)
+    chain, log_prob = ogpo_diffusion.sample_chain(agent.actor, obs, torch.randn(6, steps + 1, 8), p)
+    again = ogpo_diffusion.chain_log_prob(agent.actor, obs, chain, p)
+    torch.testing.assert_close(again, log_prob, rtol=1e-4, atol=1e-4)
+    perturbed(agent.actor, 0.05)
+    new = ogpo_diffusion.chain_log_prob(agent.actor, obs, chain, p)
+    times, signal = ogpo_diffusion.chain_schedule(steps, obs.device)
+    want = torch.zeros(6)
+    constant = 0.0
+    for k in range(steps):
+        eps = agent.actor(obs, chain[:, k], agent.actor.embed(times[k]))
+        mean, sigma = ogpo_diffusion.chain_step(chain[:, k], eps, signal[k], signal[k + 1], 1.0)
+        std = sigma.clamp(min=p.noise_std)
+        want = want + Normal(mean, std).log_prob(chain[:, k + 1]).sum(-1)
+        constant -= 8 * (std.log().item() + 0.5 * math.log(2 * math.pi))
+    want = want - constant - 0.5 * chain[:, 0].square().sum(-1)
+    torch.testing.assert_close(new, want / ((steps + 1) * 8), rtol=1e-4, atol=1e-4)
+
+
+def test_too_many_diffusion_steps_are_refused_in_one_line(tmp_path: Path) -> None:
+    flags = ["--env", "toy", "--preset", "cpu", "--flow-steps", "21", "--run-dir", str(tmp_path), "--no-video"]
+    done = subprocess.run(
+        [sys.executable, ogpo_diffusion.__file__, *flags, "--data-dir", str(tmp_path), "--bc-eval-episodes", "1"],
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 2 and "--flow-steps 21: a chain has at most the 20 steps" in done.stderr
