@@ -16,14 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
 
 
-def execute(script: str, name: str, flags: Sequence[str]) -> int:
-    """Exit code of one run, to its end: skipped if it is finished, resumed if it was interrupted."""
+def execute(script: str, name: str, flags: Sequence[str], resume: Sequence[str] = ()) -> int:
+    """Exit code of one run, to its end: skipped if it is finished, resumed (with flags of its own) if interrupted."""
     folder = RUNS / name
     if (folder / "wall_seconds").exists():
         return 0
     started = time.time()
     if (folder / "checkpoint.pt").exists():
-        flags = ["--resume", str(folder)]
+        flags = ["--resume", str(folder), *resume]
     else:
         shutil.rmtree(folder, ignore_errors=True)
         flags = ["--run-name", name, *flags]

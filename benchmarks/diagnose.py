@@ -1,0 +1,194 @@
+"""Inside a run of the study: are the critics right, and where does the policy still vary?
+
+python benchmarks/diagnose.py run --env lift --configs ogpo+ca bptt  # after `study.py run` has made the cloned policy
+python benchmarks/diagnose.py report          # study/diagnostics.md and study/diagnostics.png from the stored JSON
+
+A run is stopped at several step counts, and its checkpoint is asked at each (20 episodes of the acting policy):
+
+Q against return     Q of every decision (mean over the target heads) beside the discounted reward that followed; an
+                     episode cut by the time limit goes on with the value of never succeeding, a bound from below
+variance of actions  64 chains at each of 200 visited states: variance along the gradient of Q with respect to the
+                     action, and per direction across it; consensus is the mean cosine between the heads' gradients
+"""
+
+import argparse
+import importlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import torch
+
+from runs import ROOT, RUNS, execute, keep
+from study import CONFIGS, SEEDS, STORE
+
+sys.path.insert(0, str(ROOT))
+from common import checkpoint, cli
+from common.envs import make_env
+
+STEPS = {"lift": (0, 3_000, 4_000, 6_000, 8_000, 12_000), "can": (0, 4_000, 8_000, 12_000, 20_000, 30_000)}
+EPISODES, STATES, CHAINS = 20, 200, 64
+
+
+def load(config: str, folder: Path) -> tuple[ModuleType, Any, Any]:
+    """The script's module, the agent and the arguments of a run."""
+    script = importlib.import_module(CONFIGS[config].script.removesuffix(".py").replace("/", "."))
+    saved = checkpoint.load(folder / "checkpoint.pt")
+    args = cli.override(script.Args(), saved["args"])
+    env = make_env(args.run.env, horizon=args.task.horizon)
+    agent = script.make_agent(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
+    checkpoint.unpack(agent, saved["agent"])
+    env.close()
+    return script, agent, args
+
+
+def rollouts(script: ModuleType, agent: Any, args: Any) -> dict[str, np.ndarray]:
+    """Observation, chunk, Q and return-to-go of every decision of the acting policy, and success by episode."""
+    env, c = make_env(args.run.env, horizon=args.task.horizon), args.critic
+    rng = torch.Generator().manual_seed(0)
+    out: dict[str, list[Any]] = {"obs": [], "action": [], "q": [], "return": [], "success": []}
+    for episode in range(EPISODES):
+        obs, _ = env.reset(seed=300_000 + episode)
+        rewards, starts, done, terminated, success = [], [], False, False, False
+        while not done:
+            chunk = script.act_best_of_n(agent, obs[None].astype(np.float32), args, rng)[0]  # (H, A)
+            starts.append(len(rewards))
+            out["obs"].append(obs)
+            out["action"].append(chunk.reshape(-1))
+            for action in chunk:
+                obs, raw, terminated, truncated, info = env.step(action)
+                success |= bool(info["success"])
+                rewards.append(raw + c.reward_offset + c.success_bonus * bool(info["success"]))
+                done = terminated or truncated
+                if done:
+                    break
+        value = 0.0 if terminated else c.reward_offset / (1 - c.gamma)
+        returns = []
+        for reward in reversed(rewards):
+            value = reward + c.gamma * value
+            returns.append(value)
+        out["return"] += [returns[::-1][i] for i in starts]
+        out["success"].append(success)
+    env.close()
+    arrays = {k: np.array(v, np.float32) for k, v in out.items() if k != "q"}
+    with torch.no_grad():
+        q = agent.critic_ema(torch.from_numpy(arrays["obs"]), torch.from_numpy(arrays["action"]))
+    return arrays | {"q": q.mean(0).numpy()}
+
+
+def spread(script: ModuleType, agent: Any, args: Any, obs: np.ndarray) -> dict[str, list[float]]:
+    """By state: variance of the action along grad_a Q, per direction across it, consensus of the heads' gradients."""
+    picked = np.random.default_rng(0).permutation(len(obs))[:STATES]
+    states = torch.from_numpy(obs[picked])
+    rows = states.repeat_interleave(CHAINS, 0)
+    noise = torch.randn(
+        len(rows), args.policy.flow_steps + 1, agent.actor.out.out_features, generator=torch.Generator().manual_seed(0)
+    )
+    with torch.no_grad():
+        action = script.sample_chain(agent.actor_ema, rows, noise, args.policy)[0][:, -1].clamp(-1, 1)
+    action = action.unflatten(0, (-1, CHAINS))  # (S, G, D)
+    centre = action.mean(1).requires_grad_()
+    q = agent.critic_ema(states, centre)  # (M, S)
+    grads = torch.stack([torch.autograd.grad(head.sum(), centre, retain_graph=True)[0] for head in q])  # (M, S, D)
+    along = grads.mean(0)
+    along = along / along.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+    with torch.no_grad():
+        variance = (action - action.mean(1, keepdim=True)).square().mean(1)  # (S, D)
+        on = ((action - action.mean(1, keepdim=True)) * along[:, None]).sum(-1).square().mean(1)  # (S,)
+        off = (variance.sum(-1) - on) / (variance.shape[-1] - 1)
+        unit = grads / grads.norm(dim=-1, keepdim=True).clamp(min=1e-9)
+        heads = len(grads)
+        consensus = (unit.sum(0).square().sum(-1) - heads) / (heads * (heads - 1))
+    return {"along": on.tolist(), "across": off.tolist(), "consensus": consensus.tolist()}
+
+
+def run(env: str, config: str, seed: int) -> int:
+    name = f"diagnose_{env}_{config}_s{seed}"
+    folder, points = RUNS / name, []
+    c = CONFIGS[config]
+    shutil.rmtree(folder, ignore_errors=True)  # its early checkpoints are gone: always from the start
+    for steps in STEPS[env]:
+        flags = ["--env", env, "--preset", "cpu", "--seed", str(seed), "--no-video", *c.flags, "--eval-episodes", "20"]
+        flags += ["--cloned", f"runs/study_{env}_clone_s{seed}", "--eval-every", "2000", "--total-steps", str(steps)]
+        (folder / "wall_seconds").unlink(missing_ok=True)
+        if code := execute(c.script, name, flags, resume=["--total-steps", str(steps)]):
+            return code
+        script, agent, args = load(config, folder)
+        found = rollouts(script, agent, args)
+        point = {"step": steps, "q": found["q"].tolist(), "return": found["return"].tolist()}
+        points.append(point | {"success": float(found["success"].mean())} | spread(script, agent, args, found["obs"]))
+        print(f"{name} at {steps}: success {points[-1]['success']:.2f}", flush=True)
+    target = STORE / name
+    keep(folder, target)
+    (target / "diagnostics.json").write_text(json.dumps(points, separators=(",", ":")))
+    return 0
+
+
+def report() -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    folders = sorted(STORE.glob("diagnose_*"))
+    text = [
+        "# Diagnostics: stored results",
+        "",
+        "Made by `python benchmarks/diagnose.py report`. Q against return: over all decisions of 20 episodes. Variance: "
+        "mean over states, in squared units of the action range, per direction.",
+        "",
+        "| run | step | success | mean Q | mean return | correlation | variance along | across | ratio | consensus |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+    ]
+    figure, axes = plt.subplots(
+        2, max(1, len(folders)), figsize=(4 * max(1, len(folders)), 6.4), layout="constrained", squeeze=False
+    )  # fmt: skip
+    for folder, (top, bottom) in zip(folders, axes.T, strict=False):
+        name, points = folder.name.removeprefix("diagnose_"), json.loads((folder / "diagnostics.json").read_text())
+        for i, p in enumerate(points):
+            q, returns = np.array(p["q"]), np.array(p["return"])
+            along, across = np.mean(p["along"]), np.mean(p["across"])
+            corr = np.corrcoef(q, returns)[0, 1] if q.std() > 0 and returns.std() > 0 else float("nan")
+            text.append(
+                f"| {name} | {p['step']:,} | {p['success']:.2f} | {q.mean():.1f} | {returns.mean():.1f} | {corr:.2f} "
+                f"| {along:.2e} | {across:.2e} | {along / across:.2f} | {np.mean(p['consensus']):.2f} |"
+            )
+            top.plot(
+                returns, q, ".", color=plt.get_cmap("viridis")(i / len(points)), markersize=3, label=f"{p['step']:,}"
+            )
+        low = min(min(p["return"] + p["q"]) for p in points)
+        top.plot([low, 5], [low, 5], "k:", linewidth=1)
+        top.set(title=name, xlabel="return that followed", ylabel="Q")
+        top.legend(fontsize=7, markerscale=3)
+        steps = [p["step"] for p in points]
+        bottom.plot(steps, [np.mean(p["along"]) for p in points], "o-", label="along grad Q")
+        bottom.plot(steps, [np.mean(p["across"]) for p in points], "s-", label="across, per direction")
+        bottom.set(xlabel="environment steps", ylabel="variance of the action", yscale="log")
+        bottom.legend(fontsize=7)
+    figure.savefig(STORE / "diagnostics.png", dpi=110)
+    (STORE / "diagnostics.md").write_text("\n".join(text) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("--env", choices=list(STEPS), default="lift")
+    parser.add_argument("--configs", nargs="+", choices=[c for c in CONFIGS if c != "diffusion"], default=["ogpo+ca"])
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS[:1]))
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.what == "report":
+        report()
+        return
+    failed = [(c, s) for s in args.seeds for c in args.configs if run(args.env, c, s)]
+    print(f"failed: {failed or '-'}")
+    sys.exit(bool(failed))
+
+
+if __name__ == "__main__":
+    main()

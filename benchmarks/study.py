@@ -1,0 +1,264 @@
+"""What holds OGPO up: variants of OGPO against one another, from one cloned policy per task and seed.
+
+python benchmarks/study.py run --figure stabilizers --jobs 2   # resumable: finished runs are skipped
+python benchmarks/study.py run --figure tasks --seeds 1        # figures: stabilizers, start, reference, extraction, ...
+python benchmarks/study.py store                               # copy args.json and metrics.jsonl.gz of finished runs
+python benchmarks/study.py report                              # study/results.md and study/FIGURE.png from study/
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+
+from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, series
+
+STORE = ROOT / "benchmarks" / "study"
+SEEDS = (1, 2, 3)
+STEPS = {"lift": 12_000, "can": 30_000, "peg-insert-side": 12_000}
+EVERY = {"lift": 2_000, "can": 5_000, "peg-insert-side": 2_000}  # steps between evaluations
+RELEASED_START = [
+    *("--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0", "--no-pessimistic-init"),
+    "--bc-fallback",
+]
+
+
+@dataclass(frozen=True)
+class Config:
+    """One line of a figure: its title, its flags, and the script if that is not ogpo_state.py."""
+
+    title: str
+    flags: tuple[str, ...] = ()
+    script: str = "ogpo_state.py"
+
+
+def _extraction(kind: str, *more: str) -> tuple[tuple[str, ...], str]:
+    return ("--extraction", kind, *more), "variants/ogpo_extraction.py"
+
+
+CONFIGS = {
+    "ogpo+ca": Config("OGPO+CA"),
+    "ogpo+": Config("OGPO+", ("--variant", "ogpo+")),
+    "ogpo": Config("OGPO", ("--variant", "ogpo")),
+    "ogpo_sb": Config("OGPO, success buffer", ("--variant", "ogpo", "--bc-coef", "1")),
+    "ogpo_bon": Config("OGPO, best-of-N", ("--variant", "ogpo", "--best-of-n", "8")),
+    "no_sb": Config("OGPO+CA - success buffer", ("--bc-coef", "0")),
+    "no_bon": Config("OGPO+CA - best-of-N", ("--best-of-n", "1")),
+    "success_critic": Config("OGPO+CA, success critic step", ("--success-critic",)),
+    "grpo": Config("OGPO, GRPO std", ("--variant", "ogpo", "--advantage", "grpo")),
+    "grpo+": Config("OGPO+, GRPO std", ("--variant", "ogpo+", "--advantage", "grpo")),
+    "penultimate": Config("OGPO+, penultimate", ("--variant", "ogpo+", "--advantage", "penultimate")),
+    "positive": Config("OGPO+, no negatives", ("--variant", "ogpo+", "--advantage", "positive")),
+    "qvr_mean": Config("OGPO+CA, Q-VR mean of 8", ("--next-samples", "8")),
+    "qvr_median": Config("OGPO+CA, Q-VR median", ("--next-samples", "8", "--next-reduce", "median")),
+    "qvr_trimmed": Config("OGPO+CA, Q-VR trimmed", ("--next-samples", "8", "--next-reduce", "trimmed")),
+    "start+ca": Config("OGPO+CA, released start", tuple(RELEASED_START)),
+    "start+": Config("OGPO+, released start", ("--variant", "ogpo+", *RELEASED_START)),
+    "wsrl": Config(
+        "OGPO+CA, WSRL warm-up",
+        ("--start-training", "4000", "--critic-warmup", "1000", "--critic-successes", "0", "--choose-successes", "0"),
+    ),
+    "calql": Config(
+        "OGPO+CA, Cal-QL start",
+        ("--calql-steps", "2000", "--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0"),
+        "variants/ogpo_critic.py",
+    ),
+    "mc": Config("OGPO+CA, MC regression", ("--calql-steps", "0", "--mc-coef", "1"), "variants/ogpo_critic.py"),
+    "chi2": Config("OGPO+, chi-square", ("--variant", "ogpo+"), "variants/ogpo_reference.py"),
+    "kl": Config("OGPO+, reverse KL", ("--variant", "ogpo+", "--regularize", "kl"), "variants/ogpo_reference.py"),
+    "forward_kl": Config(
+        "OGPO+CA, forward KL", ("--regularize", "none", "--forward-kl", "0.1"), "variants/ogpo_reference.py"
+    ),
+    "bptt": Config("BPTT", *_extraction("bptt", "--group", "4")),
+    "awr_fm": Config("AWR-FM", *_extraction("awr_fm", "--advantage", "vanilla")),
+    "aw_ogpo": Config("AW-OGPO", *_extraction("aw_ogpo", "--advantage", "vanilla")),
+    "aw_ogpo_nn": Config("AW-OGPO, no negatives", *_extraction("aw_ogpo_nn", "--advantage", "vanilla")),
+    "ofpo": Config("OFPO", *_extraction("ofpo", "--advantage", "vanilla")),
+    "ofpo++": Config("OFPO++", *_extraction("ofpo++", "--advantage", "vanilla")),
+    "diffusion": Config("OGPO+CA, diffusion", (), "variants/ogpo_diffusion.py"),
+}
+CORE = ("ogpo", "ogpo+", "ogpo+ca", "no_sb", "no_bon", "grpo+", "bptt")
+FIGURES: dict[str, list[tuple[str, tuple[str, ...]]]] = {  # figure -> task and configurations of its panels
+    "stabilizers": [
+        (
+            "lift",
+            (
+                *("ogpo", "ogpo_sb", "ogpo_bon", "ogpo+", "ogpo+ca", "no_sb", "no_bon", "success_critic", "grpo"),
+                *("grpo+", "penultimate", "positive", "qvr_mean", "qvr_median", "qvr_trimmed"),
+            ),
+        )
+    ],
+    "start": [("lift", ("ogpo+", "ogpo+ca", "start+", "start+ca", "wsrl", "calql", "mc"))],
+    "reference": [("lift", ("ogpo+", "ogpo+ca", "chi2", "kl", "forward_kl"))],
+    "extraction": [("lift", ("ogpo+", "ogpo+ca", "bptt", "awr_fm", "aw_ogpo", "aw_ogpo_nn", "ofpo", "ofpo++"))],
+    "tasks": [("can", CORE), ("peg-insert-side", CORE)],
+    "diffusion": [(task, ("ogpo+ca", "diffusion")) for task in ("lift", "can")],
+}
+
+
+def run_one(task: str, config: str, seed: int) -> int:
+    """Exit code of one run; `clone` makes the policy from which all others of the task and seed start."""
+    flags = ["--env", task, "--preset", "cpu", "--seed", str(seed), "--no-video"]
+    if config == "clone":
+        return execute("ogpo_state.py", f"study_{task}_clone_s{seed}", [*flags, "--total-steps", "0"])
+    c = CONFIGS[config]
+    flags += ["--total-steps", str(STEPS[task]), "--eval-every", str(EVERY[task]), *c.flags]
+    if config != "diffusion":  # its network predicts something else: it clones for itself
+        flags += ["--cloned", f"runs/study_{task}_clone_s{seed}"]
+    return execute(c.script, f"study_{task}_{config}_s{seed}", flags)
+
+
+def run(figures: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
+    panels = [panel for figure in figures for panel in FIGURES[figure]]
+    clones = [(task, "clone", seed) for seed in seeds for task in dict.fromkeys(task for task, _ in panels)]
+    others = [(task, config, seed) for seed in seeds for task, configs in panels for config in configs]
+    failed = []
+    for batch in (clones, list(dict.fromkeys(others))):
+        with ThreadPoolExecutor(jobs) as pool:
+            codes = pool.map(lambda job: run_one(*job), batch)
+            failed += [job for job, code in zip(batch, codes, strict=True) if code]
+    print(f"{len(clones) + len(set(others)) - len(failed)} finished, {len(failed)} failed: {failed or '-'}")
+    return int(bool(failed))
+
+
+def store() -> None:
+    for task in STEPS:
+        for config in ("clone", *CONFIGS):
+            for seed in SEEDS:
+                keep(RUNS / f"study_{task}_{config}_s{seed}", STORE / f"{task}_{config}_s{seed}")
+
+
+def stored(task: str, config: str) -> dict[int, list[dict]]:
+    """{seed: lines of metrics.jsonl}"""
+    folders = {seed: STORE / f"{task}_{config}_s{seed}" for seed in SEEDS}
+    return {seed: metrics(folder) for seed, folder in folders.items() if folder.exists()}
+
+
+def interquartile_mean(values: np.ndarray) -> np.ndarray:
+    """Mean of the middle half of values (..., n), the outer ones of it weighted [Agarwal et al. 2021]."""
+    values = np.sort(values, -1)
+    n = values.shape[-1]
+    edges = np.clip(np.arange(n + 1) / n, 0.25, 0.75)
+    return (values * np.diff(edges)).sum(-1) / 0.5
+
+
+def interval(rates: Sequence[float], episodes: int, draws: int = 10_000) -> tuple[float, float, float]:
+    """Interquartile mean of the seeds' success rates and its 95 % bootstrap interval, over seeds and episodes."""
+    rng = np.random.default_rng(0)
+    values = np.array(rates)
+    picked = rng.choice(values, (draws, len(values)))
+    again = rng.binomial(episodes, picked) / episodes
+    low, high = np.quantile(interquartile_mean(again), (0.025, 0.975))
+    return float(interquartile_mean(values)), float(low), float(high)
+
+
+def row(task: str, config: str) -> tuple[str, dict[str, list[float]]] | None:
+    """A line of the table and the numbers in it."""
+    runs = stored(task, config)
+    if not runs:
+        return None
+    args = arguments(STORE / f"{task}_{config}_s{min(runs)}")
+    numbers: dict[str, list[float]] = {"cloned": [], "lowest": [], "ode": [], "bon": [], "area": []}
+    for rows in runs.values():
+        _, ode = series(rows, "eval/ode_success")
+        _, bon = series(rows, "eval/bon_success")
+        numbers["cloned"].append(ode[0])
+        numbers["lowest"].append(min(ode[1:]))
+        numbers["area"].append(float(np.mean(bon)))
+        numbers["ode"].append(last(rows, "final/ode_success"))
+        numbers["bon"].append(last(rows, "final/bon_success"))
+    cells = [CONFIGS[config].title]
+    for key in ("cloned", "lowest", "area"):
+        cells.append(" ".join(f"{v:.2f}" for v in numbers[key]))
+    for key in ("ode", "bon"):
+        middle, low, high = interval(numbers[key], args["eval_episodes"])
+        cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}] ({' '.join(f'{v:.2f}' for v in numbers[key])})")
+    return "| " + " | ".join(cells) + " |", numbers
+
+
+def report() -> None:
+    text = [
+        "# What holds OGPO up: stored results",
+        "",
+        "Made by `python benchmarks/study.py report`. All methods of a task and seed start from one cloned policy "
+        "(diffusion: its own). *Cloned*: success of the noise-free policy before the first update, 100 episodes. "
+        "*Lowest*: the lowest of its evaluations during training (20 episodes each: chance alone puts the lowest of "
+        "six below the mean). *Area*: mean of the acting policy's evaluations. Final: 100 episodes, interquartile "
+        "mean over seeds with 95 % bootstrap interval over seeds and episodes (seeds in parentheses).",
+    ]
+    for figure, panels in FIGURES.items():
+        for task, configs in panels:
+            lines = [r for config in configs if (r := row(task, config))]
+            if not lines:
+                continue
+            text += ["", f"## {figure}: {task}, {STEPS[task]:,} steps", ""]
+            text += [
+                "| method | cloned | lowest | area | final, noise-free | final, acting |",
+                "|---|---|---|---|---|---|",
+            ]
+            text += [line for line, _ in lines]
+        plot(figure)
+    (STORE / "results.md").write_text("\n".join(text) + "\n")
+
+
+def plot(figure: str) -> None:
+    """Curves of the acting policy (mean, seeds thin) and final success of every method."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    panels = [(task, [c for c in configs if stored(task, c)]) for task, configs in FIGURES[figure]]
+    panels = [(task, configs) for task, configs in panels if configs]
+    if not panels:
+        return
+    height = max(2.8, 0.32 * max(len(configs) for _, configs in panels) + 1.2)
+    drawing, axes = plt.subplots(
+        len(panels), 2, figsize=(11, height * len(panels)), layout="constrained", squeeze=False
+    )  # fmt: skip
+    for (task, configs), (left, right) in zip(panels, axes, strict=True):
+        for i, config in enumerate(configs):
+            colour = plt.get_cmap("tab20")(i % 20)
+            curves = [series(rows, "eval/bon_success") for rows in stored(task, config).values()]
+            n = min(len(steps) for steps, _ in curves)
+            for steps, values in curves:
+                left.plot(steps, values, color=colour, alpha=0.25, linewidth=0.8)
+            left.plot(curves[0][0][:n], np.mean([v[:n] for _, v in curves], 0), color=colour, linewidth=2)
+            line = row(task, config)
+            assert line is not None
+            rates = line[1]["bon"]
+            middle, low, high = interval(rates, 100)
+            right.plot([low, high], [i, i], color=colour, linewidth=3, alpha=0.5)
+            right.plot(rates, [i] * len(rates), "o", color=colour, markersize=4)
+            right.plot([middle], [i], "|", color="black", markersize=12)
+        left.set(title=task, xlabel="environment steps", ylabel="success, acting policy", ylim=(-0.03, 1.03))
+        right.set(
+            yticks=range(len(configs)), yticklabels=[CONFIGS[c].title for c in configs], xlim=(-0.03, 1.03),
+            xlabel="final success, acting policy",
+        )  # fmt: skip
+        right.invert_yaxis()
+        for axis in (left, right):
+            axis.grid(alpha=0.3)
+    drawing.savefig(STORE / f"{figure}.png", dpi=110)
+    plt.close(drawing)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("run", "store", "report"))
+    parser.add_argument("--figure", nargs="+", choices=list(FIGURES), default=list(FIGURES))
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
+    args = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if args.what == "run":
+        sys.exit(run(args.figure, args.seeds, args.jobs))
+    {"store": store, "report": report}[args.what]()
+
+
+if __name__ == "__main__":
+    main()
