@@ -139,8 +139,8 @@ def report() -> None:
     text = [
         "# Diagnostics: stored results",
         "",
-        "Made by `python benchmarks/diagnose.py report`. Q against return: over all decisions of 20 episodes. Variance: "
-        "mean over states, in squared units of the action range, per direction.",
+        "Made by `python benchmarks/diagnose.py report`. Q against return: over all decisions of 20 episodes. "
+        "Variance: mean over states, in squared units of the action range, per direction.",
         "",
         "| run | step | success | mean Q | mean return | correlation | variance along | across | ratio | consensus |",
         "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",

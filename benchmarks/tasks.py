@@ -66,7 +66,7 @@ def line(name: str, seed: int, folder: Path) -> str:
     steps, success = series(rows, "eval/bon_success")
     for level in (0.8, 0.9):
         cells.append(next((f"{s:,}" for s, v in zip(steps, success, strict=True) if v >= level), "-"))
-    return f"| {name} | {seed} | {' | '.join(cells)} | {args['total_steps']:,} | {minutes(folder):.0f} |"
+    return f"| {name} | {seed} | {' | '.join(cells)} | {rows[-1]['step']:,} | {minutes(folder):.0f} |"
 
 
 def report() -> None:

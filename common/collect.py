@@ -3,12 +3,14 @@
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
 import torch
 
 from common.errors import UserError
+from common.evaluate import Encode, plain
 from common.replay import ReplayBuffer
 
 ENV_SEED_STRIDE = 1_000_000  # seeds of one environment's episodes do not meet another's
@@ -20,10 +22,11 @@ class Episode:
 
     seed: int
     obs: list[np.ndarray] = field(default_factory=list)  # T+1 of (O,)
-    actions: list[np.ndarray] = field(default_factory=list)  # T of (A,)
-    rewards: list[float] = field(default_factory=list)  # T
-    queue: list[np.ndarray] = field(default_factory=list)  # actions still to execute, each (A,)
-    success: bool = False  # at any step so far
+    actions: list[np.ndarray] = field(default_factory=list)  # T of (A,), or of whole chunks (H, A)
+    rewards: list[Any] = field(default_factory=list)  # T numbers, or (H,) arrays
+    queue: list[np.ndarray] = field(default_factory=list)  # what is still to execute
+    steps: int = 0  # made so far
+    success: bool = False  # at any of them
 
 
 class Collector:
@@ -31,6 +34,10 @@ class Collector:
 
     That is what makes an exact resume possible in the middle of an episode with any deterministic environment:
     the saved actions are replayed from the saved seed.
+
+    Environments that take whole chunks (`ChunkStep`) show only what follows a chunk: an episode's rows are then its
+    chunks (H * A,), each with the H rewards of its steps, 0 after a success. A chunk that the time limit cuts short is
+    left out.
     """
 
     def __init__(
@@ -40,9 +47,14 @@ class Collector:
         reward: Callable[[float, bool], float],
         seed: int,
         window: int = 20,
+        encode: Encode = plain,
     ) -> None:
-        """reward(raw, success) is stored in place of the raw reward; window: episodes in the running success."""
-        self.envs, self.buffer, self.reward = envs, buffer, reward
+        """reward(raw, success) is stored in place of the raw reward; window: episodes in the running success.
+
+        encode maps what the environments show to observations (n, O).
+        """
+        self.envs, self.buffer, self.reward, self.encode = envs, buffer, reward, encode
+        self.chunks = len(envs.single_action_space.shape) == 2
         self.count = [0] * envs.num_envs  # episodes begun, by environment
         self.base = [(seed * 1_000 + i) * ENV_SEED_STRIDE % 2**31 for i in range(envs.num_envs)]
         self.current: list[Episode] = []
@@ -55,7 +67,8 @@ class Collector:
         return Episode(seed=self.base[i] + self.count[i] - 1)
 
     def _reset(self, mask: np.ndarray) -> None:
-        obs, _ = self.envs.reset(seed=[e.seed for e in self.current], options={"reset_mask": mask})
+        shown, _ = self.envs.reset(seed=[e.seed for e in self.current], options={"reset_mask": mask})
+        obs = self.encode(shown)
         for i in np.flatnonzero(mask):
             self.current[i].obs = [obs[i].copy()]
 
@@ -65,32 +78,47 @@ class Collector:
         self._reset(np.ones(self.envs.num_envs, bool))
 
     def step(self, act: Callable[[np.ndarray], np.ndarray]) -> int:
-        """One step of every environment; act: (n, O) -> (n, H, A) for those that need a chunk. Returns steps made."""
+        """One step, or chunk, of every environment; act: (n, O) -> (n, H, A) for those that need a chunk.
+
+        Returns the number of steps made.
+        """
         empty = [e for e in self.current if not e.queue]
         if empty:
             chunks = act(np.stack([e.obs[-1] for e in empty]))
             for e, chunk in zip(empty, chunks, strict=True):
-                e.queue = list(chunk)
+                e.queue = [chunk] if self.chunks else list(chunk)
         actions = np.stack([e.queue.pop(0) for e in self.current])
-        obs, raw, terminated, truncated, info = self.envs.step(actions)
+        shown, raw, terminated, truncated, info = self.envs.step(actions)
+        obs = self.encode(shown)
+        steps = info["steps"] if self.chunks else np.ones(len(actions), np.int64)
         for i, e in enumerate(self.current):
             e.actions.append(actions[i])
-            e.rewards.append(self.reward(float(raw[i]), bool(info["success"][i])))
+            if self.chunks:
+                pairs = zip(info["rewards"][i], info["successes"][i], strict=True)
+                e.rewards.append(np.array([self.reward(float(r), bool(s)) for r, s in pairs]) * info["made"][i])
+            else:
+                e.rewards.append(self.reward(float(raw[i]), bool(info["success"][i])))
             e.obs.append(obs[i].copy())
             e.success |= bool(info["success"][i])
+            e.steps += int(steps[i])
         done = terminated | truncated
         for i in np.flatnonzero(done):
             e = self.current[i]
+            whole = len(e.actions) - (self.chunks and truncated[i] and not info["made"][i].all())
             self.buffer.add_episode(
-                np.stack(e.obs), np.stack(e.actions), np.array(e.rewards), bool(terminated[i]), e.success
+                np.stack(e.obs[: whole + 1]),
+                np.stack(e.actions[:whole]).reshape(whole, -1),
+                np.stack(e.rewards[:whole]),
+                bool(terminated[i]),
+                e.success,
             )
             self.successes.append(e.success)
-            self.lengths.append(len(e.actions))
+            self.lengths.append(e.steps)
             self.finished += 1
             self.current[i] = self._begin(i)
         if done.any():
             self._reset(done)
-        return len(actions)
+        return int(steps.sum())
 
     def recent(self) -> dict[str, float]:
         """Success and length of the last episodes, empty before the first has ended."""
@@ -104,7 +132,8 @@ class Collector:
                 "seed": e.seed,
                 "actions": torch.tensor(np.array(e.actions)),
                 "queue": torch.tensor(np.array(e.queue)),
-                "rewards": list(e.rewards),
+                "rewards": torch.tensor(np.array(e.rewards)),
+                "steps": e.steps,
                 "obs": torch.tensor(np.array(e.obs)),
                 "success": e.success,
             }
@@ -131,28 +160,30 @@ class Collector:
                 s["seed"],
                 list(s["obs"].numpy()),
                 list(s["actions"].numpy()),
-                list(s["rewards"]),
+                list(s["rewards"].numpy()),
                 list(s["queue"].numpy()),
+                s["steps"],
                 s["success"],
             )
             for s in state["episodes"]
         ]
         steps = [len(e.actions) for e in self.current]
         longest = max(steps)
-        obs, _ = self.envs.reset(seed=[e.seed for e in self.current])
+        shown, _ = self.envs.reset(seed=[e.seed for e in self.current])
         for k in range(longest):  # shorter episodes start later, so that all arrive together
             begin = np.array([longest - n == k and k > 0 for n in steps])
             if begin.any():
-                obs, _ = self.envs.reset(seed=[e.seed for e in self.current], options={"reset_mask": begin})
+                self.envs.reset(seed=[e.seed for e in self.current], options={"reset_mask": begin})
             late = [longest - n for n in steps]
             actions = [
                 e.actions[k - d] if k >= d else np.zeros_like(self.envs.single_action_space.low)
                 for e, d in zip(self.current, late, strict=True)
             ]
-            obs = self.envs.step(np.stack(actions))[0]
+            shown = self.envs.step(np.stack(actions))[0]
         begin = np.array([n == 0 and longest > 0 for n in steps])
         if begin.any():
-            obs, _ = self.envs.reset(seed=[e.seed for e in self.current], options={"reset_mask": begin})
+            shown, _ = self.envs.reset(seed=[e.seed for e in self.current], options={"reset_mask": begin})
+        obs = self.encode(shown)
         if not all(np.array_equal(e.obs[-1], o) for e, o in zip(self.current, obs, strict=True)):
             raise UserError(
                 "cannot resume exactly: replaying the current episode gave other observations than saved; the "

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import gymnasium as gym
 import numpy as np
@@ -12,6 +13,12 @@ from common.errors import UserError, first_line
 from common.files import replacing
 
 Act = Callable[[np.ndarray], np.ndarray]
+Encode = Callable[[Any], np.ndarray]  # what environments show, stacked (n, ...), to observations (n, O)
+
+
+def plain(obs: np.ndarray) -> np.ndarray:
+    """Observations as they are."""
+    return obs
 
 
 @dataclass(frozen=True)
@@ -63,7 +70,7 @@ def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
-def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int) -> EvalResult:
+def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int, encode: Encode = plain) -> EvalResult:
     """Run `episodes` episodes; episode i starts from `reset(seed=seed + i)`.
 
     Args:
@@ -71,6 +78,7 @@ def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int) -> 
         act: maps observations (n, O) of the environments still running to chunks (n, H, A).
         episodes: number of episodes E; worker w runs a contiguous block of them.
         seed: seed of the first episode.
+        encode: maps what the environments show to the observations (W, O) that act gets.
 
     For a policy that treats rows independently and draws nothing the result does not depend on W.
     """
@@ -87,26 +95,29 @@ def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int) -> 
         # A worker without episodes still has to step: it replays a spare seed and nobody looks.
         return [seed + int(e) if e >= 0 else seed + episodes for e in episode]
 
-    obs, _ = envs.reset(seed=seeds())
+    obs = encode(envs.reset(seed=seeds())[0])
     while (episode >= 0).any():
         active = np.flatnonzero(episode >= 0)
         chunks = np.zeros(envs.action_space.shape, dtype=envs.single_action_space.dtype)  # (W, H, A)
         chunks[active] = act(obs[active])
-        obs, _, terminated, truncated, info = envs.step(chunks)
+        shown, _, terminated, truncated, info = envs.step(chunks)
         length[episode[active]] += info["steps"][active]
         success[episode[active]] |= info["success"][active].astype(bool)
         done = terminated | truncated
         if done.any():
             for w in active[done[active]]:
                 episode[w] = episode[w] + 1 if episode[w] < last[w] else -1
-            obs, _ = envs.reset(seed=seeds(), options={"reset_mask": done})
+            shown, _ = envs.reset(seed=seeds(), options={"reset_mask": done})
+        obs = encode(shown)
     return EvalResult(success, length)
 
 
-def record_video(env: gym.Env, act: Act, path: Path, seed: int, episodes: int = 3, fps: int = 20) -> None:
+def record_video(
+    env: gym.Env, act: Act, path: Path, seed: int, episodes: int = 3, fps: int = 20, encode: Encode = plain
+) -> None:
     """Write `episodes` episodes, seeds `seed`, `seed + 1`, ..., to the mp4 file `path`.
 
-    `env` was made with render=True; `act` is as in `evaluate`, called with one observation. The last picture
+    `env` was made with render=True; `act` and `encode` are as in `evaluate`, for one environment. The last picture
     of each episode stays for half a second, with a green (success) or red (failure) border.
 
     Raises:
@@ -123,20 +134,20 @@ def record_video(env: gym.Env, act: Act, path: Path, seed: int, episodes: int = 
                 raise UserError(f"no video: {first_line(error)}; run: pip install imageio imageio-ffmpeg") from error
             with writer:
                 for i in range(episodes):
-                    for picture in _film(env, act, seed + i, hold=fps // 2):
+                    for picture in _film(env, act, encode, seed + i, hold=fps // 2):
                         writer.append_data(picture)
     except OSError as error:
         raise UserError(f"no video: ffmpeg stopped ({first_line(error)})") from error
 
 
-def _film(env: gym.Env, act: Act, seed: int, hold: int) -> Iterator[np.ndarray]:
+def _film(env: gym.Env, act: Act, encode: Encode, seed: int, hold: int) -> Iterator[np.ndarray]:
     """Pictures of one episode, and `hold` more of its end with a border that shows the outcome."""
     obs, _ = env.reset(seed=seed)
     queue: list[np.ndarray] = []
     done = success = False
     yield _picture(env)
     while not done:
-        queue = queue or list(act(obs[None])[0])
+        queue = queue or list(act(encode(_stack_one(obs)))[0])
         obs, _, terminated, truncated, info = env.step(queue.pop(0))
         success |= bool(info["success"])
         done = terminated or truncated
@@ -147,6 +158,11 @@ def _film(env: gym.Env, act: Act, seed: int, hold: int) -> Iterator[np.ndarray]:
         side[:] = (40, 170, 70) if success else (210, 50, 50)
     for _ in range(hold):
         yield end
+
+
+def _stack_one(obs: Any) -> Any:
+    """What a vector of one environment would show."""
+    return {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else obs[None]
 
 
 def _picture(env: gym.Env) -> np.ndarray:

@@ -46,11 +46,12 @@ class ReplayBuffer:
     crosses an episode's end.
     """
 
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, horizon: int) -> None:
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, horizon: int, rewards: int = 1) -> None:
+        """rewards: numbers per row; several if a row is a whole chunk, with horizon 1."""
         self.capacity, self.horizon = capacity, horizon
         self.obs = np.zeros((capacity, obs_dim), np.float32)
         self.actions = np.zeros((capacity, act_dim), np.float32)
-        self.rewards = np.zeros(capacity, np.float32)
+        self.rewards = np.zeros((capacity, rewards) if rewards > 1 else capacity, np.float32)
         self.terminated = np.zeros(capacity, np.float32)
         self.ends = np.zeros(capacity, np.int64)  # row of the episode's final observation
         self.episodes: deque[tuple[int, int, bool]] = deque()  # first row, one past the last row, success
@@ -60,7 +61,10 @@ class ReplayBuffer:
     def add_episode(
         self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: bool, success: bool
     ) -> None:
-        """obs (T+1, O), actions (T, A), rewards (T,); terminated: the last step ended the episode for good."""
+        """obs (T+1, O), actions (T, A), rewards (T,) or (T, rewards).
+
+        terminated: the last step ended the episode for good.
+        """
         n = len(obs)
         if n > self.capacity:
             raise ValueError(f"an episode of {n - 1} steps does not fit into {self.capacity} rows")
@@ -108,7 +112,7 @@ class ReplayBuffer:
         return Batch(
             obs=tensor(self.obs[start]),
             actions=tensor(self.actions[rows]),
-            rewards=tensor(self.rewards[rows]),
+            rewards=tensor(self.rewards[rows]).flatten(1),
             next_obs=tensor(self.obs[last]),
             terminated=tensor(self.terminated[last - 1]),
             rows=start,

@@ -56,7 +56,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     **{("paper", f"{name}*"): ADROIT for name in HANDS},
     ("cpu", "toy"): TOY,
     ("cpu", "lift"): dict(collect_horizon=150),
-    ("cpu", "can"): dict(demo_noise=0.3, total_steps=60_000),
+    ("cpu", "can"): dict(demo_noise=0.3, total_steps=40_000),
     ("cpu", "square"): dict(demo_noise=0.2, num_demos=100, total_steps=150_000),
     ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),

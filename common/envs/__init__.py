@@ -132,8 +132,9 @@ def make_env(
 class ChunkStep(gym.Wrapper[Any, Any, Any, Any]):
     """One step executes a chunk (H, A) open loop; the end of the episode discards the rest.
 
-    The reward is the sum over the steps made, `info["steps"]` their number. One message a chunk instead of one a
-    step is what keeps environments in other processes busy.
+    The reward is the sum over the steps made, `info["steps"]` their number; `info` has "rewards" and "successes" of
+    every step and "made", 1 for the steps made and 0 for the rest, all (H,). One message a chunk instead of one a step
+    is what keeps environments in other processes busy.
     """
 
     def __init__(self, env: gym.Env[Any, Any], chunk: int) -> None:
@@ -143,15 +144,15 @@ class ChunkStep(gym.Wrapper[Any, Any, Any, Any]):
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """action (H, A)"""
-        total, success, steps = 0.0, False, 0
-        for one in action:
-            obs, reward, terminated, truncated, info = self.env.step(one)
-            steps += 1
-            total += float(reward)
-            success |= bool(info["success"])
+        rewards, successes, made = np.zeros((3, len(action)))
+        for i, one in enumerate(action):
+            obs, rewards[i], terminated, truncated, info = self.env.step(one)
+            successes[i], made[i] = info["success"], 1
             if terminated or truncated:
                 break
-        return obs, total, terminated, truncated, info | {"success": success, "steps": steps}
+        more = {"success": bool(successes.any()), "steps": int(made.sum())}
+        more |= {"rewards": rewards, "successes": successes, "made": made}
+        return obs, float(rewards.sum()), terminated, truncated, info | more
 
 
 def _make_worker_env(main_process: int, make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
