@@ -57,11 +57,11 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "toy"): TOY,
     ("cpu", "lift"): dict(collect_horizon=150),
     ("cpu", "can"): dict(demo_noise=0.3, total_steps=40_000),
-    ("cpu", "square"): dict(demo_noise=0.2, num_demos=100, total_steps=150_000),
+    ("cpu", "square"): dict(demo_noise=0.2, num_demos=100, bc_eval_every=500, total_steps=150_000),
     ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
-    ("cpu", "mt10"): dict(num_demos=200, total_steps=150_000),
+    ("cpu", "mt10"): dict(num_demos=200, bc_eval_every=250, total_steps=150_000),
     **{("cpu", f"{name}*"): dict(flow_steps=3, demo_noise=noise) for name, noise in HANDS.items()},
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
 }  # fmt: skip

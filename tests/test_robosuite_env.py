@@ -216,7 +216,7 @@ def test_render_without_opengl_is_a_user_error(fast: RobosuiteEnv, monkeypatch: 
 
     fast.reset(seed=5)
     monkeypatch.setattr(fast, "render_mode", "rgb_array")
-    monkeypatch.setattr(fast, "_camera", Camera("agentview"))
+    monkeypatch.setattr(fast, "_camera", Camera())
     monkeypatch.setattr(mujoco.Renderer, "__init__", fail)
     with pytest.raises(UserError, match=r"no display.*MUJOCO_GL"):
         fast.render()

@@ -8,8 +8,8 @@ from numpy.typing import NDArray
 
 from common.demos import minari
 from common.demos.policy_file import load_policy
-from common.demos.robomimic import read_demos
-from common.envs import resolve
+from common.demos.robomimic import draw_images, has_images, read_demos, read_images
+from common.envs import Pixels, resolve
 from common.errors import UserError
 from common.files import sha256
 
@@ -19,13 +19,15 @@ class Demos:
     """N steps of E successful episodes, one after the other.
 
     obs (N, O) and actions (N, A) are float32, actions within (-1, 1); ends (E,) int64 is the row after each
-    episode's last; name says where they come from.
+    episode's last; name says where they come from. images (N, cameras, S, S, 3) uint8 only if they were asked for; obs
+    is then what the robot feels itself.
     """
 
     obs: NDArray[np.float32]
     actions: NDArray[np.float32]
     ends: NDArray[np.int64]
     name: str
+    images: NDArray[np.uint8] | None = None
 
     def chunks(self, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Every step of every episode as a chunk start: obs (N, O), actions (N, horizon * A).
@@ -48,6 +50,7 @@ def get_demos(
     *,
     filter_key: str | None = None,
     seed: int = 0,
+    pixels: Pixels | None = None,
 ) -> Demos:
     """Loads demonstrations for a task, making or downloading them on first use.
 
@@ -59,19 +62,23 @@ def get_demos(
         num, noise, seed: episodes, noise and seed of "scripted" and POLICY.npz; other sources ignore them.
         cache_dir: where made and downloaded files are kept.
         filter_key: use only the episodes that the file's mask of this name lists, e.g. "train".
+        pixels: give images too; files of simulator states have them drawn on first use.
 
     Raises UserError with the remedy if there are none for the task, or the file is unusable.
     """
     task = resolve(env_id)
+    seen = f"_{'+'.join(pixels.cameras)}_{pixels.size}" if pixels else ""
     if source == "scripted" or source.endswith(".npz"):
         from common.demos.scripted import find_expert, generate
 
         expert = find_expert(task) if source == "scripted" else load_policy(Path(source), task)
         kind = source if source == "scripted" else f"{Path(source).stem}-{sha256(Path(source))[:8]}"
-        path = Path(cache_dir) / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}.hdf5"
+        path = Path(cache_dir) / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}{seen}.hdf5"
         if not path.exists():
-            generate(task, expert, num, noise, seed, path)
+            generate(task, expert, num, noise, seed, path, pixels)
     elif source.partition("-")[0] == "minari" and not source.endswith(".hdf5"):
+        if pixels:
+            raise UserError("--demos minari: these data have no images; use --demos scripted or FILE.hdf5")
         if filter_key is not None:
             raise UserError(f"--filter-key {filter_key}: Minari's data have no masks; leave the flag out")
         folder = minari.find_dataset(task, source.partition("-")[2])
@@ -83,4 +90,12 @@ def get_demos(
     else:
         path = Path(source)
     obs, actions, ends = read_demos(path, task, filter_key)
-    return Demos(obs, actions, ends, path.name)
+    if not pixels:
+        return Demos(obs, actions, ends, path.name)
+    if not has_images(path) and task.suite == "robosuite":
+        drawn = Path(cache_dir) / f"{path.stem}-{sha256(path)[:8]}{seen}.hdf5"
+        if not drawn.exists():
+            draw_images(path, task, pixels, drawn)
+        path = drawn
+    images = read_images(path, pixels, filter_key)
+    return Demos(np.ascontiguousarray(obs[:, list(task.proprio)]), actions, ends, path.name, images)

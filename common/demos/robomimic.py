@@ -8,6 +8,7 @@ actions are in [-1, 1], as the environment made by `make_env` takes them.
 
 import json
 import re
+import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +17,10 @@ from typing import Any
 import h5py
 import numpy as np
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from common.download import obtain
-from common.envs import TaskSpec
+from common.envs import Pixels, TaskSpec
 from common.errors import UserError
 from common.files import replacing
 
@@ -30,12 +32,17 @@ ACTION_LIMIT = 1 - 1e-5  # the ends of the range are unreachable for squashed po
 
 @dataclass
 class Episode:
-    """T steps: observation parts (T, width), simulator states (T, S), actions (T, A), rewards (T,)."""
+    """T steps: observation parts (T, width) or images, simulator states (T, S), actions (T, A), rewards (T,)."""
 
-    obs: dict[str, NDArray[np.float32]]
+    obs: dict[str, NDArray[Any]]
     states: NDArray[np.float64]
     actions: NDArray[np.float32]
     rewards: NDArray[np.float64]
+
+
+def image_key(camera: str) -> str:
+    """Name of a camera's images under obs/, as robomimic names them."""
+    return f"{camera}_image"
 
 
 def write_demos(path: Path, episodes: list[Episode], env_args: str) -> None:
@@ -54,7 +61,8 @@ def write_demos(path: Path, episodes: list[Episode], env_args: str) -> None:
             demo["states"] = episode.states
             demo["dones"] = (np.arange(steps) == steps - 1).astype(np.int64)
             for key, value in episode.obs.items():
-                demo[f"obs/{key}"] = value
+                image = value.dtype == np.uint8
+                demo.create_dataset(f"obs/{key}", data=value, compression="gzip" if image else None)
         file["mask/train"] = np.array(names[:cut], "S")
         file["mask/valid"] = np.array(names[cut:], "S")
 
@@ -91,6 +99,59 @@ def read_demos(
         print(f"warning: {long} episodes of {path} exceed the horizon of {task.horizon} steps", file=sys.stderr)
     obs, actions = (np.concatenate(column) for column in zip(*episodes, strict=True))
     return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), np.cumsum(lengths)
+
+
+def has_images(path: Path) -> bool:
+    """Whether any episode of a readable file holds images."""
+    with h5py.File(path, "r") as file:
+        return any(key.endswith("_image") for demo in file["data"].values() for key in demo["obs"])
+
+
+def read_images(path: Path, pixels: Pixels, filter_key: str | None = None) -> NDArray[np.uint8]:
+    """Images (N, cameras, S, S, 3) of the steps that `read_demos` returns. Raises UserError if the file has others."""
+    with h5py.File(path, "r") as file:
+        columns = []
+        for name in _episode_names(file, path, filter_key):
+            demo = file["data"][name]
+            shape = (len(demo["actions"]), pixels.size, pixels.size, 3)
+            for camera in pixels.cameras:
+                found = demo.get(f"obs/{image_key(camera)}")
+                if found is None or found.shape != shape or found.dtype != np.uint8:
+                    what = "no images" if found is None else f"images {found.shape} {found.dtype}"
+                    raise UserError(
+                        f"{path}: {name} has {what} of camera {camera}, {shape} uint8 are needed; choose --cameras and "
+                        "--image-size as recorded, or a file with simulator states, from which they can be drawn"
+                    )
+            columns.append(np.stack([demo[f"obs/{image_key(camera)}"][()] for camera in pixels.cameras], 1))
+    return np.concatenate(columns)
+
+
+def draw_images(path: Path, task: TaskSpec, pixels: Pixels, target: Path) -> None:
+    """Copies a file of simulator states to `target` and adds the images, drawn state by state.
+
+    As robomimic does: the state files have no images. Raises UserError for a file without models and states.
+    """
+    from common.envs.robosuite_env import RobosuiteEnv
+
+    env = RobosuiteEnv(task, task.horizon or 1)
+    env.reset(seed=0)
+    with replacing(target) as temp:
+        shutil.copyfile(path, temp)
+        with h5py.File(temp, "r+") as file:
+            for name in tqdm(_episode_names(file, path, None), desc="drawing demonstrations", leave=False):
+                demo = file["data"][name]
+                if "states" not in demo or "model_file" not in demo.attrs:
+                    raise UserError(
+                        f"{path}: {name} has neither images nor states with their model_file, from which to draw them"
+                    )
+                images = []
+                for state in demo["states"][()]:
+                    env.show(demo.attrs["model_file"], state)
+                    images.append(env.images(pixels.cameras, pixels.size))
+                for i, camera in enumerate(pixels.cameras):
+                    data = np.stack(images)[:, i]
+                    demo.create_dataset(f"obs/{image_key(camera)}", data=data, compression="gzip")
+    env.close()
 
 
 def _episode_names(file: h5py.File, path: Path, filter_key: str | None) -> list[str]:

@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.demos.robomimic import Episode, write_demos
-from common.envs import TaskSpec, make_env
+from common.demos.robomimic import Episode, image_key, write_demos
+from common.envs import Pixels, TaskSpec, make_env
 from common.errors import UserError
 
 Expert = Generator[NDArray[np.float32], NDArray[np.float32], None]
@@ -50,8 +50,19 @@ def find_expert(task: TaskSpec) -> Callable[..., Expert]:
     raise UserError(f"{task.name} has no scripted expert; give demonstrations with --demos FILE.hdf5")
 
 
-def generate(task: TaskSpec, expert: Callable[..., Expert], num: int, noise: float, seed: int, path: Path) -> None:
-    """Writes `num` successful episodes of an expert to `path`, in the robomimic schema. A function of its arguments."""
+def generate(
+    task: TaskSpec,
+    expert: Callable[..., Expert],
+    num: int,
+    noise: float,
+    seed: int,
+    path: Path,
+    pixels: Pixels | None = None,
+) -> None:
+    """Writes `num` successful episodes of an expert to `path`, in the robomimic schema. A function of its arguments.
+
+    With `pixels` the images of every step go with them, as obs/CAMERA_image (T, S, S, 3) uint8.
+    """
     if num < 1:
         raise UserError(f"{num} demonstrations were asked for; ask for at least one")
     env = make_env(task.name, horizon=MAX_STEPS.get(task.name, task.horizon))
@@ -65,11 +76,13 @@ def generate(task: TaskSpec, expert: Callable[..., Expert], num: int, noise: flo
                 if attempt == 20 * num + 20:
                     raise UserError(f"the {task.name} expert fails with noise {noise}; use less noise")
                 rng = np.random.default_rng([seed, attempt])
-                rollout = _rollout(env, expert, rng, noise, SEED_BASE + 10**5 * seed + attempt)
+                rollout = _rollout(env, expert, rng, noise, SEED_BASE + 10**5 * seed + attempt, pixels)
                 attempt += 1
                 if rollout is not None:
-                    obs, states, actions, rewards = rollout
+                    obs, states, actions, rewards, *images = rollout
                     parts = dict(zip(keys, np.split(obs, splits, axis=1), strict=True))
+                    if pixels:
+                        parts |= {image_key(name): images[0][:, i] for i, name in enumerate(pixels.cameras)}
                     episodes.append(Episode(parts, states, actions, rewards))
                     bar.update()
     finally:
@@ -78,17 +91,23 @@ def generate(task: TaskSpec, expert: Callable[..., Expert], num: int, noise: flo
 
 
 def _rollout(
-    env: gym.Env[Any, Any], expert: Callable[..., Expert], rng: np.random.Generator, noise: float, seed: int
+    env: gym.Env[Any, Any],
+    expert: Callable[..., Expert],
+    rng: np.random.Generator,
+    noise: float,
+    seed: int,
+    pixels: Pixels | None,
 ) -> tuple[NDArray[Any], ...] | None:
-    """Observations, simulator states, actions and rewards of one episode; None if it failed."""
+    """Observations, simulator states, actions, rewards and, if asked for, images of an episode; None if it failed."""
     obs, _ = env.reset(seed=seed)
     policy = expert(env, obs, rng, noise)
     action = next(policy)
     steps, done, success = [], False, False
     while not done:
         state = env.state() if hasattr(env, "state") else obs
+        images = (env.images(pixels.cameras, pixels.size),) if pixels else ()  # type: ignore[attr-defined]
         next_obs, reward, terminated, truncated, info = env.step(action)
-        steps.append((obs, state, action, reward))
+        steps.append((obs, state, action, reward, *images))
         success |= info["success"]
         done, obs = terminated or truncated, next_obs
         if not done:

@@ -16,9 +16,9 @@ from functools import partial
 from typing import Any
 
 import gymnasium as gym
-import numpy as np
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
 
+from common.envs.wrappers import ChunkStep, PixelEnv, Pixels
 from common.errors import UserError
 
 SUITES = {  # suite -> module of this package and class, made with (task, horizon, render=...)
@@ -44,6 +44,7 @@ class TaskSpec:
     action_dim: int = 0
     tasks: tuple[str, ...] = ()  # several under one policy: an episode is of tasks[seed % len(tasks)]
     goals: tuple[str, ...] = ()  # what has to be done, in Kitchen
+    proprio: tuple[int, ...] = ()  # the observation's numbers that the robot feels itself, to go with images
 
 
 _PANDA = (("robot0_eef_pos", 3), ("robot0_eef_quat", 4), ("robot0_gripper_qpos", 2))
@@ -52,7 +53,7 @@ _PANDAS = (*_PANDA, ("robot1_eef_pos", 3), ("robot1_eef_quat", 4), ("robot1_grip
 
 def _robosuite(name: str, env: str, horizon: int, datasets: tuple[str, ...], objects: int, arms: int = 1) -> TaskSpec:
     obs = (*(_PANDA if arms == 1 else _PANDAS), ("object", objects))
-    return TaskSpec(name, "robosuite", env, horizon, datasets, obs, 7 * arms)
+    return TaskSpec(name, "robosuite", env, horizon, datasets, obs, 7 * arms, proprio=tuple(range(9 * arms)))
 
 
 def _metaworld(name: str, tasks: tuple[str, ...] = ()) -> TaskSpec:
@@ -79,7 +80,7 @@ MT10 = (
 TASKS = {
     task.name: task
     for task in (
-        TaskSpec("toy", "toy", "toy", 40, obs=(("state", 6),), action_dim=2),
+        TaskSpec("toy", "toy", "toy", 40, obs=(("state", 6),), action_dim=2, proprio=(0, 1, 4, 5)),
         _robosuite("lift", "Lift", 300, ("ph", "mh"), 10),
         _robosuite("can", "PickPlaceCan", 300, ("ph", "mh"), 14),
         _robosuite("square", "NutAssemblySquare", 400, ("mh", "ph"), 14),
@@ -110,7 +111,13 @@ def resolve(env_id: str) -> TaskSpec:
 
 
 def make_env(
-    env_id: str, *, horizon: int | None = None, original_step: bool = False, render: bool = False
+    env_id: str,
+    *,
+    horizon: int | None = None,
+    original_step: bool = False,
+    render: bool = False,
+    chunk: int = 0,
+    pixels: Pixels | None = None,
 ) -> gym.Env[Any, Any]:
     """Makes one environment.
 
@@ -119,6 +126,8 @@ def make_env(
         horizon: steps until truncation; None takes the task's.
         original_step: step robosuite tasks with robosuite's own Python instead of the fast path.
         render: allow `render()`, which returns an RGB image (H, W, 3) uint8.
+        chunk: if not 0, one step executes this many actions (`ChunkStep`).
+        pixels: observe images and what the robot feels (`PixelEnv`), once per step or chunk.
 
     Raises UserError if the environment is unknown or cannot be made.
     """
@@ -126,33 +135,15 @@ def make_env(
     module, name = SUITES[task.suite]
     make = getattr(importlib.import_module(f"common.envs.{module}"), name)
     more = {"original_step": original_step} if task.suite == "robosuite" else {}
-    return make(task, horizon or task.horizon, render=render, **more)
-
-
-class ChunkStep(gym.Wrapper[Any, Any, Any, Any]):
-    """One step executes a chunk (H, A) open loop; the end of the episode discards the rest.
-
-    The reward is the sum over the steps made, `info["steps"]` their number; `info` has "rewards" and "successes" of
-    every step and "made", 1 for the steps made and 0 for the rest, all (H,). One message a chunk instead of one a step
-    is what keeps environments in other processes busy.
-    """
-
-    def __init__(self, env: gym.Env[Any, Any], chunk: int) -> None:
-        super().__init__(env)
-        low, high = (np.repeat(b[None], chunk, 0) for b in (env.action_space.low, env.action_space.high))
-        self.action_space = gym.spaces.Box(low, high, dtype=env.action_space.dtype)
-
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
-        """action (H, A)"""
-        rewards, successes, made = np.zeros((3, len(action)))
-        for i, one in enumerate(action):
-            obs, rewards[i], terminated, truncated, info = self.env.step(one)
-            successes[i], made[i] = info["success"], 1
-            if terminated or truncated:
-                break
-        more = {"success": bool(successes.any()), "steps": int(made.sum())}
-        more |= {"rewards": rewards, "successes": successes, "made": made}
-        return obs, float(rewards.sum()), terminated, truncated, info | more
+    env = make(task, horizon or task.horizon, render=render, **more)
+    if chunk:
+        env = ChunkStep(env, chunk)
+    if not pixels:
+        return env
+    if not task.proprio:
+        names = ", ".join(name for name, other in TASKS.items() if other.proprio)
+        raise UserError(f"{env_id} has no cameras here; use one of {names}")
+    return PixelEnv(env, task.proprio, pixels)
 
 
 def _make_worker_env(main_process: int, make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
@@ -162,12 +153,14 @@ def _make_worker_env(main_process: int, make: Callable[[], gym.Env[Any, Any]]) -
     return make()
 
 
-def _make_chunk_env(make: Callable[[], gym.Env[Any, Any]], chunk: int) -> gym.Env[Any, Any]:
-    return ChunkStep(make(), chunk)
-
-
 def make_vec_env(
-    env_id: str, num_envs: int, *, horizon: int | None = None, original_step: bool = False, chunk: int = 0
+    env_id: str,
+    num_envs: int,
+    *,
+    horizon: int | None = None,
+    original_step: bool = False,
+    chunk: int = 0,
+    pixels: Pixels | None = None,
 ) -> VectorEnv[Any, Any, Any]:
     """Makes `num_envs` environments, each in a process of its own if there are several.
 
@@ -176,9 +169,7 @@ def make_vec_env(
     Nothing resets by itself: reset finished episodes with `reset(seed=[...], options={"reset_mask": mask})`,
     a fresh options dictionary at every call. Arguments and errors are those of `make_env`.
     """
-    make = partial(make_env, env_id, horizon=horizon, original_step=original_step)
-    if chunk:
-        make = partial(_make_chunk_env, make, chunk)
+    make = partial(make_env, env_id, horizon=horizon, original_step=original_step, chunk=chunk, pixels=pixels)
     if num_envs == 1:
         return SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED)
     context = "spawn"

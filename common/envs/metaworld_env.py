@@ -48,7 +48,7 @@ class MetaWorldEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (4,), np.float32)
         self._made: dict[str, SawyerXYZEnv] = {}
-        self._camera = Camera("corner2")
+        self._camera = Camera()
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -89,7 +89,7 @@ class MetaWorldEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """RGB image (256, 256, 3); None if made without render=True. Raises UserError where there is no OpenGL."""
         if self.render_mode is None:
             return None
-        return self._camera(self.env.model, self.env.data)[::-1, ::-1]  # this camera hangs upside down
+        return self._camera(self.env.model, self.env.data, "corner2")[::-1, ::-1]  # this camera hangs upside down
 
     def close(self) -> None:
         self._camera.close()

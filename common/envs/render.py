@@ -8,13 +8,14 @@ from contextlib import suppress
 import numpy as np
 from numpy.typing import NDArray
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
-    # MuJoCo picks its OpenGL library on import, and EGL is the one that needs no display.
-    with suppress(OSError):
-        ctypes.CDLL("libEGL.so.1")
-        os.environ["MUJOCO_GL"] = "egl"
+    # MuJoCo picks its OpenGL library on import. EGL and OSMesa need no display; EGL can use a GPU, and wins.
+    for _name, _library in (("osmesa", "libOSMesa.so.8"), ("egl", "libEGL.so.1")):
+        with suppress(OSError):
+            ctypes.CDLL(_library)
+            os.environ["MUJOCO_GL"] = _name
 
 import mujoco  # after MUJOCO_GL is set
 
@@ -33,32 +34,42 @@ class Camera:
     The OpenGL context is made at the first picture, in the process that draws, and again for another model.
 
     Args:
-        camera: name or number of a camera of the model, or a free one.
         hidden: groups of geometry that are left out, e.g. collision shapes.
+        size: width and height of its pictures.
     """
 
-    def __init__(self, camera: str | int | mujoco.MjvCamera, hidden: tuple[int, ...] = ()) -> None:
-        self._camera, self._option = camera, mujoco.MjvOption()
+    def __init__(self, hidden: tuple[int, ...] = (), size: int = IMAGE_SIZE) -> None:
+        self._size, self._option = size, mujoco.MjvOption()
         for group in hidden:
             self._option.geomgroup[group] = False
         self._model: mujoco.MjModel | None = None
 
-    def __call__(self, model: mujoco.MjModel, data: mujoco.MjData) -> NDArray[np.uint8]:
-        """RGB image (256, 256, 3). Raises UserError where there is no OpenGL."""
+    def __call__(
+        self, model: mujoco.MjModel, data: mujoco.MjData, view: str | int | mujoco.MjvCamera
+    ) -> NDArray[np.uint8]:
+        """RGB image (S, S, 3) as a camera of the model (by name or number) or a free one sees it.
+
+        Raises UserError where there is no OpenGL, or no such camera.
+        """
         if model is not self._model:
             self.close()
             # Reflections and multisampling take nine tenths of the time on a CPU and change little.
             model.vis.quality.offsamples = 0
-            model.vis.global_.offwidth = model.vis.global_.offheight = IMAGE_SIZE
+            model.vis.global_.offwidth = model.vis.global_.offheight = self._size  # reading back a larger one is slow
             try:
-                self._renderer = _Renderer(model, IMAGE_SIZE, IMAGE_SIZE)
+                self._renderer = _Renderer(model, self._size, self._size)
             except Exception as error:  # every OpenGL library fails in its own way
                 raise UserError(
-                    f"cannot render ({error}); install libegl1 and libgl1, or set MUJOCO_GL to egl or osmesa"
+                    f"cannot render ({first_line(error)}); install libegl1 and libgl1, or libosmesa6; MUJOCO_GL is "
+                    "to be egl or osmesa"
                 ) from error
             self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
             self._model = model
-        self._renderer.update_scene(data, self._camera, self._option)
+        try:
+            self._renderer.update_scene(data, view, self._option)
+        except ValueError as error:
+            names = ", ".join(model.camera(i).name for i in range(model.ncam))
+            raise UserError(f"there is no camera {view!r}; this model has {names}") from error
         return self._renderer.render()
 
     def close(self) -> None:

@@ -38,6 +38,7 @@ from common.envs.osc import FastStep  # noqa: E402
 
 MODEL_BLOCK = 32  # seeds that share one compiled model: compiling costs 100 times a plain reset
 ARM_ACTIONS = 7
+HIDDEN = (0,)  # collision shapes
 
 
 def env_kwargs(robots: int) -> dict[str, Any]:
@@ -107,7 +108,9 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (task.action_dim,), np.float32)
         self._block: int | None = None
-        self._camera = Camera("agentview", hidden=(0,))  # 0: collision shapes
+        self._shown = ""
+        self._camera = Camera(HIDDEN)
+        self._eyes: dict[int, Camera] = {}  # by the size of their images
 
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
@@ -169,11 +172,27 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         Raises UserError where there is no OpenGL.
         """
         sim = self.env.sim
-        return self._camera(sim.model._model, sim.data._data) if self.render_mode else None
+        return self._camera(sim.model._model, sim.data._data, "agentview") if self.render_mode else None
+
+    def images(self, cameras: tuple[str, ...], size: int) -> NDArray[np.uint8]:
+        """RGB images (N, size, size, 3) of the state. Raises UserError without OpenGL or for an unknown camera."""
+        if size not in self._eyes:
+            self._eyes[size] = Camera(HIDDEN, size)
+        eye, sim = self._eyes[size], self.env.sim
+        return np.stack([eye(sim.model._model, sim.data._data, name) for name in cameras])
+
+    def show(self, model_xml: str, state: NDArray[np.float64]) -> None:
+        """Puts the simulation into a recorded state (S,) of a recorded model, to be drawn."""
+        if model_xml != self._shown:
+            self.env.reset_from_xml_string(self.env.edit_model_xml(model_xml))
+            self._shown = model_xml
+        self.env.sim.set_state_from_flattened(state)
+        self.env.sim.forward()
 
     def close(self) -> None:
         """Frees the renderer and the simulation; a later reset makes new ones."""
-        self._camera.close()
+        for camera in (self._camera, *self._eyes.values()):
+            camera.close()
         if self._block is not None:
             self.env.close()
         self._block = None

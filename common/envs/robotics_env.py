@@ -61,7 +61,7 @@ class RoboticsEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any
         width = sum(width for _, width in task.obs)
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (width,), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, (task.action_dim,), np.float32)
-        self._camera = Camera("fixed" if task.suite == "adroit" else kitchen_view())
+        self._camera, self._view = Camera(), "fixed" if task.suite == "adroit" else kitchen_view()
 
     @property
     def render_mode(self) -> str | None:
@@ -100,7 +100,9 @@ class RoboticsEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], Any, Any
 
     def render(self) -> NDArray[np.uint8] | None:
         """RGB image (256, 256, 3); None if made without render=True. Raises UserError where there is no OpenGL."""
-        return self._camera(self.unwrapped.model, self.unwrapped.data) if self._render_mode else None
+        if self._render_mode is None:
+            return None
+        return self._camera(self.unwrapped.model, self.unwrapped.data, self._view)
 
     def close(self) -> None:
         self._camera.close()

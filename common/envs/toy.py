@@ -11,6 +11,7 @@ import gymnasium as gym
 import numpy as np
 
 from common.envs import TaskSpec
+from common.errors import UserError
 
 STEP = 0.1  # distance covered per step at full speed; the arena is [-1, 1]^2
 LAG = 0.5  # share of the old velocity that survives a step
@@ -72,12 +73,21 @@ class ToyReach(gym.Env):
 
     def render(self) -> np.ndarray:
         """Picture (192, 192, 3) uint8: wall, target (green) and point (blue), y upwards."""
-        axis = np.linspace(-1.0, 1.0, _PIXELS)
-        xs, ys = np.meshgrid(axis, axis[::-1])
-        image = np.full((_PIXELS, _PIXELS, 3), 250, np.uint8)
-        image[(np.abs(xs) < 0.02) & (np.abs(np.abs(ys) - GAP_CENTRE) > GAP_HALF_WIDTH)] = (60, 60, 60)
+        return self._draw(_PIXELS)
+
+    def images(self, cameras: tuple[str, ...], size: int) -> np.ndarray:
+        """The picture (N, size, size, 3) from every camera; there is one, "top"."""
+        if set(cameras) - {"top"}:
+            raise UserError(f"there is no camera {cameras[0]!r}; the toy task has top")
+        return np.stack([self._draw(size)] * len(cameras))
+
+    def _draw(self, size: int) -> np.ndarray:
+        axis = np.linspace(-1.0, 1.0, size, dtype=np.float32)
+        xs, ys = axis[None], axis[::-1, None]
+        image = np.full((size, size, 3), 250, np.uint8)
+        image[(np.abs(xs) < max(0.02, 1.1 / size)) & (np.abs(np.abs(ys) - GAP_CENTRE) > GAP_HALF_WIDTH)] = (60, 60, 60)
         image[(xs - self.goal_x) ** 2 + (ys - self.goal_y) ** 2 < TARGET_RADIUS**2] = (40, 170, 70)
-        image[(xs - self.x) ** 2 + (ys - self.y) ** 2 < 0.05**2] = (40, 90, 220)
+        image[(xs - self.x) ** 2 + (ys - self.y) ** 2 < max(0.05, 2.5 / size) ** 2] = (40, 90, 220)
         return image
 
     def _obs(self) -> np.ndarray:
