@@ -14,9 +14,9 @@ import torch
 from common import checkpoint
 from common.collect import Collector
 from common.demos import Demos, get_demos
-from common.envs import make_env, make_vec_env, resolve
+from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.errors import UserError
-from common.evaluate import EvalResult, evaluate, record_video
+from common.evaluate import Encode, EvalResult, evaluate, plain, record_video
 from common.replay import ReplayBuffer
 from common.runlog import Averages, RunLog, plot_curves
 from common.start import CHECKPOINT, pick_device
@@ -85,8 +85,14 @@ class Run:
         saved: dict[str, Any] | None,
         reward: Callable[[float, bool], float],
         training: bool = True,
+        pixels: Pixels | None = None,
+        features: int = 0,
     ) -> None:
-        """saved: the checkpoint to go on from; reward(raw, success) is what the buffer stores."""
+        """saved: the checkpoint to go on from; reward(raw, success) is what the buffer stores.
+
+        With `pixels` the environments show images once a chunk, `encode` must make observations of them, with
+        `features` numbers before those that the robot feels, and a row of the buffer is a chunk.
+        """
         self.flat, self.dir, self.stop, self.saved = dict(args), run_dir, stop, saved
         a = self.a = SimpleNamespace(**args)
         self.started = time.perf_counter()
@@ -95,9 +101,13 @@ class Run:
         self.state: dict[str, Any] = saved["state"] if saved else {"step": 0}
         if training:
             checkpoint.check_run_dir(run_dir, 2**20)
-        fixed = dict(horizon=a.horizon, original_step=a.original_step)
-        self.eval_envs = make_vec_env(a.env, a.eval_envs, chunk=a.chunk, **fixed)
-        self.obs_dim = self.eval_envs.single_observation_space.shape[0]
+        self.pixels = pixels
+        self.encode: Encode = plain
+        fixed = dict(original_step=a.original_step, pixels=pixels)
+        self.eval_envs = make_vec_env(a.env, a.eval_envs, horizon=a.horizon, chunk=a.chunk, **fixed)
+        space = self.eval_envs.single_observation_space
+        felt = (space["proprio"] if pixels else space).shape[0]
+        self.obs_dim = features + felt
         self.act_dim = self.eval_envs.single_action_space.shape[-1]
         self.demos: Demos | None = None
         if not training:
@@ -106,10 +116,16 @@ class Run:
         checkpoint.check_run_dir(run_dir, 3 * (4 * rows * (self.obs_dim + self.act_dim + 2) + 2**25))
         if not (saved and saved["agent"]["bc_done"]):
             self.demos = get_demos(
-                a.env, a.demos, a.num_demos, a.demo_noise, Path(a.data_dir), filter_key=a.filter_key or None
+                a.env,
+                a.demos,
+                a.num_demos,
+                a.demo_noise,
+                Path(a.data_dir),
+                filter_key=a.filter_key or None,
+                pixels=pixels,
             )
             for what, have, want in (
-                ("observations", self.demos.obs, self.obs_dim),
+                ("observations", self.demos.obs, felt),
                 ("actions", self.demos.actions, self.act_dim),
             ):
                 if have.shape[1] != want:
@@ -117,10 +133,14 @@ class Run:
                         f"--demos {self.demos.name}: its {what} have {have.shape[1]} numbers, {a.env} has {want}; give "
                         "demonstrations of this environment"
                     )
-        self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)
         cap = a.collect_horizon or a.horizon
-        envs = make_vec_env(a.env, a.num_envs, horizon=cap, original_step=a.original_step)
-        self.collector = Collector(envs, self.buffer, reward, a.seed)
+        if pixels:
+            self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim * a.chunk, 1, rewards=a.chunk)
+            envs = make_vec_env(a.env, a.num_envs, horizon=cap, chunk=a.chunk, **fixed)
+        else:
+            self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)
+            envs = make_vec_env(a.env, a.num_envs, horizon=cap, **fixed)
+        self.collector = Collector(envs, self.buffer, reward, a.seed, encode=lambda shown: self.encode(shown))
         self.rng = np.random.default_rng(a.seed)  # replay indices
         self.averages = Averages()  # metrics of the updates since the last log line
         self.watch = Stopwatch(a.profile)
@@ -175,7 +195,7 @@ class Run:
         for name, policy in policies.items():
             rng = torch.Generator(self.device).manual_seed(self.a.eval_seed)
             first = self.a.eval_seed + EVAL_SEEDS[use]
-            result = evaluate(self.eval_envs, lambda obs, p=policy, r=rng: p(obs, r), episodes, first)
+            result = evaluate(self.eval_envs, lambda obs, p=policy, r=rng: p(obs, r), episodes, first, self.encode)
             names = self.task.tasks
             parts = tuple(names[(first + i) % len(names)] for i in range(episodes)) if names else ()
             results[name] = replace(result, parts=parts)
@@ -225,8 +245,8 @@ class Run:
             return
         rng = torch.Generator(self.device).manual_seed(self.a.eval_seed)
         try:
-            env = make_env(self.a.env, horizon=self.a.horizon, render=True)
-            record_video(env, lambda obs: policy(obs, rng), self.dir / name, self.a.eval_seed)
+            env = make_env(self.a.env, horizon=self.a.horizon, render=True, pixels=self.pixels)
+            record_video(env, lambda obs: policy(obs, rng), self.dir / name, self.a.eval_seed, encode=self.encode)
             env.close()
         except UserError as error:
             self.log.say(f"note: {error}")

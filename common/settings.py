@@ -3,7 +3,7 @@
 preset < task < variant, later rows win over earlier, and a flag on the command line wins over all.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from typing import TypeVar
 
@@ -65,6 +65,21 @@ SETTINGS: dict[tuple[str, str], dict] = {
     **{("cpu", f"{name}*"): dict(flow_steps=3, demo_noise=noise) for name, noise in HANDS.items()},
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
 }  # fmt: skip
+# What ogpo_pixels.py changes further, in the same way.
+PIXELS: dict[tuple[str, str], dict] = {
+    ("*", "*"): dict(next_samples=8),
+    ("*", "toy"): dict(cameras=("top",), image_size=48),
+    ("paper", "*"): dict(start_training=20_000, eval_interval_episodes=20),
+    ("paper", "lift"): dict(cameras=("agentview",), image_size=96),
+    ("paper", "can"): dict(cameras=("agentview",), image_size=96),
+    ("paper", "square"): dict(cameras=("agentview",), image_size=96, critic_hidden=(512,) * 5),
+    ("*", "tool_hang"): dict(cameras=("sideview",), image_size=240),
+    ("*", "transport"): dict(cameras=("shouldercamera0", "shouldercamera1"), image_size=96),
+    ("cpu", "*"): dict(
+        bc_batch=64, bc_eval_every=200, bc_eval_episodes=20, eval_every=8_000, eval_episodes=50, total_steps=40_000
+    ),
+    ("cpu", "toy"): dict(eval_every=2_000, total_steps=8_000),
+}  # fmt: skip
 # Where a task's values come from; the first pattern that fits counts.
 SOURCES: dict[tuple[str, str], str] = {
     ("paper", "toy"): "Square's, shorter",
@@ -97,9 +112,18 @@ AT_LEAST = dict(
     bc_batch=1, bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1, next_samples=1,
     noise_std=1e-6, clip=0.0,
 )  # fmt: skip
+AT_LEAST_PIXELS = AT_LEAST | dict(image_size=16, channels=1, shift=0)
 
 
-def apply(args: T, env: str, preset: str, variant: str, without: Collection[str] = ()) -> T:
+def apply(
+    args: T,
+    env: str,
+    preset: str,
+    variant: str,
+    *,
+    without: Collection[str] = (),
+    tables: Sequence[dict[tuple[str, str], dict]] = (SETTINGS,),
+) -> T:
     """`args` with every row that applies; "auto" is the paper's preset on a machine with a GPU. Raises UserError.
 
     without: arguments that the tables set and `args` does not have.
@@ -108,7 +132,8 @@ def apply(args: T, env: str, preset: str, variant: str, without: Collection[str]
         preset = "paper" if torch.cuda.is_available() else "cpu"
     cli.check_choice("preset", preset, ("cpu", "paper"))
     cli.check_choice("variant", variant, tuple(VARIANTS))
-    rows = [row for (p, task), row in SETTINGS.items() if fnmatch(preset, p) and fnmatch(env, task)]
+    items = [item for table in tables for item in table.items()]
+    rows = [row for (p, task), row in items if fnmatch(preset, p) and fnmatch(env, task)]
     first = dict(env=env, preset=preset, variant=variant, horizon=resolve(env).horizon or 300)
     for row in (first, *rows, VARIANTS[variant]):
         args = cli.override(args, {name: value for name, value in row.items() if name not in without})
