@@ -41,6 +41,10 @@ ADROIT = dict(
     demos="minari", gamma=0.95, flow_steps=3, actor_ema=0.05, bc_steps=50_000, success_critic=False,
     total_steps=500_000, eval_every=20_000,
 )  # fmt: skip
+HAND = dict(
+    flow_steps=3, actor_ema=0.05, actor_lr=1e-4, actor_lr_min=1e-4, start_training=5_000, update_every=5,
+    eval_every=10_000, total_steps=80_000,
+)  # fmt: skip
 HANDS = {"door": 0.1, "hammer": 0.2, "pen": 0.3, "relocate": 0.1}  # and the noise at which their experts stumble
 # (preset, task pattern) -> changes to the defaults; later rows win over earlier. A task's cap is in common/envs.
 SETTINGS: dict[tuple[str, str], dict] = {
@@ -57,12 +61,14 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "toy"): TOY,
     ("cpu", "lift"): dict(collect_horizon=150),
     ("cpu", "can"): dict(demo_noise=0.3, total_steps=40_000),
-    ("cpu", "square"): dict(demo_noise=0.2, num_demos=100, bc_eval_every=500, total_steps=150_000),
+    ("cpu", "square"): dict(
+        demo_noise=0.2, num_demos=100, bc_steps=5_000, bc_eval_every=500, eval_every=10_000, total_steps=150_000
+    ),
     ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
     ("cpu", "mt10"): dict(num_demos=200, bc_eval_every=250, total_steps=150_000),
-    **{("cpu", f"{name}*"): dict(flow_steps=3, demo_noise=noise) for name, noise in HANDS.items()},
+    **{("cpu", f"{name}*"): HAND | dict(demo_noise=noise) for name, noise in HANDS.items()},
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
 }  # fmt: skip
 # What ogpo_pixels.py changes further, in the same way.
