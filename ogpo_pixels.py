@@ -183,7 +183,7 @@ def default_args(env: str, preset: str, variant: str) -> Args:
 
 
 class Encoder(nn.Module):
-    """A convolutional network per camera and a spatial softmax: where in the image each learned pattern is.
+    """A convolutional network per camera and a spatial softmax: at which row and column each learned pattern is.
 
     [Finn et al. 2016; the released code has a small vision transformer or a frozen PaliGemma.]
     """
@@ -196,7 +196,7 @@ class Encoder(nn.Module):
         self.features = 2 * p.channels * n
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (n, N, S, S, 3) uint8 -> features (n, F): coordinates in [-1, 1]"""
+        """images (n, N, S, S, 3) uint8 -> features (n, F): rows, then columns, in [-1, 1]"""
         x = images.permute(0, 1, 4, 2, 3).flatten(1, 2).float() / 127.5 - 1  # (n, 3N, S, S)
         for conv in self.convs[:-1]:
             x = F.gelu(conv(x))

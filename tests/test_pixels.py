@@ -1,0 +1,326 @@
+"""ogpo_pixels.py and what it stands on: encoders, images once a chunk, chunk rows, demonstrations with images."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import gymnasium as gym
+import h5py
+import numpy as np
+import pytest
+import torch
+
+import ogpo_pixels as op
+import ogpo_state as og
+from common import cli
+from common.collect import Collector
+from common.demos import get_demos
+from common.demos.robomimic import draw_images, read_images
+from common.envs import ChunkStep, Pixels, make_env, resolve
+from common.errors import UserError
+from common.replay import ReplayBuffer
+from common.runlog import read_metrics
+from tests.test_variants import definitions
+
+TOP = Pixels(("top",), 32)
+# What ogpo_pixels.py defines in its own words; all else is the text of ogpo_state.py.
+OWN = {
+    *("PixelArgs", "Args", "default_args", "Encoder", "Backbone", "TwoTier", "VelocityNet", "CriticEnsemble"),
+    *("random_shift", "Agent", "make_encoder", "make_agent", "encode", "pretrain", "check_cameras", "main"),
+}
+
+
+def test_what_both_scripts_share_is_the_same_text() -> None:
+    base, own = definitions(og), definitions(op)
+    assert {name for name in base.keys() | own.keys() if base.get(name) != own.get(name)} == OWN
+    assert base.keys() <= own.keys()
+
+
+# --- encoders ---------------------------------------------------------------------------------------------------------
+
+
+def test_features_are_the_places_of_patterns() -> None:
+    """One camera sees a red spot, the other a green one; each camera's first pattern is "much red"."""
+    encoder = op.Encoder(op.PixelArgs(cameras=("a", "b"), channels=2))
+    look = torch.nn.Conv2d(6, 4, 1, groups=2, bias=False)
+    with torch.no_grad():
+        look.weight.zero_()
+        look.weight[[0, 2], 0] = 50.0
+    encoder.convs = torch.nn.ModuleList([look])
+    images = torch.zeros(1, 2, 11, 11, 3, dtype=torch.uint8)
+    images[0, 0, 2, 9, 0] = 255  # row 2, column 9
+    images[0, 1, 7, 1, 1] = 255
+    features = encoder(images)
+    assert features.shape == (1, 8) and encoder.features == 8
+    rows, columns = features[0, :4], features[0, 4:]
+    assert columns[0].item() == pytest.approx(2 * 9 / 10 - 1, abs=1e-4)
+    assert rows[0].item() == pytest.approx(2 * 2 / 10 - 1, abs=1e-4)
+    assert torch.allclose(columns[1:], torch.zeros(3), atol=1e-5)  # nothing red, or nothing looked for: the middle
+    assert torch.allclose(rows[1:], torch.zeros(3), atol=1e-5)
+
+
+def test_cameras_have_networks_of_their_own() -> None:
+    encoder = op.Encoder(op.PixelArgs(cameras=("a", "b"), channels=4))
+    images = torch.randint(0, 255, (3, 2, 32, 32, 3), dtype=torch.uint8)
+    other = images.clone()
+    other[:, 1] = 255 - other[:, 1]
+    a, b = (encoder(x).unflatten(1, (2, 2, 4)) for x in (images, other))  # (n, row or column, camera, pattern)
+    assert torch.equal(a[:, :, 0], b[:, :, 0]) and not torch.equal(a[:, :, 1], b[:, :, 1])
+    assert a.abs().max() <= 1
+
+
+def test_random_shift_moves_whole_pixels_and_repeats_edges() -> None:
+    images = torch.arange(2 * 1 * 4 * 4 * 3).view(2, 1, 4, 4, 3).to(torch.uint8)
+    assert torch.equal(op.random_shift(images, torch.zeros(2, 2, dtype=torch.long)), images)
+    moved = op.random_shift(images, torch.tensor([[1, -2], [0, 3]]))
+    want = np.pad(images[0, 0].numpy(), ((0, 1), (2, 0), (0, 0)), mode="edge")[1:, :4]
+    assert np.array_equal(moved[0, 0].numpy(), want)
+    assert torch.equal(moved[1, 0], images[1, 0, :, 3:].expand(4, 4, 3))
+
+
+def test_two_tiers_are_a_layer_each_and_heads_are_independent() -> None:
+    torch.manual_seed(0)
+    tier = op.TwoTier(3, 5, 2, 8)
+    obs = torch.randn(4, 7)
+    out = tier(obs)
+    assert out.shape == (3, 4, 8)
+    for m in range(3):
+        for x, w, at in ((obs[:, :5], tier.weights[0], 0), (obs[:, 5:], tier.weights[1], 4)):
+            want = torch.nn.functional.gelu(torch.nn.functional.layer_norm(x @ w[m], (4,), eps=1e-6))
+            assert torch.allclose(out[m, :, at : at + 4], want, atol=1e-6)
+    out[1].sum().backward()
+    assert all(p.grad[0].abs().sum() == 0 and p.grad[2].abs().sum() == 0 for p in tier.parameters())
+
+
+def test_a_frozen_backbone_gives_features_of_length_one_and_stays_out_of_checkpoints(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    config = transformers.Dinov2Config(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    transformers.Dinov2Model(config).save_pretrained(tmp_path)
+    size = {"height": 28, "width": 28}
+    transformers.BitImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(tmp_path)
+    backbone = op.Backbone(op.PixelArgs(cameras=("a", "b"), backbone=str(tmp_path)))
+    images = torch.randint(0, 255, (3, 2, 40, 40, 3), dtype=torch.uint8)
+    features = backbone(images)
+    assert features.shape == (3, 32) and backbone.features == 32
+    torch.testing.assert_close(features.unflatten(1, (2, 16)).norm(dim=-1), torch.ones(3, 2))
+    assert not list(backbone.parameters()) and not backbone.state_dict() and not features.requires_grad
+    other = images.clone()
+    other[:, 1] = 0
+    assert torch.allclose(backbone(other)[:, :16], features[:, :16], atol=1e-5)
+    run = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", "260", "--backbone", str(tmp_path))
+    assert run.returncode == 0, run.stdout + run.stderr
+
+
+def test_a_missing_backbone_is_one_line() -> None:
+    pytest.importorskip("transformers")
+    with pytest.raises(UserError, match="--backbone no/where"):
+        op.Backbone(op.PixelArgs(backbone="no/where"))
+
+
+def test_policy_and_critics_on_features_broadcast_as_from_state() -> None:
+    args = cli.override(op.default_args("toy", "cpu", "ogpo+ca"), dict(actor_hidden=(32, 32), critic_hidden=(32, 32)))
+    encoder = op.make_encoder(args)
+    felt = torch.randn(50, 4) * 3 + 1
+    agent = op.make_agent(args, encoder, 4, 2, torch.device("cpu"), felt)
+    assert agent.actor.obs_mean[: encoder.features].abs().sum() == 0
+    torch.testing.assert_close(agent.actor.obs_mean[encoder.features :], felt.mean(0))
+    obs = torch.randn(6, encoder.features + 4)
+    chain, old = op.sample_chain(agent.actor, obs, torch.randn(6, 5, 8), args.policy)
+    torch.testing.assert_close(op.chain_log_prob(agent.actor, obs, chain, args.policy), old, rtol=1e-4, atol=1e-5)
+    q = agent.critic(obs, chain[:, -1])
+    with torch.no_grad():
+        torch.testing.assert_close(agent.critic(obs, chain[:, -1]), q, rtol=1e-4, atol=1e-4)
+
+
+# --- images once a chunk ----------------------------------------------------------------------------------------------
+
+
+def test_images_are_drawn_once_a_chunk_and_what_is_felt_is_the_state_s() -> None:
+    env, plain = make_env("toy", chunk=4, pixels=TOP), make_env("toy")
+    drawn = []
+    real = env.unwrapped.images
+    env.unwrapped.images = lambda *a: drawn.append(1) or real(*a)
+    shown, _ = env.reset(seed=3)
+    obs, _ = plain.reset(seed=3)
+    for _ in range(3):
+        chunk = np.full((4, 2), 0.3, np.float32)
+        np.testing.assert_array_equal(shown["proprio"], obs[[0, 1, 4, 5]])
+        assert shown["images"].shape == (1, 32, 32, 3) and shown["images"].dtype == np.uint8
+        shown = env.step(chunk)[0]
+        for action in chunk:
+            obs = plain.step(action)[0]
+    assert len(drawn) == 4
+    assert (shown["images"][0] == (40, 90, 220)).all(-1).any() and (shown["images"][0] == (40, 170, 70)).all(-1).any()
+
+
+def test_bad_cameras_are_user_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no camera 'side'; the toy task has top"):
+        make_env("toy", pixels=Pixels(("side",), 32)).reset(seed=0)
+    with pytest.raises(UserError, match="pen has no cameras here; use one of toy, lift, can"):
+        make_env("pen", pixels=TOP)
+    env = make_env("toy", pixels=TOP)
+    monkeypatch.setattr(env.unwrapped, "images", lambda *a: np.full((1, 32, 32, 3), 7, np.uint8))
+    with pytest.raises(UserError, match=r"camera top shows one colour, \[7, 7, 7\]"):
+        env.reset(seed=0)
+
+
+class Scripted(gym.Env):
+    """Counts its steps; reward is the count; succeeds at `success_at`, ends at `horizon`."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (1,), np.float32)
+    action_space = gym.spaces.Box(-1, 1, (1,), np.float32)
+
+    def __init__(self, success_at: int, horizon: int) -> None:
+        self.success_at, self.horizon = success_at, horizon
+
+    def reset(self, *, seed: int | None = None, options: dict | None = None) -> tuple:
+        super().reset(seed=seed)
+        self.count = 0
+        return np.zeros(1, np.float32), {"success": False}
+
+    def step(self, action: np.ndarray) -> tuple:
+        self.count += 1
+        success = self.count == self.success_at
+        truncated = self.count == self.horizon and not success
+        return np.full(1, self.count, np.float32), float(self.count), success, truncated, {"success": success}
+
+
+@pytest.mark.parametrize(("success_at", "rows"), [(6, 2), (8, 2), (99, 2)])
+def test_rows_are_chunks_with_the_rewards_of_their_steps(success_at: int, rows: int) -> None:
+    """Chunks of 4: a success in the middle of one ends its rewards, a time limit of 10 leaves the third chunk out."""
+
+    vector = gym.vector.SyncVectorEnv(
+        [lambda: ChunkStep(Scripted(success_at, 10), 4)], autoreset_mode=gym.vector.AutoresetMode.DISABLED
+    )
+    buffer = ReplayBuffer(100, 1, 4, 1, rewards=4)
+    collector = Collector(vector, buffer, lambda raw, success: raw + 100 * success, seed=1)
+    collector.start()
+    steps, actions = 0, np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 4, 1)
+    while not buffer.episodes:
+        steps += collector.step(lambda obs: actions)
+    (lo, hi, success) = buffer.episodes[0]
+    assert hi - lo == rows + 1 and success == (success_at < 99)
+    assert steps == collector.lengths[0] == min(success_at, 10)
+    want = [[1, 2, 3, 4], [5, 106, 0, 0] if success_at == 6 else [5, 6, 7, 108 if success_at == 8 else 8]]
+    assert buffer.rewards[lo : lo + 2].tolist() == want
+    assert buffer.obs[lo:hi, 0].tolist() == [0, 4, 6 if success_at == 6 else 8]
+    assert buffer.terminated[lo : lo + 2].tolist() == [0, float(success_at < 99)]
+    assert (buffer.actions[lo : lo + 2] == actions.reshape(1, 4)).all()
+    batch = buffer.sample(64, np.random.default_rng(0), torch.device("cpu"))
+    assert batch.rewards.shape == (64, 4) and batch.actions.shape == (64, 1, 4)
+    second = batch.obs[:, 0] == 4
+    target = og.td_target(batch.rewards, batch.terminated, torch.full((2, 64), 1000.0), 0.5)[second][0].item()
+    if success_at < 99:
+        assert target == pytest.approx(5 + 106 / 2 if success_at == 6 else 5 + 6 / 2 + 7 / 4 + 108 / 8)
+    else:
+        assert target == pytest.approx(5 + 6 / 2 + 7 / 4 + 8 / 8 + 1000 / 16)
+
+
+# --- demonstrations ---------------------------------------------------------------------------------------------------
+
+
+def test_demonstrations_come_with_the_images_of_their_steps(tmp_path: Path) -> None:
+    demos = get_demos("toy", "scripted", 3, 0.1, tmp_path, pixels=TOP)
+    plain = get_demos("toy", "scripted", 3, 0.1, tmp_path)
+    np.testing.assert_array_equal(demos.actions, plain.actions)
+    np.testing.assert_array_equal(demos.obs, plain.obs[:, [0, 1, 4, 5]])
+    assert demos.images.shape == (len(demos.obs), 1, 32, 32, 3) and plain.images is None
+    row = demos.ends[0] + 2
+    blue = np.argwhere((demos.images[row, 0] == (40, 90, 220)).all(-1)).mean(0)  # row, column
+    x, y = demos.obs[row, :2]
+    np.testing.assert_allclose(blue, [(1 - y) * 31 / 2, (x + 1) * 31 / 2], atol=0.8)
+    path = next(tmp_path.glob("*top_32.hdf5"))
+    train = read_images(path, TOP, "train")
+    assert len(train) == get_demos("toy", str(path), 0, 0, tmp_path, filter_key="train", pixels=TOP).ends[-1]
+    for wrong, text in ((Pixels(("top",), 48), r"images \(.*32, 32, 3\)"), (Pixels(("side",), 32), "no images of")):
+        with pytest.raises(UserError, match=text):
+            get_demos("toy", str(path), 0, 0, tmp_path, pixels=wrong)
+
+
+def test_images_drawn_from_states_are_those_of_the_recording(tmp_path: Path) -> None:
+    """A file with states and models, as robomimic's: its images are drawn, and equal the ones seen while recording."""
+    pixels = Pixels(("agentview", "robot0_eye_in_hand"), 32)
+    seen = get_demos("lift", "scripted", 1, 0.1, tmp_path, pixels=pixels)
+    recorded = next(tmp_path.glob("lift*.hdf5"))
+    task = resolve("lift")
+    env = make_env("lift")
+    env.reset(seed=2**31)
+    states = tmp_path / "states.hdf5"
+    with h5py.File(recorded) as source, h5py.File(states, "w") as file:
+        source.copy("data", file)
+        for key in list(file["data/demo_0/obs"]):
+            if key.endswith("_image"):
+                del file[f"data/demo_0/obs/{key}"]
+        with pytest.raises(UserError, match="neither images nor states with their model_file"):
+            file.flush()
+            draw_images(states, task, pixels, tmp_path / "no.hdf5")
+        file["data/demo_0"].attrs["model_file"] = env.env.sim.model.get_xml()
+    env.close()
+    drawn = get_demos("lift", str(states), 0, 0, tmp_path, pixels=pixels)
+    assert drawn.images.shape == seen.images.shape
+    difference = np.abs(drawn.images.astype(int) - seen.images)
+    assert difference.mean() < 1.0 and seen.images.std() > 20
+    np.testing.assert_array_equal(drawn.obs, seen.obs)
+
+
+# --- the script -------------------------------------------------------------------------------------------------------
+
+SMALL = [
+    *("--preset", "cpu", "--no-video", "--num-demos", "6", "--bc-steps", "20", "--bc-eval-every", "20"),
+    *("--bc-eval-episodes", "2", "--eval-episodes", "2", "--eval-interval-episodes", "2", "--eval-every", "200"),
+    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--states", "8", "--start-training", "120"),
+    *("--critic-successes", "0", "--critic-warmup", "3", "--success-min", "1", "--bc-fallback", "--critic-batch", "32"),
+    *("--image-size", "24", "--channels", "4", "--success-batch", "8", "--checkpoint-every", "100"),
+]  # fmt: skip
+
+
+def command(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    script = [sys.executable, op.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path), *flags]
+    return subprocess.run(script, capture_output=True, text=True, timeout=300)
+
+
+def test_a_resumed_run_from_pixels_is_the_uninterrupted_one(tmp_path: Path) -> None:
+    for name, steps in (("whole", "500"), ("parts", "300")):
+        done = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", steps, "--run-name", name)
+        assert done.returncode == 0, done.stdout + done.stderr
+    done = command(tmp_path, "--resume", str(tmp_path / "parts"), "--total-steps", "500")
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, parts = (
+        [row for row in read_metrics(tmp_path / name) if "final/bon_success" not in row] for name in ("whole", "parts")
+    )
+    strip = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows] for rows in (whole, parts)]
+    assert strip[0] == strip[1]
+    done = command(tmp_path, "--eval", str(tmp_path / "whole"))
+    assert done.returncode == 0 and "best-of-N policy: success" in done.stdout
+
+
+def test_a_changed_camera_does_not_fit_a_checkpoint(tmp_path: Path) -> None:
+    done = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", "130", "--run-name", "a")
+    assert done.returncode == 0, done.stdout + done.stderr
+    done = command(tmp_path, "--resume", str(tmp_path / "a"), "--image-size", "32")
+    assert done.returncode == 2 and "--image-size: the run was started with 24" in done.stderr
+
+
+def test_render_check_writes_what_cameras_see(tmp_path: Path) -> None:
+    done = command(tmp_path, "--env", "toy", "--preset", "cpu", "--render-check", "--run-name", "look")
+    assert done.returncode == 0, done.stdout + done.stderr
+    import imageio.v3 as imageio
+
+    image = imageio.imread(tmp_path / "look" / "cameras_top.png")
+    assert image.shape == (48, 48, 3) and image.std() > 10
+
+
+def test_learns_the_toy_task_from_pixels(tmp_path: Path) -> None:
+    """From a cloned policy at or below 0.5 to an acting policy above 0.9, in less than two minutes of one core."""
+    import os
+
+    start = os.times().children_user
+    done = command(tmp_path, "--env", "toy", "--preset", "cpu", "--no-video", "--run-name", "toy")
+    assert done.returncode == 0, done.stdout + done.stderr
+    seconds = os.times().children_user - start
+    rows = read_metrics(tmp_path / "toy")
+    assert next(row["eval/ode_success"] for row in rows if "eval/ode_success" in row) < 0.6
+    assert rows[-1]["final/bon_success"] > 0.9 and rows[-1]["final/ode_success"] > 0.9
+    assert seconds < 120
