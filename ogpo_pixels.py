@@ -521,6 +521,7 @@ class Agent:
     actor_ema: VelocityNet
     critic: CriticEnsemble
     critic_ema: CriticEnsemble
+    encoder_opt: torch.optim.Optimizer | None  # while cloning, for an encoder that learns
     actor_opt: torch.optim.Optimizer
     critic_opt: torch.optim.Optimizer
     rng: torch.Generator  # every random draw of training; evaluation has its own
@@ -571,7 +572,8 @@ def make_agent(
         actor_ema=copy.deepcopy(actor).requires_grad_(False),
         critic=critic,
         critic_ema=copy.deepcopy(critic).requires_grad_(False),
-        actor_opt=adamw(nn.ModuleList([actor, encoder]), args.pretrain.bc_lr, args.actor.actor_weight_decay),
+        encoder_opt=None if args.pixels.backbone else adamw(encoder, args.pretrain.bc_lr, 0.0),
+        actor_opt=adamw(actor, args.pretrain.bc_lr, args.actor.actor_weight_decay),
         critic_opt=adamw(critic, args.critic.critic_lr, args.critic.critic_weight_decay),
         rng=torch.Generator(device).manual_seed(args.run.seed),
         choosing=c.critic_warmup == 0 and c.choose_successes == 0,
@@ -756,6 +758,9 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
         else:
             obs = fixed[rows]
         loss = update_bc(agent, obs, action[rows], args)
+        if agent.encoder_opt:
+            agent.encoder_opt.step()
+            agent.encoder_opt.zero_grad()
         agent.bc_step += 1
         if agent.bc_step % c.bc_eval_every and agent.bc_step < c.bc_steps:
             continue
