@@ -21,6 +21,7 @@ from common.errors import UserError
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
 from tests.test_variants import definitions
+from variants import ogpo_pixels_reference, ogpo_reference
 
 TOP = Pixels(("top",), 32)
 # What ogpo_pixels.py defines in its own words; all else is the text of ogpo_state.py.
@@ -34,6 +35,17 @@ def test_what_both_scripts_share_is_the_same_text() -> None:
     base, own = definitions(og), definitions(op)
     assert {name for name in base.keys() | own.keys() if base.get(name) != own.get(name)} == OWN
     assert base.keys() <= own.keys()
+
+
+def test_the_slow_reference_is_the_same_change_to_both_scripts() -> None:
+    state, pixels = definitions(ogpo_reference), definitions(ogpo_pixels_reference)
+    base, own = definitions(og), definitions(op)
+    changed = {name for name in base.keys() | state.keys() if base.get(name) != state.get(name)}
+    assert {name for name in own.keys() | pixels.keys() if own.get(name) != pixels.get(name)} == changed
+    for name in changed - OWN:
+        assert pixels[name] == state[name]
+    command = ["diff", op.__file__, ogpo_pixels_reference.__file__]
+    assert 30 < len(subprocess.run(command, capture_output=True, text=True).stdout.splitlines()) < 150
 
 
 # --- encoders ---------------------------------------------------------------------------------------------------------
@@ -292,6 +304,11 @@ def test_a_resumed_run_from_pixels_is_the_uninterrupted_one(tmp_path: Path) -> N
     )
     strip = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows] for rows in (whole, parts)]
     assert strip[0] == strip[1]
+    variant = [sys.executable, ogpo_pixels_reference.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path)]
+    done = subprocess.run(
+        [*variant, "--env", "toy", *SMALL, "--total-steps", "200"], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
     done = command(tmp_path, "--eval", str(tmp_path / "whole"))
     assert done.returncode == 0 and "best-of-N policy: success" in done.stdout
 
