@@ -125,6 +125,41 @@ def test_a_frozen_backbone_gives_features_of_length_one_and_stays_out_of_checkpo
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+def test_a_backbone_with_a_prompt_reads_it(tmp_path: Path) -> None:
+    """A random PaliGemma of a few hundred numbers with a vocabulary of seven words."""
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {w: i for i, w in enumerate(("<pad>", "<eos>", "<bos>", "<unk>", "lift", "the", "cube", "\n"))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    special = {f"{name}_token": f"<{name}>" for name in ("pad", "eos", "bos", "unk")}
+    images = transformers.SiglipImageProcessor(size={"height": 28, "width": 28})
+    images.image_seq_length = 4
+    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+    processor = transformers.PaliGemmaProcessor(images, fast)
+    token = fast.convert_tokens_to_ids("<image>")
+    small = dict(intermediate_size=32, num_hidden_layers=1, num_attention_heads=2)
+    config = transformers.PaliGemmaConfig(
+        vision_config=small
+        | dict(hidden_size=16, image_size=28, patch_size=14, model_type="siglip_vision_model", vision_use_head=False),
+        text_config=small
+        | dict(model_type="gemma", hidden_size=24, num_key_value_heads=1, head_dim=12, vocab_size=len(fast) + 4),
+        image_token_index=token,
+        image_token_id=token,
+        projection_dim=24,
+    )
+    transformers.PaliGemmaForConditionalGeneration(config).save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    seen = torch.randint(0, 255, (2, 2, 40, 40, 3), dtype=torch.uint8)
+    features = [
+        op.Backbone(op.PixelArgs(cameras=("a", "b"), backbone=str(tmp_path), prompt=prompt))(seen)
+        for prompt in ("lift the cube", "lift the cube", "the cube")
+    ]
+    assert features[0].shape == (2, 48)
+    assert torch.equal(features[0], features[1]) and not torch.allclose(features[0], features[2], atol=1e-4)
+
+
 def test_a_missing_backbone_is_one_line() -> None:
     pytest.importorskip("transformers")
     with pytest.raises(UserError, match="--backbone no/where"):

@@ -234,7 +234,7 @@ class Backbone(nn.Module):
                 f"--backbone {p.backbone}: {first_line(error)}; give a model's folder or hub name"
             ) from error
         self.model = [model if p.prompt else getattr(model, "vision_model", model)]  # a list: not in checkpoints
-        self.prompt = p.prompt
+        self.prompt = p.prompt and f"{getattr(self.processor, 'image_token', '')}{p.prompt}"
         self.features = (
             len(p.cameras) * self(torch.zeros(1, 1, p.image_size, p.image_size, 3, dtype=torch.uint8)).shape[1]
         )
