@@ -25,6 +25,7 @@ class Episode:
     actions: list[np.ndarray] = field(default_factory=list)  # T of (A,), or of whole chunks (H, A)
     rewards: list[Any] = field(default_factory=list)  # T numbers, or (H,) arrays
     queue: list[np.ndarray] = field(default_factory=list)  # what is still to execute
+    images: list[np.ndarray] = field(default_factory=list)  # T+1, if the buffer keeps them
     steps: int = 0  # made so far
     success: bool = False  # at any of them
 
@@ -71,6 +72,11 @@ class Collector:
         obs = self.encode(shown)
         for i in np.flatnonzero(mask):
             self.current[i].obs = [obs[i].copy()]
+            self._keep_image(self.current[i], shown, i)
+
+    def _keep_image(self, episode: Episode, shown: Any, i: int) -> None:
+        if self.buffer.images is not None:
+            episode.images.append(shown["images"][i].copy())
 
     def start(self) -> None:
         """Reset all environments for the first time."""
@@ -99,6 +105,7 @@ class Collector:
             else:
                 e.rewards.append(self.reward(float(raw[i]), bool(info["success"][i])))
             e.obs.append(obs[i].copy())
+            self._keep_image(e, shown, i)
             e.success |= bool(info["success"][i])
             e.steps += int(steps[i])
         done = terminated | truncated
@@ -111,6 +118,7 @@ class Collector:
                 np.stack(e.rewards[:whole]),
                 bool(terminated[i]),
                 e.success,
+                np.stack(e.images[: whole + 1]) if e.images else None,
             )
             self.successes.append(e.success)
             self.lengths.append(e.steps)
@@ -133,6 +141,7 @@ class Collector:
                 "actions": torch.tensor(np.array(e.actions)),
                 "queue": torch.tensor(np.array(e.queue)),
                 "rewards": torch.tensor(np.array(e.rewards)),
+                "images": torch.tensor(np.array(e.images, np.uint8)),
                 "steps": e.steps,
                 "obs": torch.tensor(np.array(e.obs)),
                 "success": e.success,
@@ -162,6 +171,7 @@ class Collector:
                 list(s["actions"].numpy()),
                 list(s["rewards"].numpy()),
                 list(s["queue"].numpy()),
+                list(s["images"].numpy()),
                 s["steps"],
                 s["success"],
             )

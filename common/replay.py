@@ -46,22 +46,34 @@ class ReplayBuffer:
     crosses an episode's end.
     """
 
-    def __init__(self, capacity: int, obs_dim: int, act_dim: int, horizon: int, rewards: int = 1) -> None:
-        """rewards: numbers per row; several if a row is a whole chunk, with horizon 1."""
+    def __init__(
+        self, capacity: int, obs_dim: int, act_dim: int, horizon: int, rewards: int = 1, images: tuple[int, ...] = ()
+    ) -> None:
+        """rewards: numbers per row; several if a row is a whole chunk, with horizon 1.
+
+        images: shape of the images kept with each row, uint8, in `images[batch.rows]`.
+        """
         self.capacity, self.horizon = capacity, horizon
         self.obs = np.zeros((capacity, obs_dim), np.float32)
         self.actions = np.zeros((capacity, act_dim), np.float32)
         self.rewards = np.zeros((capacity, rewards) if rewards > 1 else capacity, np.float32)
         self.terminated = np.zeros(capacity, np.float32)
+        self.images = np.zeros((capacity, *images), np.uint8) if images else None
         self.ends = np.zeros(capacity, np.int64)  # row of the episode's final observation
         self.episodes: deque[tuple[int, int, bool]] = deque()  # first row, one past the last row, success
         self.row = 0  # next row to write
         self.starts, self.success_starts = IndexQueue(capacity), IndexQueue(capacity)
 
     def add_episode(
-        self, obs: np.ndarray, actions: np.ndarray, rewards: np.ndarray, terminated: bool, success: bool
+        self,
+        obs: np.ndarray,
+        actions: np.ndarray,
+        rewards: np.ndarray,
+        terminated: bool,
+        success: bool,
+        images: np.ndarray | None = None,
     ) -> None:
-        """obs (T+1, O), actions (T, A), rewards (T,) or (T, rewards).
+        """obs (T+1, O), actions (T, A), rewards (T,) or (T, rewards), images (T+1, ...) if the buffer keeps them.
 
         terminated: the last step ended the episode for good.
         """
@@ -74,6 +86,8 @@ class ReplayBuffer:
         lo, hi = self.row, self.row + n
         self._evict(lo, hi)
         self.obs[lo:hi], self.actions[lo : hi - 1], self.rewards[lo : hi - 1] = obs, actions, rewards
+        if self.images is not None:
+            self.images[lo:hi] = images
         self.terminated[lo:hi] = 0.0
         self.terminated[hi - 2] = float(terminated)
         self.row = hi
@@ -118,9 +132,13 @@ class ReplayBuffer:
             rows=start,
         )
 
+    def _arrays(self) -> dict[str, np.ndarray]:
+        arrays = dict(obs=self.obs, actions=self.actions, rewards=self.rewards, terminated=self.terminated)
+        return arrays if self.images is None else arrays | {"images": self.images}
+
     def state_dict(self) -> dict:
         used = max((hi for _, hi, _ in self.episodes), default=0)
-        arrays = dict(obs=self.obs, actions=self.actions, rewards=self.rewards, terminated=self.terminated)
+        arrays = self._arrays()
         state = {k: torch.from_numpy(v[:used].copy()) for k, v in arrays.items()}
         return state | {"row": self.row, "episodes": [list(e) for e in self.episodes]}
 
@@ -128,8 +146,8 @@ class ReplayBuffer:
         used = len(state["obs"])
         if used > self.capacity:
             raise ValueError(f"the saved buffer has {used} rows, this one only {self.capacity}")
-        for k in ("obs", "actions", "rewards", "terminated"):
-            getattr(self, k)[:used] = state[k].numpy()
+        for name, array in self._arrays().items():
+            array[:used] = state[name].numpy()
         self.row = state["row"]
         for lo, hi, success in state["episodes"]:
             self._append(lo, hi, success)

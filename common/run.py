@@ -74,7 +74,7 @@ class Run:
     `args` are the flat arguments of the script ({name: value}); read here are: env, seed, device, threads, horizon,
     collect_horizon, original_step, num_envs, eval_envs, eval_seed, demos, num_demos, demo_noise, filter_key, data_dir,
     replay_size, total_steps, chunk, log_every, eval_every, checkpoint_every, profile, video, wandb_project and
-    tensorboard.
+    tensorboard; with pixels also keep_images.
     """
 
     def __init__(
@@ -135,7 +135,9 @@ class Run:
                     )
         cap = a.collect_horizon or a.horizon
         if pixels:
-            self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim * a.chunk, 1, rewards=a.chunk)
+            kept = (len(pixels.cameras), pixels.size, pixels.size, 3) if a.keep_images else ()
+            capacity = min(a.replay_size, 2 * a.total_steps) if kept else a.replay_size  # so many rows are never used
+            self.buffer = ReplayBuffer(capacity, self.obs_dim, self.act_dim * a.chunk, 1, rewards=a.chunk, images=kept)
             envs = make_vec_env(a.env, a.num_envs, horizon=cap, chunk=a.chunk, **fixed)
         else:
             self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)

@@ -12,7 +12,7 @@ import torch
 
 import ogpo_pixels as op
 import ogpo_state as og
-from common import cli
+from common import checkpoint, cli
 from common.collect import Collector
 from common.demos import get_demos
 from common.demos.robomimic import draw_images, read_images
@@ -330,7 +330,7 @@ def command(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
 
 def test_a_resumed_run_from_pixels_is_the_uninterrupted_one(tmp_path: Path) -> None:
     for name, steps in (("whole", "500"), ("parts", "300")):
-        done = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", steps, "--run-name", name)
+        done = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", steps, "--run-name", name, "--keep-images")
         assert done.returncode == 0, done.stdout + done.stderr
     done = command(tmp_path, "--resume", str(tmp_path / "parts"), "--total-steps", "500")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -339,6 +339,14 @@ def test_a_resumed_run_from_pixels_is_the_uninterrupted_one(tmp_path: Path) -> N
     )
     strip = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows] for rows in (whole, parts)]
     assert strip[0] == strip[1]
+    states = [checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts")]
+    kept = [state["buffer"]["images"] for state in states]
+    assert torch.equal(*kept) and torch.equal(states[0]["buffer"]["obs"], states[1]["buffer"]["obs"])
+    args = cli.override(op.Args(), states[0]["args"])
+    encoder = op.make_encoder(args)
+    encoder.load_state_dict(states[0]["agent"]["encoder"])
+    row = states[0]["buffer"]["obs"][7, : encoder.features]  # what is kept is what the features are of
+    torch.testing.assert_close(encoder(kept[0][7:8])[0], row, rtol=1e-4, atol=1e-5)
     variant = [sys.executable, ogpo_pixels_reference.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path)]
     done = subprocess.run(
         [*variant, "--env", "toy", *SMALL, "--total-steps", "200"], capture_output=True, text=True, timeout=300

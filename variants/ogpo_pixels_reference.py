@@ -70,6 +70,7 @@ class PixelArgs:
     shift: int = 4  # pixels by which images are shifted at random while cloning
     backbone: str = ""  # folder or hub name of a frozen `transformers` vision model, in place of that encoder
     prompt: str = ""  # fixed text for a backbone that takes one (PaliGemma)
+    keep_images: bool = False  # the replay buffer keeps the images too, for an encoder of your own that learns in RL
     render_check: bool = False  # write cameras_*.png of one episode's start into the run folder, and stop
 
 
@@ -890,7 +891,7 @@ def check_cameras(args: Args, folder: Path) -> None:
 
 def main(argv: list[str]) -> None:
     choose, name = ("env", "preset", "variant"), "{env}__{variant}__s{seed}"
-    fixed = (*settings.FIXED, "cameras", "image_size", "channels", "backbone", "prompt")
+    fixed = (*settings.FIXED, "cameras", "image_size", "channels", "backbone", "prompt", "keep_images")
     args, saved, run_dir = start(argv, Args(), default_args, __doc__, fixed, settings.AT_LEAST_PIXELS, choose, name)
     if args.pixels.render_check:
         check_cameras(args, run_dir)
