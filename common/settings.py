@@ -42,8 +42,8 @@ ADROIT = dict(
     total_steps=500_000, eval_every=20_000,
 )  # fmt: skip
 HAND = dict(
-    flow_steps=3, actor_ema=0.05, actor_lr=1e-4, actor_lr_min=1e-4, start_training=5_000, update_every=5,
-    eval_every=10_000, total_steps=80_000,
+    chunk=2, flow_steps=3, bc_eval_every=50, actor_ema=0.05, actor_lr=1e-4, actor_lr_min=1e-4, start_training=5_000,
+    update_every=5, eval_every=10_000, total_steps=60_000,
 )  # fmt: skip
 HANDS = {"door": 0.1, "hammer": 0.2, "pen": 0.3, "relocate": 0.1}  # and the noise at which their experts stumble
 # (preset, task pattern) -> changes to the defaults; later rows win over earlier. A task's cap is in common/envs.
