@@ -181,6 +181,7 @@ def row(task: str, config: str) -> tuple[str, dict[str, list[float]]] | None:
 
 
 def report() -> None:
+    STORE.mkdir(exist_ok=True)
     text = [
         "# What holds OGPO up: stored results",
         "",
@@ -230,8 +231,9 @@ def plot(figure: str) -> None:
             left.plot(curves[0][0][:n], np.mean([v[:n] for _, v in curves], 0), color=colour, linewidth=2)
             line = row(task, config)
             assert line is not None
-            rates = line[1]["bon"]
-            middle, low, high = interval(rates, 100)
+            rates, seed = line[1]["bon"], min(stored(task, config))
+            episodes = arguments(STORE / f"{task}_{config}_s{seed}")["eval_episodes"]
+            middle, low, high = interval(rates, episodes)
             right.plot([low, high], [i, i], color=colour, linewidth=3, alpha=0.5)
             right.plot(rates, [i] * len(rates), "o", color=colour, markersize=4)
             right.plot([middle], [i], "|", color="black", markersize=12)
