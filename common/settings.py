@@ -103,6 +103,10 @@ SOURCES: dict[tuple[str, str], str] = {
     **{("cpu", f"{name}-dense"): "the sparse task's; not tuned" for name in HANDS},
     ("cpu", "lift"): "tuned here, seeds 1-3",
     ("cpu", "toy"): "tuned here, seeds 1-3",
+    ("cpu", "can"): "tuned here, seed 1",
+    ("cpu", "peg-insert-side"): "Lift's; checked on seed 1",
+    ("cpu", "assembly"): "Lift's; checked on seed 1",
+    **{("cpu", name): "tuned here on door and hammer, seed 1" for name in HANDS},
     ("cpu", "*"): "not tuned yet",
 }
 VARIANTS: dict[str, dict] = {

@@ -1,6 +1,8 @@
 """Meta-World, Adroit and Kitchen: the contract of every environment, and demonstrations without and with a network."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -12,6 +14,7 @@ from common.demos import get_demos, minari
 from common.envs import MT10, TASKS, make_env
 from common.errors import UserError
 
+ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("metaworld", "adroit", "kitchen")
 NAMES = [name for name, task in TASKS.items() if task.suite in SUITES]
 
@@ -290,3 +293,11 @@ def test_missing_minari_data_name_the_command(tmp_path: Path, monkeypatch: pytes
         minari.find_dataset(TASKS["door"], "best")
     with pytest.raises(UserError, match="Minari has no data set for lift"):
         get_demos("lift", "minari", 1, 0.0, tmp_path)
+
+
+def test_the_docs_have_the_settings_that_are_used() -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "tasks.py"), "settings"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("\n") > 10 and done.stdout in (ROOT / "docs" / "tasks.md").read_text()
