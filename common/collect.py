@@ -112,14 +112,15 @@ class Collector:
         for i in np.flatnonzero(done):
             e = self.current[i]
             whole = len(e.actions) - (self.chunks and truncated[i] and not info["made"][i].all())
-            self.buffer.add_episode(
-                np.stack(e.obs[: whole + 1]),
-                np.stack(e.actions[:whole]).reshape(whole, -1),
-                np.stack(e.rewards[:whole]),
-                bool(terminated[i]),
-                e.success,
-                np.stack(e.images[: whole + 1]) if e.images else None,
-            )
+            if whole:
+                self.buffer.add_episode(
+                    np.stack(e.obs[: whole + 1]),
+                    np.stack(e.actions[:whole]).reshape(whole, -1),
+                    np.stack(e.rewards[:whole]),
+                    bool(terminated[i]),
+                    e.success,
+                    np.stack(e.images[: whole + 1]) if e.images else None,
+                )
             self.successes.append(e.success)
             self.lengths.append(e.steps)
             self.finished += 1

@@ -265,6 +265,17 @@ def test_rows_are_chunks_with_the_rewards_of_their_steps(success_at: int, rows: 
         assert target == pytest.approx(5 + 6 / 2 + 7 / 4 + 8 / 8 + 1000 / 16)
 
 
+def test_an_episode_shorter_than_a_chunk_leaves_no_row() -> None:
+    vector = gym.vector.SyncVectorEnv(
+        [lambda: ChunkStep(Scripted(99, 3), 4)], autoreset_mode=gym.vector.AutoresetMode.DISABLED
+    )
+    buffer = ReplayBuffer(100, 1, 4, 1, rewards=4)
+    collector = Collector(vector, buffer, lambda raw, success: raw, seed=1)
+    collector.start()
+    assert collector.step(lambda obs: np.zeros((1, 4, 1), np.float32)) == 3
+    assert not buffer.episodes and collector.finished == 1 and collector.lengths[0] == 3
+
+
 # --- demonstrations ---------------------------------------------------------------------------------------------------
 
 
