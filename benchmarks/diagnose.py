@@ -29,10 +29,13 @@ from study import CONFIGS, SEEDS, STORE
 
 sys.path.insert(0, str(ROOT))
 from common import checkpoint, cli
-from common.envs import make_env
+from common.collect import Collector
+from common.envs import make_env, make_vec_env
+from common.replay import ReplayBuffer
+from variants.ogpo_critic import returns_to_go
 
 STEPS = {"lift": (0, 3_000, 4_000, 6_000, 8_000, 12_000), "can": (0, 4_000, 8_000, 12_000, 20_000, 30_000)}
-EPISODES, STATES, CHAINS = 20, 200, 64
+EPISODES, STATES, CHAINS, SEED = 20, 200, 64, 99  # SEED: no run of the study has its episodes
 
 
 def load(config: str, folder: Path) -> tuple[ModuleType, Any, Any]:
@@ -48,37 +51,30 @@ def load(config: str, folder: Path) -> tuple[ModuleType, Any, Any]:
 
 
 def rollouts(script: ModuleType, agent: Any, args: Any) -> dict[str, np.ndarray]:
-    """Observation, chunk, Q and return-to-go of every decision of the acting policy, and success by episode."""
-    env, c = make_env(args.run.env, horizon=args.task.horizon), args.critic
+    """Observation, Q and return-to-go of every decision of the acting policy, and success by episode."""
+    c, horizon, chunk = args.critic, args.task.horizon, args.policy.chunk
     rng = torch.Generator().manual_seed(0)
-    out: dict[str, list[Any]] = {"obs": [], "action": [], "q": [], "return": [], "success": []}
-    for episode in range(EPISODES):
-        obs, _ = env.reset(seed=300_000 + episode)
-        rewards, starts, done, terminated, success = [], [], False, False, False
-        while not done:
-            chunk = script.act_best_of_n(agent, obs[None].astype(np.float32), args, rng)[0]  # (H, A)
-            starts.append(len(rewards))
-            out["obs"].append(obs)
-            out["action"].append(chunk.reshape(-1))
-            for action in chunk:
-                obs, raw, terminated, truncated, info = env.step(action)
-                success |= bool(info["success"])
-                rewards.append(raw + c.reward_offset + c.success_bonus * bool(info["success"]))
-                done = terminated or truncated
-                if done:
-                    break
-        value = 0.0 if terminated else c.reward_offset / (1 - c.gamma)
-        returns = []
-        for reward in reversed(rewards):
-            value = reward + c.gamma * value
-            returns.append(value)
-        out["return"] += [returns[::-1][i] for i in starts]
-        out["success"].append(success)
-    env.close()
-    arrays = {k: np.array(v, np.float32) for k, v in out.items() if k != "q"}
-    with torch.no_grad():
-        q = agent.critic_ema(torch.from_numpy(arrays["obs"]), torch.from_numpy(arrays["action"]))
-    return arrays | {"q": q.mean(0).numpy()}
+    envs = make_vec_env(args.run.env, 1, horizon=horizon)
+    (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
+    buffer = ReplayBuffer(EPISODES * (horizon + 1), obs_dim, act_dim, chunk)
+    reward = lambda raw, success: raw + c.reward_offset + c.success_bonus * success  # noqa: E731
+    collector = Collector(envs, buffer, reward, SEED, window=EPISODES)
+    seen, q = [], []
+
+    def act(obs: np.ndarray) -> np.ndarray:
+        action = script.act_best_of_n(agent, obs, args, rng)  # (1, H, A)
+        seen.append(obs[0])
+        with torch.no_grad():
+            q.append(agent.critic_ema(torch.from_numpy(obs), torch.from_numpy(action).flatten(1)).mean().item())
+        return action
+
+    collector.start()
+    while collector.finished < EPISODES:
+        collector.step(act)
+    envs.close()
+    decisions = np.concatenate([np.arange(lo, hi - 1, chunk) for lo, hi, _ in buffer.episodes])
+    returns = returns_to_go(buffer, decisions, c.gamma, c.reward_offset / (1 - c.gamma))
+    return {"obs": np.array(seen), "q": np.array(q), "return": returns, "success": np.array(collector.successes)}
 
 
 def spread(script: ModuleType, agent: Any, args: Any, obs: np.ndarray) -> dict[str, list[float]]:
@@ -98,8 +94,9 @@ def spread(script: ModuleType, agent: Any, args: Any, obs: np.ndarray) -> dict[s
     along = grads.mean(0)
     along = along / along.norm(dim=-1, keepdim=True).clamp(min=1e-9)
     with torch.no_grad():
-        variance = (action - action.mean(1, keepdim=True)).square().mean(1)  # (S, D)
-        on = ((action - action.mean(1, keepdim=True)) * along[:, None]).sum(-1).square().mean(1)  # (S,)
+        away = action - centre[:, None]
+        variance = away.square().mean(1)  # (S, D)
+        on = (away * along[:, None]).sum(-1).square().mean(1)  # (S,)
         off = (variance.sum(-1) - on) / (variance.shape[-1] - 1)
         unit = grads / grads.norm(dim=-1, keepdim=True).clamp(min=1e-9)
         heads = len(grads)

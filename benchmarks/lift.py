@@ -9,11 +9,10 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, minutes, series
+from runs import ROOT, RUNS, arguments, execute, execute_all, keep, kept, last, metrics, minutes, series
 
 sys.path.insert(0, str(ROOT))
 from common.evaluate import wilson
@@ -37,21 +36,17 @@ TITLES = {
 }
 
 
-def run_one(config: str, seed: int) -> tuple[str, int]:
-    """Name and exit code of one run."""
+def run_one(config: str, seed: int) -> int:
+    """Exit code of one run."""
     name = f"lift_{config}_s{seed}"
     flags = ["--env", "lift", "--preset", "cpu", "--seed", str(seed), *CONFIGS[config]]
     if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
         flags += ["--cloned", f"runs/lift_ogpo+ca_s{seed}"]
-    return name, execute("ogpo_state.py", name, flags)
+    return execute("ogpo_state.py", name, flags)
 
 
 def run(jobs: int, configs: Sequence[str]) -> int:
-    with ThreadPoolExecutor(jobs) as pool:
-        results = list(pool.map(lambda job: run_one(*job), [(c, s) for c in configs for s in SEEDS]))
-    failed = [name for name, code in results if code]
-    print(f"{len(results) - len(failed)} finished, {len(failed)} failed: {', '.join(failed) or '-'}")
-    return int(bool(failed))
+    return execute_all(run_one, [(c, s) for c in configs for s in SEEDS], jobs)
 
 
 def store() -> None:
@@ -63,8 +58,7 @@ def store() -> None:
 
 def load(config: str) -> dict[int, list[dict]]:
     """{seed: lines of metrics.jsonl} of the stored runs."""
-    folders = {seed: STORE / f"{config}_s{seed}" for seed in SEEDS}
-    return {seed: metrics(folder) for seed, folder in folders.items() if folder.exists()}
+    return {seed: metrics(folder) for seed, folder in kept(STORE, config, SEEDS).items()}
 
 
 def report() -> None:

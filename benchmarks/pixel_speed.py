@@ -1,4 +1,4 @@
-"""Environment steps per second with two cameras of 84 x 84 pixels, and what a replay buffer of a million steps holds.
+"""Environment steps per second with the task's cameras at 84 x 84 pixels, and the size of a replay of a million steps.
 
     OMP_NUM_THREADS=1 python benchmarks/pixel_speed.py            # or: pixel_speed.py lift can
 
@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from common.envs import TASKS, Pixels, make_env
 from common.envs.robosuite_env import env_kwargs, suite
 from common.replay import ReplayBuffer
+from ogpo_pixels import default_args
 
-CAMERAS = {"transport": ("shouldercamera0", "shouldercamera1")}
 TURNS, STEPS, SIZE, CHUNK = 5, 40, 84, 4
 
 
@@ -33,7 +33,7 @@ def rate(step: object, actions: np.ndarray) -> float:
 
 def compare(name: str) -> str:
     """The task's line of the table: medians of the turns."""
-    task, cameras = TASKS[name], CAMERAS.get(name, ("agentview", "robot0_eye_in_hand"))
+    task, cameras = TASKS[name], default_args(name, "cpu", "ogpo+ca").pixels.cameras
     pixels = Pixels(cameras, SIZE)
     kwargs = env_kwargs(task.action_dim // 7) | dict(
         has_offscreen_renderer=True, use_camera_obs=True, camera_names=list(cameras), camera_heights=SIZE,

@@ -7,7 +7,8 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,21 @@ def execute(script: str, name: str, flags: Sequence[str], resume: Sequence[str] 
     if code == 0:
         (folder / "wall_seconds").write_text(f"{time.time() - started:.0f}\n")
     return code
+
+
+def execute_all(one: Callable[..., int], jobs: Sequence[tuple], workers: int) -> int:
+    """Runs one(*job) for every job, `workers` at a time, and lists those that failed: 0 if none did, else 1."""
+    with ThreadPoolExecutor(workers) as pool:
+        codes = list(pool.map(lambda job: one(*job), jobs))
+    failed = [job for job, code in zip(jobs, codes, strict=True) if code]
+    print(f"{len(jobs) - len(failed)} finished, {len(failed)} failed: {failed or '-'}")
+    return int(bool(failed))
+
+
+def kept(store: Path, name: str, seeds: Iterable[int]) -> dict[int, Path]:
+    """{seed: folder} of what `keep` has stored of the runs called `name`."""
+    folders = {seed: store / f"{name}_s{seed}" for seed in seeds}
+    return {seed: folder for seed, folder in folders.items() if folder.exists()}
 
 
 def keep(source: Path, target: Path, more: Iterable[Path] = ()) -> bool:

@@ -10,12 +10,12 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, series
+from runs import ROOT, RUNS, arguments, execute, execute_all, keep, kept, last, metrics, series
 
 STORE = ROOT / "benchmarks" / "study"
 SEEDS = (1, 2, 3)
@@ -36,8 +36,8 @@ class Config:
     script: str = "ogpo_state.py"
 
 
-def _extraction(kind: str, *more: str) -> tuple[tuple[str, ...], str]:
-    return ("--extraction", kind, *more), "variants/ogpo_extraction.py"
+def _extraction(title: str, kind: str) -> Config:
+    return Config(title, ("--extraction", kind, "--advantage", "vanilla"), "variants/ogpo_extraction.py")
 
 
 CONFIGS = {
@@ -73,12 +73,12 @@ CONFIGS = {
     "forward_kl": Config(
         "OGPO+CA, forward KL", ("--regularize", "none", "--forward-kl", "0.1"), "variants/ogpo_reference.py"
     ),
-    "bptt": Config("BPTT", *_extraction("bptt", "--group", "4")),
-    "awr_fm": Config("AWR-FM", *_extraction("awr_fm", "--advantage", "vanilla")),
-    "aw_ogpo": Config("AW-OGPO", *_extraction("aw_ogpo", "--advantage", "vanilla")),
-    "aw_ogpo_nn": Config("AW-OGPO, no negatives", *_extraction("aw_ogpo_nn", "--advantage", "vanilla")),
-    "ofpo": Config("OFPO", *_extraction("ofpo", "--advantage", "vanilla")),
-    "ofpo++": Config("OFPO++", *_extraction("ofpo++", "--advantage", "vanilla")),
+    "bptt": Config("BPTT", ("--extraction", "bptt", "--group", "4"), "variants/ogpo_extraction.py"),
+    "awr_fm": _extraction("AWR-FM", "awr_fm"),
+    "aw_ogpo": _extraction("AW-OGPO", "aw_ogpo"),
+    "aw_ogpo_nn": _extraction("AW-OGPO, no negatives", "aw_ogpo_nn"),
+    "ofpo": _extraction("OFPO", "ofpo"),
+    "ofpo++": _extraction("OFPO++", "ofpo++"),
     "diffusion": Config("OGPO+CA, diffusion", (), "variants/ogpo_diffusion.py"),
 }
 CORE = ("ogpo", "ogpo+", "ogpo+ca", "no_sb", "no_bon", "grpo+", "bptt")
@@ -116,13 +116,8 @@ def run(figures: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
     panels = [panel for figure in figures for panel in FIGURES[figure]]
     clones = [(task, "clone", seed) for seed in seeds for task in dict.fromkeys(task for task, _ in panels)]
     others = [(task, config, seed) for seed in seeds for task, configs in panels for config in configs]
-    failed = []
-    for batch in (clones, list(dict.fromkeys(others))):
-        with ThreadPoolExecutor(jobs) as pool:
-            codes = pool.map(lambda job: run_one(*job), batch)
-            failed += [job for job, code in zip(batch, codes, strict=True) if code]
-    print(f"{len(clones) + len(set(others)) - len(failed)} finished, {len(failed)} failed: {failed or '-'}")
-    return int(bool(failed))
+    codes = [execute_all(run_one, batch, jobs) for batch in (clones, list(dict.fromkeys(others)))]
+    return max(codes)
 
 
 def store() -> None:
@@ -132,10 +127,10 @@ def store() -> None:
                 keep(RUNS / f"study_{task}_{config}_s{seed}", STORE / f"{task}_{config}_s{seed}")
 
 
+@cache
 def stored(task: str, config: str) -> dict[int, list[dict]]:
     """{seed: lines of metrics.jsonl}"""
-    folders = {seed: STORE / f"{task}_{config}_s{seed}" for seed in SEEDS}
-    return {seed: metrics(folder) for seed, folder in folders.items() if folder.exists()}
+    return {seed: metrics(folder) for seed, folder in kept(STORE, f"{task}_{config}", SEEDS).items()}
 
 
 def interquartile_mean(values: np.ndarray) -> np.ndarray:
@@ -156,8 +151,9 @@ def interval(rates: Sequence[float], episodes: int, draws: int = 10_000) -> tupl
     return float(interquartile_mean(values)), float(low), float(high)
 
 
-def row(task: str, config: str) -> tuple[str, dict[str, list[float]]] | None:
-    """A line of the table and the numbers in it."""
+@cache
+def row(task: str, config: str) -> tuple[str, list[float], tuple[float, float, float]] | None:
+    """A line of the table; final success of the acting policy by seed, and its interval."""
     runs = stored(task, config)
     if not runs:
         return None
@@ -175,9 +171,9 @@ def row(task: str, config: str) -> tuple[str, dict[str, list[float]]] | None:
     for key in ("cloned", "lowest", "area"):
         cells.append(" ".join(f"{v:.2f}" for v in numbers[key]))
     for key in ("ode", "bon"):
-        middle, low, high = interval(numbers[key], args["eval_episodes"])
+        middle, low, high = summary = interval(numbers[key], args["eval_episodes"])
         cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}] ({' '.join(f'{v:.2f}' for v in numbers[key])})")
-    return "| " + " | ".join(cells) + " |", numbers
+    return "| " + " | ".join(cells) + " |", numbers["bon"], summary
 
 
 def report() -> None:
@@ -201,7 +197,7 @@ def report() -> None:
                 "| method | cloned | lowest | area | final, noise-free | final, acting |",
                 "|---|---|---|---|---|---|",
             ]
-            text += [line for line, _ in lines]
+            text += [line for line, *_ in lines]
         plot(figure)
     (STORE / "results.md").write_text("\n".join(text) + "\n")
 
@@ -231,9 +227,7 @@ def plot(figure: str) -> None:
             left.plot(curves[0][0][:n], np.mean([v[:n] for _, v in curves], 0), color=colour, linewidth=2)
             line = row(task, config)
             assert line is not None
-            rates, seed = line[1]["bon"], min(stored(task, config))
-            episodes = arguments(STORE / f"{task}_{config}_s{seed}")["eval_episodes"]
-            middle, low, high = interval(rates, episodes)
+            _, rates, (middle, low, high) = line
             right.plot([low, high], [i, i], color=colour, linewidth=3, alpha=0.5)
             right.plot(rates, [i] * len(rates), "o", color=colour, markersize=4)
             right.plot([middle], [i], "|", color="black", markersize=12)

@@ -11,13 +11,12 @@ python benchmarks/tasks.py settings            # the table of settings in docs/t
 import argparse
 import os
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from fnmatch import fnmatch
 from pathlib import Path
 
 import numpy as np
 
-from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, minutes, series
+from runs import ROOT, RUNS, arguments, execute, execute_all, keep, kept, last, metrics, minutes, series
 
 sys.path.insert(0, str(ROOT))
 from common.envs import TASKS
@@ -34,8 +33,7 @@ FRAMES = ("can", "peg-insert-side", "hammer")  # one task a family
 
 
 def run(jobs: int, names: list[str], seeds: list[int], policies: Path | None) -> int:
-    def one(job: tuple[str, int]) -> int:
-        name, seed = job
+    def one(name: str, seed: int) -> int:
         flags = ["--env", name, "--preset", "cpu", "--seed", str(seed)]
         if TASKS[name].suite == "adroit":
             if policies is None:
@@ -43,16 +41,11 @@ def run(jobs: int, names: list[str], seeds: list[int], policies: Path | None) ->
             flags += ["--demos", str(policies.resolve() / f"pol_{name}.npz")]
         return execute("ogpo_state.py", f"task_{name}_s{seed}", flags)
 
-    pairs = [(name, seed) for seed in seeds for name in names]
-    with ThreadPoolExecutor(jobs) as pool:
-        failed = [pair for pair, code in zip(pairs, pool.map(one, pairs), strict=True) if code]
-    print(f"{len(pairs) - len(failed)} finished, {len(failed)} failed: {failed or '-'}")
-    return int(bool(failed))
+    return execute_all(one, [(name, seed) for seed in seeds for name in names], jobs)
 
 
 def stored(name: str) -> dict[int, Path]:
-    folders = {seed: STORE / f"{name}_s{seed}" for seed in SEEDS}
-    return {seed: folder for seed, folder in folders.items() if folder.exists()}
+    return kept(STORE, name, SEEDS)
 
 
 def line(name: str, seed: int, folder: Path) -> str:

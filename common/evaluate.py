@@ -140,6 +140,19 @@ def record_video(
         raise UserError(f"no video: ffmpeg stopped ({first_line(error)})") from error
 
 
+def write_views(env: gym.Env, folder: Path, seed: int) -> None:
+    """Writes what every camera of a `PixelEnv` sees at the start of an episode, to folder/cameras_NAME.png."""
+    import imageio.v3 as imageio
+
+    shown, _ = env.reset(seed=seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [folder / f"cameras_{name}.png" for name in env.get_wrapper_attr("pixels").cameras]
+    for path, image in zip(paths, shown["images"], strict=True):
+        imageio.imwrite(path, image)
+    env.close()
+    print(f"cameras: {', '.join(map(str, paths))}")
+
+
 def _film(env: gym.Env, act: Act, encode: Encode, seed: int, hold: int) -> Iterator[np.ndarray]:
     """Pictures of one episode, and `hold` more of its end with a border that shows the outcome."""
     obs, _ = env.reset(seed=seed)

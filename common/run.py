@@ -112,7 +112,7 @@ class Run:
         self.demos: Demos | None = None
         if not training:
             return
-        rows = min(a.replay_size, 2 * a.total_steps)
+        rows = min(a.replay_size, 2 * a.total_steps)  # at most, an episode's final observation included
         checkpoint.check_run_dir(run_dir, 3 * (4 * rows * (self.obs_dim + self.act_dim + 2) + 2**25))
         if not (saved and saved["agent"]["bc_done"]):
             self.demos = get_demos(
@@ -133,15 +133,14 @@ class Run:
                         f"--demos {self.demos.name}: its {what} have {have.shape[1]} numbers, {a.env} has {want}; give "
                         "demonstrations of this environment"
                     )
-        cap = a.collect_horizon or a.horizon
         if pixels:
             kept = (len(pixels.cameras), pixels.size, pixels.size, 3) if a.keep_images else ()
-            capacity = min(a.replay_size, 2 * a.total_steps) if kept else a.replay_size  # so many rows are never used
+            capacity = rows if kept else a.replay_size
             self.buffer = ReplayBuffer(capacity, self.obs_dim, self.act_dim * a.chunk, 1, rewards=a.chunk, images=kept)
-            envs = make_vec_env(a.env, a.num_envs, horizon=cap, chunk=a.chunk, **fixed)
         else:
             self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)
-            envs = make_vec_env(a.env, a.num_envs, horizon=cap, **fixed)
+        cap, chunk = a.collect_horizon or a.horizon, a.chunk if pixels else 0
+        envs = make_vec_env(a.env, a.num_envs, horizon=cap, chunk=chunk, **fixed)
         self.collector = Collector(envs, self.buffer, reward, a.seed, encode=lambda shown: self.encode(shown))
         self.rng = np.random.default_rng(a.seed)  # replay indices
         self.averages = Averages()  # metrics of the updates since the last log line

@@ -74,11 +74,9 @@ SETTINGS: dict[tuple[str, str], dict] = {
 # What ogpo_pixels.py changes further, in the same way.
 PIXELS: dict[tuple[str, str], dict] = {
     ("*", "*"): dict(next_samples=8),
+    ("paper", "*"): dict(start_training=20_000, eval_interval_episodes=20, cameras=("agentview",), image_size=96),
+    ("paper", "square"): dict(critic_hidden=(512,) * 5),
     ("*", "toy"): dict(cameras=("top",), image_size=48),
-    ("paper", "*"): dict(start_training=20_000, eval_interval_episodes=20),
-    ("paper", "lift"): dict(cameras=("agentview",), image_size=96),
-    ("paper", "can"): dict(cameras=("agentview",), image_size=96),
-    ("paper", "square"): dict(cameras=("agentview",), image_size=96, critic_hidden=(512,) * 5),
     ("*", "tool_hang"): dict(cameras=("sideview",), image_size=240),
     ("*", "transport"): dict(cameras=("shouldercamera0", "shouldercamera1"), image_size=96),
     ("cpu", "*"): dict(

@@ -4,20 +4,28 @@ import ast
 import itertools
 import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from torch.distributions import Normal
 
+import ogpo_pixels
 import ogpo_state as og
 from common import cli
 from common.demos import Demos
 from common.replay import Batch, ReplayBuffer
 from common.stopwatch import Stopwatch
+from tests import helpers
+from tests.helpers import perturbed
+from variants import ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_pixels_reference, ogpo_reference
 
-SCRIPT = Path(og.__file__)
+SCRIPTS = (
+    *(og, ogpo_pixels, ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_pixels_reference),
+)  # fmt: skip
 DATA_STD, DATA_MEAN = 0.3, 0.2
 
 
@@ -35,18 +43,7 @@ class GaussianFlow(torch.nn.Module):
         return DATA_MEAN + (t * DATA_STD**2 - (1 - t)) / var * (x - t * DATA_MEAN)
 
 
-def small_agent(seed: int = 1, **changes: object) -> tuple[og.Agent, og.Args]:
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, states=8, group=4, heads=3, micro_batch=8)
-    values["seed"] = seed
-    args = cli.override(og.default_args("toy", "cpu", "ogpo+ca"), values | changes)
-    return og.make_agent(args, 5, 2, torch.device("cpu")), args
-
-
-def perturbed(net: torch.nn.Module, scale: float, seed: int = 0) -> None:
-    g = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=g))
+small_agent = partial(helpers.small_agent, og)
 
 
 # --- the stochastic chain ---------------------------------------------------------------------------------------------
@@ -468,15 +465,17 @@ def test_a_flag_wins_over_preset_task_and_variant() -> None:
     assert args.critic.heads == 10  # the preset's
 
 
-def test_every_flag_is_documented_and_read() -> None:
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_every_flag_is_documented_and_read(module: ModuleType) -> None:
     """In the script, in common/run.py (as a.NAME), or by name where a run starts."""
-    flags, reads, documented = cli.flatten(og.Args()), set(), {}
-    start = ast.parse((SCRIPT.parent / "common" / "start.py").read_text())
+    script, common = Path(module.__file__), Path(og.__file__).parent / "common"
+    flags, reads, documented = cli.flatten(module.Args()), set(), {}
+    start = ast.parse((common / "start.py").read_text())
     reads |= {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)}
-    for path in (SCRIPT, SCRIPT.parent / "common" / "run.py"):
+    for path in (script, common / "run.py"):
         tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
         nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-        reads |= {n.attr for n in nodes if path == SCRIPT or ast.unparse(n.value) in ("a", "self.a")}
+        reads |= {n.attr for n in nodes if path == script or ast.unparse(n.value) in ("a", "self.a")}
         fields = [
             n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args") and c.name != "Args"
             for n in c.body if isinstance(n, ast.AnnAssign)

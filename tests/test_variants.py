@@ -1,6 +1,5 @@
 """The variants of ogpo_state.py: what they share with it, and every term they add against hand-computed values."""
 
-import ast
 import difflib
 import math
 import subprocess
@@ -14,13 +13,12 @@ import torch
 from torch.distributions import Normal
 
 import ogpo_state as og
-from common import cli
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
 from common.stopwatch import Stopwatch
+from tests.helpers import differing, perturbed, small_agent
 from variants import ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference
 
-ROOT = Path(og.__file__).parent
 VARIANTS = (ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference)
 # What each may define in its own words; all else is the text of ogpo_state.py.
 OWN = {
@@ -43,40 +41,13 @@ OWN = {
 }
 
 
-def definitions(module: ModuleType) -> dict[str, str]:
-    """{name: text} of the functions, classes and constants at the top level of a script."""
-    text = Path(module.__file__).read_text()
-    found = {}
-    for node in ast.parse(text).body:
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
-            found[node.name] = ast.get_source_segment(text, node)
-        elif isinstance(node, ast.Assign):
-            found[ast.unparse(node.targets[0])] = ast.get_source_segment(text, node)
-    return found
-
-
-def build(module: ModuleType, **changes: object) -> tuple[og.Agent, og.Args]:
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, states=8, group=4, heads=3, micro_batch=8)
-    args = cli.override(module.default_args("toy", "cpu", "ogpo+ca"), values | changes)
-    return module.make_agent(args, 5, 2, torch.device("cpu")), args
-
-
-def perturbed(net: torch.nn.Module, scale: float) -> None:
-    g = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for p in net.parameters():
-            p.add_(scale * torch.randn(p.shape, generator=g))
-
-
 def gradients(net: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
 @pytest.mark.parametrize("module", VARIANTS)
 def test_a_variant_is_a_short_diff_of_the_script(module: ModuleType) -> None:
-    base, own = definitions(og), definitions(module)
-    differ = {name for name in base.keys() | own.keys() if base.get(name) != own.get(name)}
-    assert differ == OWN[module]
+    assert differing(og, module) == OWN[module]
     a, b = (Path(m.__file__).read_text().splitlines() for m in (og, module))
     changed = [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
     printed = subprocess.run(["diff", og.__file__, module.__file__], capture_output=True, text=True).stdout
@@ -120,7 +91,7 @@ def test_weights_of_the_advantage() -> None:
 
 
 def test_flow_losses_by_draw_average_to_the_cloning_loss() -> None:
-    agent, _ = build(ogpo_extraction)
+    agent, _ = small_agent(ogpo_extraction)
     obs, action = torch.randn(6, 5), torch.randn(6, 8)
     x0, t = torch.randn(6, 3, 8), torch.rand(6, 3)
     losses = ogpo_extraction.flow_losses(agent.actor, obs, action, x0, t)
@@ -151,7 +122,7 @@ def test_ofpo_loss_by_hand() -> None:
 
 
 def test_bptt_follows_the_gradient_of_q_through_the_chain() -> None:
-    agent, args = build(ogpo_extraction, extraction="bptt", bc_coef=0.0)
+    agent, args = small_agent(ogpo_extraction, extraction="bptt", bc_coef=0.0)
     perturbed(agent.critic_ema, 0.3)
     obs = torch.randn(8, 5)
     agent.actor_opt.step = lambda: None
@@ -176,7 +147,7 @@ def test_bptt_follows_the_gradient_of_q_through_the_chain() -> None:
 @pytest.mark.parametrize("kind", ["awr_fm", "aw_ogpo", "aw_ogpo_nn", "ofpo", "ofpo++"])
 def test_extractions_raise_what_the_critics_like(kind: str) -> None:
     """One state, critics that like positive actions: after a few updates the policy's actions are more positive."""
-    agent, args = build(
+    agent, args = small_agent(
         ogpo_extraction,
         extraction=kind,
         bc_coef=0.0,
@@ -251,7 +222,7 @@ def test_upper_bound_of_the_ratio() -> None:
 
 
 def test_the_reference_is_slow_and_its_ratio_reaches_the_target() -> None:
-    agent, args = build(ogpo_reference, slow_rate=0.25, bc_coef=0.0)
+    agent, args = small_agent(ogpo_reference, slow_rate=0.25, bc_coef=0.0)
     perturbed(agent.actor, 0.05)
     perturbed(agent.critic_ema, 0.3)
     slow = [p.clone() for p in agent.actor_slow.parameters()]
@@ -266,7 +237,7 @@ def test_the_reference_is_slow_and_its_ratio_reaches_the_target() -> None:
 def test_without_regularization_the_update_is_that_of_ogpo_state() -> None:
     pairs = []
     for module, more in ((og, {}), (ogpo_reference, {"regularize": "none"})):
-        agent, args = build(module, **more)
+        agent, args = small_agent(module, **more)
         perturbed(agent.critic_ema, 0.3)
         perturbed(agent.actor, 0.02)
         module.update_actor(agent, torch.ones(8, 5), None, args, Stopwatch())
@@ -276,7 +247,9 @@ def test_without_regularization_the_update_is_that_of_ogpo_state() -> None:
 
 
 def test_forward_kl_pulls_towards_samples_of_the_reference() -> None:
-    agent, args = build(ogpo_reference, regularize="none", forward_kl=1.0, bc_coef=0.0, actor_lr=3e-3, slow_rate=0.0)
+    agent, args = small_agent(
+        ogpo_reference, regularize="none", forward_kl=1.0, bc_coef=0.0, actor_lr=3e-3, slow_rate=0.0
+    )
     agent.critic_ema.forward = lambda obs, action: torch.zeros(3, len(obs))  # no advantage
     perturbed(agent.actor_slow, 0.3)
     obs, noise = torch.randn(8, 5), torch.randn(8, 8)
@@ -337,7 +310,7 @@ def demonstrated(chunk: int = 4) -> ReplayBuffer:
 
 
 def test_calql_puts_demonstrated_actions_above_random_ones() -> None:
-    agent, args = build(ogpo_critic, critic_lr=3e-3, pessimistic_init=False, calql_actions=4)
+    agent, args = small_agent(ogpo_critic, critic_lr=3e-3, pessimistic_init=False, calql_actions=4)
     buffer, rng = demonstrated(), np.random.default_rng(1)
     for _ in range(150):
         batch = buffer.sample(64, rng, torch.device("cpu"))
@@ -353,7 +326,7 @@ def test_monte_carlo_regression_moves_critics_to_the_returns() -> None:
     """gamma 0.9, a large weight: Q of the data comes near the return-to-go although its target is far from it."""
     errors = []
     for coef in (0.0, 100.0):
-        agent, args = build(ogpo_critic, gamma=0.9, mc_coef=coef, critic_lr=3e-3, critic_ema=0.0)
+        agent, args = small_agent(ogpo_critic, gamma=0.9, mc_coef=coef, critic_lr=3e-3, critic_ema=0.0)
         buffer, rng = demonstrated(), np.random.default_rng(1)
         for _ in range(200):
             batch = buffer.sample(64, rng, torch.device("cpu"))
@@ -445,7 +418,7 @@ def test_noise_prediction_is_best_at_the_exact_network() -> None:
 
 @pytest.mark.parametrize("steps", [4, 20])
 def test_likelihood_of_diffusion_chains_is_that_of_their_gaussians(steps: int) -> None:
-    agent, args = build(ogpo_diffusion, flow_steps=steps)
+    agent, args = small_agent(ogpo_diffusion, flow_steps=steps)
     p, obs = args.policy, torch.randn(6, 5)
     chain, log_prob = ogpo_diffusion.sample_chain(agent.actor, obs, torch.randn(6, steps + 1, 8), p)
     again = ogpo_diffusion.chain_log_prob(agent.actor, obs, chain, p)

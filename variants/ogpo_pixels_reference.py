@@ -51,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for common/
 from common import checkpoint, cli, settings
 from common.envs import Pixels, make_env
 from common.errors import UserError, first_line
+from common.evaluate import write_views
 from common.machine import compile_functions
 from common.replay import Batch, ReplayBuffer
 from common.run import Policy, Run, RunArgs, TaskArgs
@@ -809,8 +810,8 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
         both.load_state_dict(checkpoint.load(Path(c.cloned) / "cloned.pt"))
     while not run.stop.requested and not c.cloned:
         rows = torch.randint(len(felt), (c.bc_batch,), generator=agent.rng, device=run.device)
-        offset = torch.randint(-shift, shift + 1, (c.bc_batch, 2), generator=agent.rng, device=run.device)
         if fixed is None:
+            offset = torch.randint(-shift, shift + 1, (c.bc_batch, 2), generator=agent.rng, device=run.device)
             images = torch.from_numpy(run.demos.images[rows.cpu().numpy()]).to(run.device)
             obs = torch.cat([agent.encoder(random_shift(images, offset)), felt[rows]], 1)
         else:
@@ -875,32 +876,18 @@ def train_online(run: Run, agent: Agent, args: Args) -> None:
             run.save()
 
 
-def check_cameras(args: Args, folder: Path) -> None:
-    """Writes what every camera sees at the start of an episode."""
-    import imageio.v3 as imageio
-
-    p = args.pixels
-    env = make_env(args.run.env, pixels=Pixels(p.cameras, p.image_size))
-    images = env.reset(seed=args.task.eval_seed)[0]["images"]
-    folder.mkdir(parents=True, exist_ok=True)
-    for name, image in zip(p.cameras, images, strict=True):
-        imageio.imwrite(folder / f"cameras_{name}.png", image)
-    env.close()
-    print(f"cameras: {', '.join(str(folder / f'cameras_{name}.png') for name in p.cameras)}")
-
-
 def main(argv: list[str]) -> None:
     choose, name = ("env", "preset", "variant"), "{env}__{variant}__s{seed}"
     fixed = (*settings.FIXED, "cameras", "image_size", "channels", "backbone", "prompt", "keep_images")
     args, saved, run_dir = start(argv, Args(), default_args, __doc__, fixed, settings.AT_LEAST_PIXELS, choose, name)
+    pixels = Pixels(args.pixels.cameras, args.pixels.image_size)
     if args.pixels.render_check:
-        check_cameras(args, run_dir)
+        write_views(make_env(args.run.env, pixels=pixels), run_dir, args.task.eval_seed)
         return
     with checkpoint.StopSignal() as stop:
         c, training = args.critic, not args.run.eval
         reward = lambda raw, success: raw + c.reward_offset + c.success_bonus * success  # noqa: E731
         encoder = make_encoder(args)
-        pixels = Pixels(args.pixels.cameras, args.pixels.image_size)
         run = Run(cli.flatten(args), run_dir, stop, saved, reward, training, pixels, encoder.features)
         try:
             demo_obs = torch.from_numpy(run.demos.obs) if run.demos else None

@@ -11,11 +11,11 @@ from numpy.typing import NDArray
 from common.errors import UserError, first_line
 
 if platform.system() == "Linux" and "MUJOCO_GL" not in os.environ:
-    # MuJoCo picks its OpenGL library on import. EGL and OSMesa need no display; EGL can use a GPU, and wins.
-    for _name, _library in (("osmesa", "libOSMesa.so.8"), ("egl", "libEGL.so.1")):
+    # MuJoCo picks its OpenGL library on import. EGL and OSMesa need no display; EGL, which can use a GPU, comes first.
+    for _name, _library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
         with suppress(OSError):
             ctypes.CDLL(_library)
-            os.environ["MUJOCO_GL"] = _name
+            os.environ.setdefault("MUJOCO_GL", _name)
 
 import mujoco  # after MUJOCO_GL is set
 
@@ -60,8 +60,8 @@ class Camera:
                 self._renderer = _Renderer(model, self._size, self._size)
             except Exception as error:  # every OpenGL library fails in its own way
                 raise UserError(
-                    f"cannot render ({first_line(error)}); install libegl1 and libgl1, or libosmesa6; MUJOCO_GL is "
-                    "to be egl or osmesa"
+                    f"cannot render ({first_line(error)}); install libegl1 and libgl1, or libosmesa6, and set "
+                    "MUJOCO_GL to egl or osmesa"
                 ) from error
             self._renderer.scene.flags[mujoco.mjtRndFlag.mjRND_REFLECTION] = False
             self._model = model

@@ -128,7 +128,7 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
             self.close()
             robots = self.task.action_dim // ARM_ACTIONS
             self.env = suite.make(self.task.env_name, seed=[1, block], **env_kwargs(robots))
-            self._block = block
+            self._block, self._shown = block, ""
         # robosuite's placement samplers hold references to its generator: restart it in place.
         self.env.rng.bit_generator.state = np.random.default_rng([0, seed]).bit_generator.state
         self.env.reset()
@@ -185,7 +185,7 @@ class RobosuiteEnv(gym.Env[NDArray[np.float32], NDArray[np.float32]]):
         """Puts the simulation into a recorded state (S,) of a recorded model, to be drawn."""
         if model_xml != self._shown:
             self.env.reset_from_xml_string(self.env.edit_model_xml(model_xml))
-            self._shown = model_xml
+            self._shown, self._block = model_xml, -1  # no seed's model: the next reset makes its own
         self.env.sim.set_state_from_flattened(state)
         self.env.sim.forward()
 

@@ -77,8 +77,8 @@ class ToyReach(gym.Env):
 
     def images(self, cameras: tuple[str, ...], size: int) -> np.ndarray:
         """The picture (N, size, size, 3) from every camera; there is one, "top"."""
-        if set(cameras) - {"top"}:
-            raise UserError(f"there is no camera {cameras[0]!r}; the toy task has top")
+        if unknown := set(cameras) - {"top"}:
+            raise UserError(f"there is no camera {min(unknown)!r}; the toy task has top")
         return np.stack([self._draw(size)] * len(cameras))
 
     def _draw(self, size: int) -> np.ndarray:

@@ -1,0 +1,43 @@
+"""What tests of several scripts need: small agents of any of them, and the text of their definitions."""
+
+import ast
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from common import cli
+
+
+def small_agent(module: ModuleType, seed: int = 1, **changes: object) -> tuple[Any, Any]:
+    """Agent and arguments of ogpo_state.py or a variant: observations of 5 numbers, actions of 2, chunks of 4."""
+    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, states=8, group=4, heads=3, micro_batch=8)
+    values["seed"] = seed
+    args = cli.override(module.default_args("toy", "cpu", "ogpo+ca"), values | changes)
+    return module.make_agent(args, 5, 2, torch.device("cpu")), args
+
+
+def perturbed(net: torch.nn.Module, scale: float, seed: int = 0) -> None:
+    g = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for p in net.parameters():
+            p.add_(scale * torch.randn(p.shape, generator=g))
+
+
+def definitions(module: ModuleType) -> dict[str, str]:
+    """{name: text} of the functions, classes and constants at the top level of a script."""
+    text = Path(module.__file__).read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = ast.get_source_segment(text, node)
+        elif isinstance(node, ast.Assign):
+            found[ast.unparse(node.targets[0])] = ast.get_source_segment(text, node)
+    return found
+
+
+def differing(one: ModuleType, two: ModuleType) -> set[str]:
+    """Names whose definitions are not the same text in both scripts."""
+    a, b = definitions(one), definitions(two)
+    return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
