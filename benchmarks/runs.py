@@ -71,7 +71,9 @@ def metrics(folder: Path) -> list[dict]:
 
 
 def minutes(folder: Path) -> float:
-    return int((folder / "wall_seconds").read_text()) / 60
+    """Wall time of a kept run, the parts before an interruption included (up to the checkpoint it went on from)."""
+    walls = series(metrics(folder), "time/wall")[1]  # seconds, from 0 again after a resume
+    return (int((folder / "wall_seconds").read_text()) + walls[:-1][np.diff(walls) < 0].sum()) / 60
 
 
 def arguments(folder: Path) -> dict:
