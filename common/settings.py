@@ -62,7 +62,8 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "lift"): dict(collect_horizon=150),
     ("cpu", "can"): dict(demo_noise=0.3, total_steps=40_000),
     ("cpu", "square"): dict(
-        demo_noise=0.2, num_demos=100, bc_steps=5_000, bc_eval_every=500, eval_every=10_000, total_steps=150_000
+        collect_horizon=300, demo_noise=0.1, num_demos=200, bc_lr=1e-3, bc_steps=12_000, bc_eval_every=2_000,
+        eval_every=10_000, total_steps=150_000,
     ),
     ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
@@ -102,8 +103,8 @@ SOURCES: dict[tuple[str, str], str] = {
     ("cpu", "lift"): "tuned here, seeds 1-3",
     ("cpu", "toy"): "tuned here, seeds 1-3",
     ("cpu", "can"): "tuned here, seed 1",
-    ("cpu", "peg-insert-side"): "Lift's; checked on seed 1",
-    ("cpu", "assembly"): "Lift's; checked on seed 1",
+    ("cpu", "square"): "cloning tuned here, seed 1; the rest Lift's",
+    **{("cpu", n): "Lift's; checked here" for n in ("peg-insert-side", "assembly", "hand-insert", "pick-place")},
     **{("cpu", name): "tuned here on door and hammer, seed 1" for name in HANDS},
     ("cpu", "*"): "not tuned yet",
 }

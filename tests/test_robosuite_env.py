@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from common.demos.robosuite_experts import lift_expert
+from common.demos.robosuite_experts import lift_expert, square_expert
 from common.envs import TASKS, make_env, make_vec_env, resolve, robosuite_env
 from common.envs.gymnasium_env import UserEnv
 from common.envs.osc import FastStep
@@ -173,6 +173,23 @@ def test_success_terminates_and_horizon_truncates(fast: RobosuiteEnv, monkeypatc
     assert expert_episode(fast) == steps  # success on the last step is no truncation
     monkeypatch.setattr(fast, "horizon", len(steps) - 1)
     assert expert_episode(fast) == [*steps[:-2], (0.0, False, True, {"success": False})]
+
+
+def test_square_expert_begins_again_when_the_nut_is_not_in_its_hand() -> None:
+    """Twice its grasp is made to fail: the hand is opened behind its back."""
+    env = make_env("square", horizon=400)
+    obs, _ = env.reset(seed=50)
+    policy = square_expert(env, obs, np.random.default_rng(0), 0.0)
+    action, grasps, done = next(policy), 0, False
+    while not done:
+        closed = action[6] > 0
+        if grasps < 2:
+            action = np.append(action[:6], -1.0).astype(np.float32)
+        obs, _, success, cut, _ = env.step(action)
+        action, done = policy.send(obs), success or cut
+        grasps += int(closed and action[6] < 0)
+    env.close()
+    assert success and grasps >= 2
 
 
 def test_fast_step_refuses_other_controllers(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """common/runlog.py: what a run leaves behind, and what it shows while it runs."""
 
+import gzip
 import io
 import json
 import math
@@ -246,3 +247,17 @@ def test_learning_curve(tmp_path):
 def test_learning_curve_without_metrics_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="nothing to draw"):
         plot_curves(tmp_path)
+
+
+def test_minutes_of_a_resumed_run(tmp_path: Path) -> None:
+    """Stopped after 60 s (the last line of the log that counts) and after 30 s, then 90 s to the end."""
+    sys.path.insert(0, str(Path(__file__).parent.parent / "benchmarks"))
+    try:
+        from runs import minutes
+    finally:
+        sys.path.pop(0)
+    walls = [20.0, 60.0, 10.0, 30.0, 15.0, 80.0]
+    lines = [json.dumps({"step": i, "time/wall": wall}) for i, wall in enumerate(walls)] + ['{"step": 9, "eval/x": 1}']
+    (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    (tmp_path / "wall_seconds").write_text("90\n")
+    assert minutes(tmp_path) == (60 + 30 + 90) / 60

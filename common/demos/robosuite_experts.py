@@ -107,45 +107,53 @@ def can_expert(env: Any, obs: Obs, rng: np.random.Generator, noise: float) -> Ex
 
 
 def square_expert(env: Any, obs: Obs, rng: np.random.Generator, noise: float) -> Expert:
-    """Above the nut's handle, down, close, up, over the peg with the hole aligned, down, open."""
-    miss = np.append(rng.uniform(-0.004, 0.004, 2), 0.0) if noise else np.zeros(3)
+    """Above the nut's handle, down, close, up, over the peg with the hole aligned, down, open; from the start again
+    whenever the nut is not in the hand. With noise four grasps in ten are off by up to 6 cm."""
     arm, sim, nut = Arm(obs, rng, noise), env.env.sim, env.env.nuts[0]
     site = sim.model.site_name2id(nut.important_sites["handle"])
     peg = np.array(sim.data.body_xpos[env.env.peg1_body_id])
     start = yaw_of(arm.hand)
+    while True:
+        miss = np.append(rng.uniform(-1, 1, 2) * (0.06 if rng.random() < 0.4 else 0.004), 0.0) * bool(noise)
 
-    def handle(up: float) -> Pose:
-        def pose(obs: Obs) -> tuple[Array, Rotation]:
-            along = sim.data.site_xpos[site] - obs[16:19]
-            across = np.arctan2(along[1], along[0]) + np.pi / 2
-            return sim.data.site_xpos[site] + miss + up * UP, top_down(nearest(across, start, np.pi))
+        def handle(up: float, miss: Array = miss) -> Pose:
+            def pose(obs: Obs) -> tuple[Array, Rotation]:
+                along = sim.data.site_xpos[site] - obs[16:19]
+                across = np.arctan2(along[1], along[0]) + np.pi / 2
+                return sim.data.site_xpos[site] + miss + up * UP, top_down(nearest(across, start, np.pi))
 
-        return pose
+            return pose
 
-    yield from arm.go(handle(0.08), OPEN, near=0.01, turn=0.05)
-    yield from arm.go(handle(-0.005), OPEN, near=0.006, turn=0.05, steps=40)
-    yield from arm.go(handle(-0.005), CLOSE, steps=9)
-    carry, grasp = np.array([*arm.pos[:2], 0.985]), arm.hand  # just above the peg; higher leaves the reach
-    yield from arm.go(lambda obs: (carry, top_down(yaw_of(grasp))), CLOSE, near=0.03)
+        def held() -> bool:
+            return bool(np.linalg.norm(sim.data.site_xpos[site] - arm.pos) < 0.035)
 
-    # Any multiple of 90 degrees fits. Best is the one with the handle along the table's y axis: along +x the arm runs
-    # out of reach, along -x the nut slides off when let go.
-    held = heading(arm.obs[19:23])
-    along = arm.pos - arm.obs[16:19]
-    turns = [nearest(0.0, held, np.pi / 2) - held + k * np.pi / 2 for k in (-1, 0, 1)]
-    goal = held + min(turns, key=lambda d: 3 * abs(np.cos(np.arctan2(along[1], along[0]) + d)) + 0.2 * abs(d))
-    still = lowered = tries = 0
-    while lowered < 26 and (still < 3 or arm.obs[18] > env.env.table_offset[2] + 0.05):
-        centre = arm.obs[16:19].astype(np.float64)
-        turn = Rotation.from_euler("z", nearest(goal - heading(arm.obs[19:23]), 0.0, 2 * np.pi))
-        hand, off = top_down(yaw_of(turn * arm.hand)), np.linalg.norm((centre - peg)[:2])
-        place = peg * [1, 1, 0] + turn.apply(arm.pos - centre)
-        aligned = off < 0.0015 and turn.magnitude() < 0.02 and (hand * arm.hand.inv()).magnitude() < 0.03
-        tries += 1
-        still = still + 1 if aligned or still >= 3 or tries > 80 else 0
-        place[2] = carry[2] if still < 3 else arm.pos[2] - 0.02
-        lowered += still >= 3
-        gain = 0.5 if off < 0.03 or still >= 3 else 1.0
-        arm.see((yield arm.move(place, hand, CLOSE, gain, integral=off < 0.01 or still >= 3)))
-    while True:  # a nut that sits on the rim falls over the peg
-        arm.see((yield np.array([*np.zeros(6), OPEN], np.float32)))
+        yield from arm.go(handle(0.08), OPEN, near=0.01, turn=0.05, steps=80)
+        yield from arm.go(handle(-0.005), OPEN, near=0.006, turn=0.05, steps=40)
+        yield from arm.go(handle(-0.005), CLOSE, steps=9)
+        carry, grasp = np.array([*arm.pos[:2], 0.985]), arm.hand  # just above the peg; higher leaves the reach
+        for _ in range(60):
+            if not held() or np.linalg.norm(carry - arm.pos) < 0.03:
+                break
+            arm.see((yield arm.move(carry, top_down(yaw_of(grasp)), CLOSE)))
+
+        # Any multiple of 90 degrees fits. Best is the one with the handle along the table's y axis: along +x the arm
+        # runs out of reach, along -x the nut slides off when let go.
+        now = heading(arm.obs[19:23])
+        along = arm.pos - arm.obs[16:19]
+        turns = [nearest(0.0, now, np.pi / 2) - now + k * np.pi / 2 for k in (-1, 0, 1)]
+        goal = now + min(turns, key=lambda d: 3 * abs(np.cos(np.arctan2(along[1], along[0]) + d)) + 0.2 * abs(d))
+        still = lowered = tries = 0
+        while held() and lowered < 26 and (still < 3 or arm.obs[18] > env.env.table_offset[2] + 0.05):
+            centre = arm.obs[16:19].astype(np.float64)
+            turn = Rotation.from_euler("z", nearest(goal - heading(arm.obs[19:23]), 0.0, 2 * np.pi))
+            hand, off = top_down(yaw_of(turn * arm.hand)), np.linalg.norm((centre - peg)[:2])
+            place = peg * [1, 1, 0] + turn.apply(arm.pos - centre)
+            aligned = off < 0.0015 and turn.magnitude() < 0.02 and (hand * arm.hand.inv()).magnitude() < 0.03
+            tries += 1
+            still = still + 1 if aligned or still >= 3 or tries > 80 else 0
+            place[2] = carry[2] if still < 3 else arm.pos[2] - 0.02
+            lowered += still >= 3
+            gain = 0.5 if off < 0.03 or still >= 3 else 1.0
+            arm.see((yield arm.move(place, hand, CLOSE, gain, integral=off < 0.01 or still >= 3)))
+        for _ in range(20):  # a nut that sits on the rim falls over the peg
+            arm.see((yield np.array([*np.zeros(6), OPEN], np.float32)))
