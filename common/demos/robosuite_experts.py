@@ -113,6 +113,10 @@ def square_expert(env: Any, obs: Obs, rng: np.random.Generator, noise: float) ->
     site = sim.model.site_name2id(nut.important_sites["handle"])
     peg = np.array(sim.data.body_xpos[env.env.peg1_body_id])
     start = yaw_of(arm.hand)
+
+    def held() -> bool:
+        return bool(np.linalg.norm(sim.data.site_xpos[site] - arm.pos) < 0.035)
+
     while True:
         miss = np.append(rng.uniform(-1, 1, 2) * (0.06 if rng.random() < 0.4 else 0.004), 0.0) * bool(noise)
 
@@ -123,9 +127,6 @@ def square_expert(env: Any, obs: Obs, rng: np.random.Generator, noise: float) ->
                 return sim.data.site_xpos[site] + miss + up * UP, top_down(nearest(across, start, np.pi))
 
             return pose
-
-        def held() -> bool:
-            return bool(np.linalg.norm(sim.data.site_xpos[site] - arm.pos) < 0.035)
 
         yield from arm.go(handle(0.08), OPEN, near=0.01, turn=0.05, steps=80)
         yield from arm.go(handle(-0.005), OPEN, near=0.006, turn=0.05, steps=40)
