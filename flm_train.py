@@ -51,6 +51,7 @@ from torch.utils.checkpoint import checkpoint as recompute
 from common import checkpoint, cli
 from common.batches import Ranks, mixed_seed, row_noise, row_order
 from common.errors import UserError
+from common.machine import use_bf16
 from common.released import load_released
 from common.start import start
 from common.text_run import TextRun
@@ -95,7 +96,7 @@ class ModelArgs:
     embed_init: Literal["frequency", "uniform"] = "frequency"  # sizes of E's rows at the start; paper: uniform
     logit_cap: float = 30.0  # logits become cap * tanh(logits / cap); 0: off
     attention_cap: float = 50.0  # the same for attention scores; 0: off
-    precision: Literal["bf16", "fp32"] = "bf16"  # autocast of blocks and output layer; the rest is fp32
+    precision: Literal["auto", "bf16", "fp32"] = "auto"  # of blocks and output layer; auto: bf16 where it is fast
 
 
 @dataclass
@@ -254,7 +255,7 @@ class DiT(nn.Module):
 
     def __init__(self, m: ModelArgs, vocab: int, times: int = 1) -> None:
         super().__init__()
-        self.cap, self.bf16 = m.logit_cap, m.precision == "bf16"
+        self.cap, self.precision = m.logit_cap, m.precision
         bound = 1 / math.sqrt(m.width)
         self.embed = nn.Parameter(torch.empty(vocab, m.width).uniform_(-bound, bound))  # E (V, d)
         self.times = nn.ModuleList(TimeEmbedding(m.cond_width) for _ in range(times))
@@ -279,14 +280,14 @@ class DiT(nn.Module):
     def trunk(self, h: Tensor, *tau: Tensor) -> tuple[Tensor, Tensor]:
         """-> features (B, L, d), cond (B, cond_width)"""
         cond = F.silu(sum(embed(t) for embed, t in zip(self.times, tau, strict=True)))
-        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=use_bf16(self.precision, h.device)):
             for block in self.blocks:
                 h = block(h, cond, self.rope)
         return h, cond
 
     def head(self, h: Tensor, cond: Tensor) -> Tensor:
         """features (B, L, d), cond (B, cond_width) -> capped logits (B, L, V), float32"""
-        with torch.autocast(h.device.type, torch.bfloat16, enabled=self.bf16):
+        with torch.autocast(h.device.type, torch.bfloat16, enabled=use_bf16(self.precision, h.device)):
             shift, scale = self.modulation(cond)[:, None].chunk(2, -1)
             logits = self.output(self.norm(h) * (1 + scale) + shift)
         logits = logits.to(self.output.weight.dtype)

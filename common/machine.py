@@ -1,4 +1,4 @@
-"""What a run was made with: versions, commit, command line, hardware; and compiling functions for that hardware."""
+"""What a run was made with: versions, commit, command line, hardware; what that hardware is fast at."""
 
 import importlib.metadata
 import os
@@ -11,6 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+CPU_BF16 = any(torch.cpu.get_capabilities().get(unit, False) for unit in ("avx512_bf16", "amx_bf16"))
+
+
+def use_bf16(precision: str, device: torch.device) -> bool:
+    """Whether to multiply in bf16. "auto": on a GPU, and on a CPU with units for it; without, it is far slower."""
+    return (device.type != "cpu" or CPU_BF16) if precision == "auto" else precision == "bf16"
 
 
 def describe_machine() -> dict[str, Any]:

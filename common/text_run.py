@@ -17,6 +17,7 @@ from common import checkpoint
 from common.batches import Ranks
 from common.judge import get_judge
 from common.judge.metrics import REAL, Judge, format_table, score_texts, split_real, unigram_entropy
+from common.machine import use_bf16
 from common.meter import Meter, products
 from common.runlog import Averages, RunLog
 from common.start import CHECKPOINT, pick_device
@@ -74,7 +75,7 @@ class TextRun:
                 resume_bytes=saved["log"] if saved else None,
                 args=self.flat,
             )
-        bf16, attention = a.precision == "bf16", a.layers * a.length * a.width
+        bf16, attention = use_bf16(a.precision, self.device), a.layers * a.length * a.width
         self.meter = Meter(a.batch * a.length, products(net), attention, self.ranks.world, bf16, self.device, forwards)
         self.saved = None
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flm_train as flm
-from common import cli
+from common import cli, machine
 
 SCRIPT = Path(flm.__file__)
 PI = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
@@ -150,6 +150,21 @@ def test_attention_cap() -> None:
     want = (0.5 * torch.tanh(scores / 0.5)).softmax(-1) @ v
     torch.testing.assert_close(flm.attention(q, k, v, 0.5), want)
     torch.testing.assert_close(flm.attention(q, k, v, 0.0), F.scaled_dot_product_attention(q, k, v))
+
+
+@pytest.mark.parametrize("units", [True, False])
+def test_automatic_precision_is_that_of_the_hardware(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "CPU_BF16", units)
+    torch.manual_seed(0)
+    net = perturbed(flm.DiT(small(precision="auto").model, vocab=11))
+    x, tau = torch.randn(2, 6, 32), torch.rand(2)
+    outputs = {}
+    for precision in ("auto", "bf16", "fp32"):
+        net.precision = precision
+        outputs[precision] = net(x, tau)
+    assert outputs["auto"].equal(outputs["bf16" if units else "fp32"])
+    assert not outputs["bf16"].equal(outputs["fp32"])
+    assert machine.use_bf16("auto", torch.device("cuda"))
 
 
 # --- loss -------------------------------------------------------------------------------------------------------------
