@@ -555,14 +555,14 @@ def make_agent(
     felt: int,
     act_dim: int,
     device: torch.device,
-    demo_obs: Tensor | None = None,
+    stats: Sequence[Tensor] = (),
 ) -> Agent:
-    """demo_obs (N, P) gives the statistics that standardise what is felt; a checkpoint brings its own."""
+    """stats: mean and deviation (P,) that standardise what is felt; a checkpoint brings its own."""
     torch.manual_seed(args.run.seed)
     p, dim, features = args.policy, args.policy.chunk * act_dim, encoder.features
     mean, std = torch.zeros(features + felt), torch.ones(features + felt)
-    if p.normalize_obs and demo_obs is not None:
-        mean[features:], std[features:] = demo_obs.mean(0), demo_obs.std(0) + 1e-2  # the floor: nearly constant entries
+    if p.normalize_obs and stats:
+        mean[features:], std[features:] = stats[0], stats[1] + 1e-2  # the floor: nearly constant entries
     actor = VelocityNet(features, felt, dim, p.actor_hidden, mean, std).to(device)
     c = args.critic
     critic = CriticEnsemble(c.heads, features, felt, dim, c.critic_hidden, mean, std).to(device)
@@ -832,8 +832,8 @@ def main(argv: list[str]) -> None:
         encoder = make_encoder(args)
         run = Run(cli.flatten(args), run_dir, stop, saved, reward, training, pixels, encoder.features)
         try:
-            demo_obs = torch.from_numpy(run.demos.obs) if run.demos else None
-            agent = make_agent(args, encoder, run.obs_dim - encoder.features, run.act_dim, run.device, demo_obs)
+            stats = run.demos.statistics() if run.demos else ()
+            agent = make_agent(args, encoder, run.obs_dim - encoder.features, run.act_dim, run.device, stats)
             run.encode = lambda shown: encode(agent, shown)
             run.attach(agent)
             if args.run.compile:

@@ -8,7 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
-from common.demos import get_demos, robomimic, scripted
+from common.demos import Demos, get_demos, robomimic, scripted
 from common.demos.robomimic import ACTION_LIMIT, Episode, download, read_demos, write_demos
 from common.envs import TASKS, TaskSpec, make_env, resolve, toy
 from common.errors import UserError
@@ -174,7 +174,7 @@ def test_file_for_a_users_environment(tmp_path: Path) -> None:
 def test_scripted_toy_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     first = get_demos("toy", "scripted", 5, 0.1, tmp_path / "a", seed=3)
     assert len(first.ends) == 5 and first.ends[-1] == len(first.obs) == len(first.actions)
-    assert first.name == "toy_scripted_n5_noise0.1_seed3.hdf5" and (tmp_path / "a" / first.name).exists()
+    assert first.name == "toy_scripted-v2_n5_noise0.1_seed3.hdf5" and (tmp_path / "a" / first.name).exists()
     again = get_demos("toy", "scripted", 5, 0.1, tmp_path / "b", seed=3)
     np.testing.assert_array_equal(first.obs, again.obs)
     np.testing.assert_array_equal(first.actions, again.actions)
@@ -224,6 +224,28 @@ def test_scripted_pick_and_place(tmp_path: Path, name: str, noise: float) -> Non
     spread = demos.obs[:, 16:19]
     assert np.linalg.norm(spread[-1, :2] - spread[0, :2]) > 0.1  # the object is elsewhere
     assert demos.actions[0, 6] < -0.9 and demos.actions[:, 6].max() > 0.9
+
+
+def test_demonstrations_of_several_tasks_come_in_their_shares(tmp_path: Path) -> None:
+    assert scripted.shares(200, TASKS["mt10"].demo_weights) == [12, 48, 48, 4, 8, 4, 4, 64, 4, 4]
+    assert scripted.shares(5, (1, 2)) == [2, 3] and scripted.shares(5, ()) == []
+    demos = get_demos("mt10", "scripted", 12, 0.2, tmp_path)
+    assert demos.tasks == 10
+    first = demos.obs[[0, *demos.ends[:-1]], 39:].argmax(1)
+    assert np.bincount(first, minlength=10).tolist() == scripted.shares(12, TASKS["mt10"].demo_weights)
+
+
+def test_statistics_of_several_tasks_are_those_within_a_task() -> None:
+    rng = np.random.default_rng(0)
+    task = rng.integers(2, size=1_000)
+    place = 100 * task + rng.standard_normal(1_000)  # tasks 100 apart, 1 wide
+    obs = np.column_stack([place, np.eye(2)[task]]).astype(np.float32)
+    demos = Demos(obs, obs, np.array([1_000]), "two tasks", tasks=2)
+    mean, std = demos.statistics()
+    assert std[0].item() == pytest.approx(1, rel=0.1) and std[1:] == pytest.approx(obs[:, 1:].std(0), rel=1e-2)
+    np.testing.assert_allclose(mean, obs.mean(0), rtol=1e-4)
+    demos.tasks = 0
+    np.testing.assert_allclose(demos.statistics()[1], obs.std(0), rtol=1e-2)
 
 
 def test_hopeless_expert_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 
 from common import doctor
 from common.demos import get_demos, minari
-from common.envs import MT10, TASKS, make_env
+from common.envs import TASKS, make_env
 from common.errors import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,7 +48,7 @@ def test_every_part_of_mt10_repeats_and_is_told() -> None:
     for seed, start in enumerate(starts):
         assert start[39:].tolist() == np.eye(10)[seed % 10].tolist()
         np.testing.assert_array_equal(env.reset(seed=seed)[0], start)
-        assert env.env is env._made[f"{MT10[seed % 10]}-v3"]
+        assert env.env is env._made[f"{TASKS['mt10'].tasks[seed % 10]}-v3"]
     drawn = []
     for _ in range(2):
         env.reset(seed=3)

@@ -458,13 +458,13 @@ def adamw(net: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimiz
     return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
 
 
-def make_agent(args: Args, obs_dim: int, act_dim: int, device: torch.device, demo_obs: Tensor | None = None) -> Agent:
-    """demo_obs (N, O) gives the statistics that standardise observations; a checkpoint brings its own."""
+def make_agent(args: Args, obs_dim: int, act_dim: int, device: torch.device, stats: Sequence[Tensor] = ()) -> Agent:
+    """stats: mean and deviation (O,) that standardise observations; a checkpoint brings its own."""
     torch.manual_seed(args.run.seed)
     p, dim = args.policy, args.policy.chunk * act_dim
     mean, std = torch.zeros(obs_dim), torch.ones(obs_dim)
-    if p.normalize_obs and demo_obs is not None:
-        mean, std = demo_obs.mean(0), demo_obs.std(0) + 1e-2  # the floor keeps nearly constant entries from exploding
+    if p.normalize_obs and stats:
+        mean, std = stats[0], stats[1] + 1e-2  # the floor keeps nearly constant entries from exploding
     actor = VelocityNet(obs_dim, dim, p.actor_hidden, mean, std).to(device)
     c = args.critic
     critic = CriticEnsemble(c.heads, obs_dim, dim, c.critic_hidden, mean, std).to(device)
@@ -732,8 +732,8 @@ def main(argv: list[str]) -> None:
         reward = lambda raw, success: raw + c.reward_offset + c.success_bonus * success  # noqa: E731
         run = Run(cli.flatten(args), run_dir, stop, saved, reward, training)
         try:
-            demo_obs = torch.from_numpy(run.demos.obs) if run.demos else None
-            agent = make_agent(args, run.obs_dim, run.act_dim, run.device, demo_obs)
+            stats = run.demos.statistics() if run.demos else ()
+            agent = make_agent(args, run.obs_dim, run.act_dim, run.device, stats)
             run.attach(agent)
             if args.run.compile:
                 compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"), run.device)

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from common.demos import minari
@@ -20,7 +21,7 @@ class Demos:
 
     obs (N, O) and actions (N, A) are float32, actions within (-1, 1); ends (E,) int64 is the row after each
     episode's last; name says where they come from. images (N, cameras, S, S, 3) uint8 only if they were asked for; obs
-    is then what the robot feels itself.
+    is then what the robot feels itself. tasks: if there are several, how many; their one-hot ends each observation.
     """
 
     obs: NDArray[np.float32]
@@ -28,6 +29,20 @@ class Demos:
     ends: NDArray[np.int64]
     name: str
     images: NDArray[np.uint8] | None = None
+    tasks: int = 0
+
+    def statistics(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation (O,) of the observations; of several tasks the deviation within a task.
+
+        Tasks stand half a metre apart, which would make the few centimetres between their goals look like nothing.
+        """
+        obs = torch.from_numpy(self.obs)
+        std = obs.std(0)
+        if self.tasks:
+            task = obs[:, -self.tasks :].argmax(1)  # (N,)
+            centres = torch.stack([obs[task == k].mean(0) for k in range(self.tasks)])
+            std[: -self.tasks] = (obs - centres[task]).std(0)[: -self.tasks]
+        return obs.mean(0), std
 
     def chunks(self, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Every step of every episode as a chunk start: obs (N, O), actions (N, horizon * A).
@@ -69,10 +84,10 @@ def get_demos(
     task = resolve(env_id)
     seen = f"_{'+'.join(pixels.cameras)}_{pixels.size}" if pixels else ""
     if source == "scripted" or source.endswith(".npz"):
-        from common.demos.scripted import find_expert, generate
+        from common.demos.scripted import VERSION, find_expert, generate
 
         expert = find_expert(task) if source == "scripted" else load_policy(Path(source), task)
-        kind = source if source == "scripted" else f"{Path(source).stem}-{sha256(Path(source))[:8]}"
+        kind = f"scripted-v{VERSION}" if source == "scripted" else f"{Path(source).stem}-{sha256(Path(source))[:8]}"
         path = Path(cache_dir) / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}{seen}.hdf5"
         if not path.exists():
             generate(task, expert, num, noise, seed, path, pixels)
@@ -91,7 +106,7 @@ def get_demos(
         path = Path(source)
     obs, actions, ends = read_demos(path, task, filter_key)
     if not pixels:
-        return Demos(obs, actions, ends, path.name)
+        return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
     if not has_images(path) and task.suite == "robosuite":
         drawn = Path(cache_dir) / f"{path.stem}-{sha256(path)[:8]}{seen}.hdf5"
         if not drawn.exists():

@@ -2,7 +2,7 @@
 
 import importlib.metadata
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from common.envs import Pixels, TaskSpec, make_env
 from common.errors import UserError
 
 Expert = Generator[NDArray[np.float32], NDArray[np.float32], None]
+VERSION = 2  # of the experts and their shares: cached episodes of another version are left alone
 SEED_BASE = 2**31  # training and evaluation use smaller seeds: their episodes are not among the demonstrations
 MAX_STEPS = {"lift": 150, "can": 250, "square": 400}  # an expert that needs longer has lost the object
 
@@ -50,6 +51,14 @@ def find_expert(task: TaskSpec) -> Callable[..., Expert]:
     raise UserError(f"{task.name} has no scripted expert; give demonstrations with --demos FILE.hdf5")
 
 
+def shares(num: int, weights: Sequence[int]) -> list[int]:
+    """`num` episodes divided among tasks in proportion to `weights`; what does not divide goes to the first ones."""
+    counts = [num * weight // sum(weights) for weight in weights]
+    for i in range(num - sum(counts) if counts else 0):
+        counts[i] += 1
+    return counts
+
+
 def generate(
     task: TaskSpec,
     expert: Callable[..., Expert],
@@ -69,6 +78,7 @@ def generate(
     keys = [key for key, _ in task.obs]
     splits = np.cumsum([width for _, width in task.obs])[:-1]
     episodes: list[Episode] = []
+    left = shares(num, task.demo_weights)
     try:
         with tqdm(total=num, desc=f"{task.name} demonstrations", leave=False, mininterval=1) as bar:
             attempt = 0
@@ -76,9 +86,14 @@ def generate(
                 if attempt == 20 * num + 20:
                     raise UserError(f"the {task.name} expert fails with noise {noise}; use less noise")
                 rng = np.random.default_rng([seed, attempt])
-                rollout = _rollout(env, expert, rng, noise, SEED_BASE + 10**5 * seed + attempt, pixels)
+                start = SEED_BASE + 10**5 * seed + attempt
                 attempt += 1
+                if left and not left[start % len(left)]:
+                    continue  # this task has its share
+                rollout = _rollout(env, expert, rng, noise, start, pixels)
                 if rollout is not None:
+                    if left:
+                        left[start % len(left)] -= 1
                     obs, states, actions, rewards, *images = rollout
                     parts = dict(zip(keys, np.split(obs, splits, axis=1), strict=True))
                     if pixels:

@@ -43,6 +43,7 @@ class TaskSpec:
     obs: tuple[tuple[str, int], ...] = ()  # name and width of the parts of an observation, in order
     action_dim: int = 0
     tasks: tuple[str, ...] = ()  # several under one policy: an episode is of tasks[seed % len(tasks)]
+    demo_weights: tuple[int, ...] = ()  # shares of `tasks` in the scripted demonstrations
     goals: tuple[str, ...] = ()  # what has to be done, in Kitchen
     proprio: tuple[int, ...] = ()  # the observation's numbers that the robot feels itself, to go with images
 
@@ -56,9 +57,13 @@ def _robosuite(name: str, env: str, horizon: int, datasets: tuple[str, ...], obj
     return TaskSpec(name, "robosuite", env, horizon, datasets, obs, 7 * arms, proprio=tuple(range(9 * arms)))
 
 
-def _metaworld(name: str, tasks: tuple[str, ...] = ()) -> TaskSpec:
-    obs = (("state", 39), ("task", len(tasks))) if tasks else (("state", 39),)
-    return TaskSpec(name, "metaworld", name if tasks else f"{name}-v3", 200, (), obs, 4, tasks)
+def _metaworld(name: str) -> TaskSpec:
+    return TaskSpec(name, "metaworld", f"{name}-v3", 200, (), (("state", 39),), 4)
+
+
+def _metaworld_set(name: str, tasks: dict[str, int]) -> TaskSpec:
+    obs = (("state", 39), ("task", len(tasks)))
+    return TaskSpec(name, "metaworld", name, 200, (), obs, 4, tuple(tasks), tuple(tasks.values()))
 
 
 def _adroit(name: str, width: int, action_dim: int) -> tuple[TaskSpec, TaskSpec]:
@@ -73,10 +78,10 @@ def _kitchen(name: str, width: int, goals: tuple[str, ...]) -> TaskSpec:
 
 
 MINARI = ("expert", "human", "cloned")
-MT10 = (
-    "reach", "push", "pick-place", "door-open", "drawer-open", "drawer-close", "button-press-topdown",
-    "peg-insert-side", "window-open", "window-close",
-)  # fmt: skip
+MT10 = {  # task: share of the demonstrations. With equal ones half of the tasks are cloned before the others begin.
+    "reach": 3, "push": 12, "pick-place": 12, "door-open": 1, "drawer-open": 2, "drawer-close": 1,
+    "button-press-topdown": 1, "peg-insert-side": 16, "window-open": 1, "window-close": 1,
+}  # fmt: skip
 TASKS = {
     task.name: task
     for task in (
@@ -87,7 +92,7 @@ TASKS = {
         _robosuite("tool_hang", "ToolHang", 1_000, ("ph",), 44),
         _robosuite("transport", "TwoArmTransport", 800, ("mh", "ph"), 41, arms=2),
         *map(_metaworld, ("peg-insert-side", "assembly", "hand-insert", "pick-place")),
-        _metaworld("mt10", MT10),
+        _metaworld_set("mt10", MT10),
         *_adroit("door", 39, 28),
         *_adroit("hammer", 46, 26),
         *_adroit("pen", 45, 24),
