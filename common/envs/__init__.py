@@ -79,8 +79,8 @@ def _kitchen(name: str, width: int, goals: tuple[str, ...]) -> TaskSpec:
 
 MINARI = ("expert", "human", "cloned")
 MT10 = {  # task: share of the demonstrations. With equal ones half of the tasks are cloned before the others begin.
-    "reach": 3, "push": 12, "pick-place": 12, "door-open": 1, "drawer-open": 2, "drawer-close": 1,
-    "button-press-topdown": 1, "peg-insert-side": 16, "window-open": 1, "window-close": 1,
+    "reach": 2, "push": 12, "pick-place": 12, "door-open": 2, "drawer-open": 4, "drawer-close": 1,
+    "button-press-topdown": 2, "peg-insert-side": 13, "window-open": 1, "window-close": 1,
 }  # fmt: skip
 TASKS = {
     task.name: task
