@@ -71,7 +71,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "mt10"): dict(
         num_demos=200, bc_steps=3_000, bc_eval_every=500, bc_eval_episodes=100, start_training=5_000,
         choose_successes=50, critic_successes=200, success_min=640, update_every=16,
-        eval_every=50_000, eval_interval_episodes=50, total_steps=600_000,
+        eval_every=50_000, eval_interval_episodes=50, total_steps=300_000,
     ),
     **{("cpu", f"{name}*"): HAND | dict(demo_noise=noise) for name, noise in HANDS.items()},
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
