@@ -71,7 +71,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "mt10"): dict(
         num_demos=200, bc_steps=3_000, bc_eval_every=500, bc_eval_episodes=100, start_training=5_000,
         choose_successes=50, critic_successes=200, success_min=640, update_every=16,
-        eval_every=50_000, eval_interval_episodes=50, total_steps=300_000,
+        eval_every=50_000, eval_interval_episodes=50, total_steps=200_000,
     ),
     **{("cpu", f"{name}*"): HAND | dict(demo_noise=noise) for name, noise in HANDS.items()},
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
@@ -108,6 +108,7 @@ SOURCES: dict[tuple[str, str], str] = {
     ("cpu", "toy"): "tuned here, seeds 1-3",
     ("cpu", "can"): "tuned here, seed 1",
     ("cpu", "square"): "cloning tuned here, seed 1; the rest Lift's",
+    ("cpu", "mt10"): "tuned here, seed 1",
     **{("cpu", n): "Lift's; checked here" for n in ("peg-insert-side", "assembly", "hand-insert", "pick-place")},
     **{("cpu", name): "tuned here on door and hammer, seed 1" for name in HANDS},
     ("cpu", "*"): "not tuned yet",
