@@ -68,8 +68,8 @@ def report() -> None:
         "",
         "Made by `python benchmarks/tasks.py report`; `cpu` settings. Success over the last evaluation's episodes with "
         "Wilson 95 % interval: cloned policy (noise-free), both policies at the end. Steps to 0.8 and 0.9: the "
-        "first evaluation during training (20 episodes, best-of-N policy) at that level. Wall time: the whole command, "
-        "two or three runs at a time on two cores.",
+        "first evaluation during training (20 episodes, MT10 50; best-of-N policy) at that level. Wall time: the "
+        "whole command, two or three runs at a time on two cores.",
         "",
         "| task | seed | cloned | ODE policy | best-of-N policy | steps to 0.8 | to 0.9 | steps | minutes |",
         "|---|---:|---:|---|---|---:|---:|---:|---:|",
