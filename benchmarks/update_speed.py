@@ -113,7 +113,7 @@ def main() -> None:
     else:
         for preset in flags.presets:
             args = og.default_args("lift", preset, "ogpo+ca")
-            agent = og.make_agent(args, OBS, ACT, torch.device("cpu"), torch.randn(1000, OBS))
+            agent = og.make_agent(args, OBS, ACT, torch.device("cpu"), (torch.zeros(OBS), torch.ones(OBS)))
             measure(f"preset {preset}, Square's sizes", agent, random_buffer(args), args, flags.repeats)
             print(f"  peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 

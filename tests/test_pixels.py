@@ -169,7 +169,7 @@ def test_policy_and_critics_on_features_broadcast_as_from_state() -> None:
     args = cli.override(op.default_args("toy", "cpu", "ogpo+ca"), dict(actor_hidden=(32, 32), critic_hidden=(32, 32)))
     encoder = op.make_encoder(args)
     felt = torch.randn(50, 4) * 3 + 1
-    agent = op.make_agent(args, encoder, 4, 2, torch.device("cpu"), felt)
+    agent = op.make_agent(args, encoder, 4, 2, torch.device("cpu"), (felt.mean(0), felt.std(0)))
     assert agent.actor.obs_mean[: encoder.features].abs().sum() == 0
     torch.testing.assert_close(agent.actor.obs_mean[encoder.features :], felt.mean(0))
     obs = torch.randn(6, encoder.features + 4)
