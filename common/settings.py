@@ -87,7 +87,7 @@ PIXELS: dict[tuple[str, str], dict] = {
     ("cpu", "*"): dict(
         bc_batch=64, bc_eval_every=200, bc_eval_episodes=20, eval_every=8_000, eval_episodes=50, total_steps=40_000
     ),
-    ("cpu", "toy"): dict(bc_eval_every=25, eval_every=2_000, total_steps=6_000),
+    ("cpu", "toy"): dict(next_samples=4, bc_eval_every=25, eval_every=2_000, total_steps=5_500),
 }  # fmt: skip
 # Where a task's values come from; the first pattern that fits counts.
 SOURCES: dict[tuple[str, str], str] = {

@@ -87,16 +87,19 @@ def test_other_tasks_step_as_robosuite(name: str) -> None:
     model, kind = slow.env.sim.model._model, mujoco.mjtState.mjSTATE_INTEGRATION
     state, gaps = np.empty(mujoco.mj_stateSize(model, kind)), []
     keys = [key if key != "object" else "object-state" for key, _ in task.obs]
-    for action in actions:  # an episode
+    robots = sum(width for key, width in task.obs if key != "object")
+    for action in actions:  # an episode: contacts between objects amplify rounding errors, so the robots only
         obs, reward, *_ = fast.step(action)
         raw, raw_reward, *_ = slow.env.step(action.astype(np.float64))
-        assert np.abs(obs - np.concatenate([raw[key] for key in keys])).max() < 1e-5
+        assert np.abs(obs - np.concatenate([raw[key] for key in keys]))[:robots].max() < 1e-5
         assert reward == raw_reward
     for action in actions:  # single steps from equal states
         mujoco.mj_getState(model, slow.env.sim.data._data, state, kind)
         mujoco.mj_setState(model, fast.env.sim.data._data, state, kind)
-        fast.step(action)
-        slow.step(action)
+        obs, reward, *_ = fast.step(action)
+        raw, raw_reward, *_ = slow.env.step(action.astype(np.float64))
+        assert np.abs(obs - np.concatenate([raw[key] for key in keys])).max() < 1e-6
+        assert reward == raw_reward
         gaps.append(np.abs(qpos(fast) - qpos(slow)).max())
     assert np.median(gaps) < 1e-14 and max(gaps) < 1e-6  # new contacts amplify rounding errors
     np.testing.assert_array_equal(fast.reset(seed=5)[0], first)
