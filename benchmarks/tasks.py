@@ -56,6 +56,7 @@ def line(name: str, seed: int, folder: Path) -> str:
         rate = last(rows, f"final/{policy}_success")
         low, high = wilson(round(rate * episodes), episodes)
         cells.append(f"{rate:.2f} [{low:.2f}, {high:.2f}]")
+    cells.append(str(args["eval_interval_episodes"]))
     steps, success = series(rows, "eval/bon_success")
     for level in (0.8, 0.9):
         cells.append(next((f"{s:,}" for s, v in zip(steps, success, strict=True) if v >= level), "-"))
@@ -68,11 +69,11 @@ def report() -> None:
         "",
         "Made by `python benchmarks/tasks.py report`; `cpu` settings. Success over the last evaluation's episodes with "
         "Wilson 95 % interval: cloned policy (noise-free), both policies at the end. Steps to 0.8 and 0.9: the "
-        "first evaluation during training (20 episodes, MT10 50; best-of-N policy) at that level. Wall time: the "
-        "whole command, two or three runs at a time on two cores.",
+        "first evaluation during training (best-of-N policy; *look*: its episodes, the same ones each time) at that "
+        "level. Wall time: the whole command, two or three runs at a time on two cores.",
         "",
-        "| task | seed | cloned | ODE policy | best-of-N policy | steps to 0.8 | to 0.9 | steps | minutes |",
-        "|---|---:|---:|---|---|---:|---:|---:|---:|",
+        "| task | seed | cloned | ODE policy | best-of-N policy | look | steps to 0.8 | to 0.9 | steps | minutes |",
+        "|---|---:|---:|---|---|---:|---:|---:|---:|---:|",
     ]
     for name in NAMES:
         text += [line(name, seed, folder) for seed, folder in stored(name).items()]

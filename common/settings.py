@@ -31,7 +31,7 @@ TOY = dict(
     num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
     actor_hidden=(128, 128), critic_hidden=(128, 128), heads=3, critic_batch=128, states=32, success_batch=128,
     bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=100, bc_eval_episodes=100,
-    actor_lr=5e-4, critic_warmup=100, total_steps=5_500, start_training=1_000, update_every=3,
+    actor_lr=5e-4, critic_warmup=100, total_steps=4_500, start_training=1_000, update_every=3,
 )  # fmt: skip
 LONG = dict(
     demos="robomimic", chunk=8, gamma=0.999, actor_hidden=(512,) * 5, critic_hidden=(512,) * 5, start_training=40_000,
@@ -87,7 +87,7 @@ PIXELS: dict[tuple[str, str], dict] = {
     ("cpu", "*"): dict(
         bc_batch=64, bc_eval_every=200, bc_eval_episodes=20, eval_every=8_000, eval_episodes=50, total_steps=40_000
     ),
-    ("cpu", "toy"): dict(next_samples=4, bc_eval_every=25, eval_every=2_000, total_steps=5_500),
+    ("cpu", "toy"): dict(next_samples=4, bc_eval_every=25, eval_every=2_000, total_steps=5_000),
 }  # fmt: skip
 # Where a task's values come from; the first pattern that fits counts.
 SOURCES: dict[tuple[str, str], str] = {

@@ -228,7 +228,7 @@ def test_scripted_pick_and_place(tmp_path: Path, name: str, noise: float) -> Non
 
 def test_demonstrations_of_several_tasks_come_in_their_shares(tmp_path: Path) -> None:
     assert scripted.shares(200, TASKS["mt10"].demo_weights) == [8, 48, 48, 8, 16, 4, 8, 52, 4, 4]
-    assert scripted.shares(5, (1, 2)) == [2, 3] and scripted.shares(5, ()) == []
+    assert scripted.shares(5, (1, 2)) == [2, 3] and scripted.shares(5, (1,)) == [5]
     demos = get_demos("mt10", "scripted", 5, 0.2, tmp_path)
     assert demos.tasks == 10
     first = demos.obs[[0, *demos.ends[:-1]], 39:].argmax(1)

@@ -227,8 +227,8 @@ class Backbone(nn.Module):
         try:
             from transformers import AutoModel, AutoProcessor
 
+            model = AutoModel.from_pretrained(p.backbone).eval()  # first: without a network it gives up sooner
             self.processor = AutoProcessor.from_pretrained(p.backbone)
-            model = AutoModel.from_pretrained(p.backbone).eval()
         except ImportError as error:
             raise UserError(f"--backbone needs transformers ({error}); run: pip install transformers") from error
         except (OSError, ValueError) as error:

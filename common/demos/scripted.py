@@ -54,7 +54,7 @@ def find_expert(task: TaskSpec) -> Callable[..., Expert]:
 def shares(num: int, weights: Sequence[int]) -> list[int]:
     """`num` episodes divided among tasks in proportion to `weights`; what does not divide goes to the first ones."""
     counts = [num * weight // sum(weights) for weight in weights]
-    for i in range(num - sum(counts) if counts else 0):
+    for i in range(num - sum(counts)):
         counts[i] += 1
     return counts
 
@@ -78,7 +78,7 @@ def generate(
     keys = [key for key, _ in task.obs]
     splits = np.cumsum([width for _, width in task.obs])[:-1]
     episodes: list[Episode] = []
-    left = shares(num, task.demo_weights)
+    left = shares(num, task.demo_weights or (1,))
     try:
         with tqdm(total=num, desc=f"{task.name} demonstrations", leave=False, mininterval=1) as bar:
             attempt = 0
@@ -88,12 +88,11 @@ def generate(
                 rng = np.random.default_rng([seed, attempt])
                 start = SEED_BASE + 10**5 * seed + attempt
                 attempt += 1
-                if left and not left[start % len(left)]:
+                if not left[start % len(left)]:
                     continue  # this task has its share
                 rollout = _rollout(env, expert, rng, noise, start, pixels)
                 if rollout is not None:
-                    if left:
-                        left[start % len(left)] -= 1
+                    left[start % len(left)] -= 1
                     obs, states, actions, rewards, *images = rollout
                     parts = dict(zip(keys, np.split(obs, splits, axis=1), strict=True))
                     if pixels:
