@@ -1,5 +1,6 @@
 """Run folder: args.json, metrics.jsonl, the progress line, TensorBoard and W&B doors, learning curves."""
 
+import fcntl
 import importlib
 import json
 import math
@@ -86,7 +87,7 @@ class RunLog:
             args: the arguments of the run.
 
         Raises:
-            UserError: TensorBoard or W&B was asked for and is not installed.
+            UserError: TensorBoard or W&B was asked for and is not installed, or another process writes this run.
         """
         # First of all, so that a missing package leaves no half-made run folder behind.
         events = _import("torch.utils.tensorboard", "tensorboard", "--tensorboard") if tensorboard else None
@@ -101,9 +102,15 @@ class RunLog:
         if resume_bytes is None:
             write_json(self.run_dir / "args.json", {"args": args} | describe_machine())
             path.unlink(missing_ok=True)
-        else:
-            _truncate(path, resume_bytes)
         self._file = open(path, "ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
+        except BlockingIOError as error:
+            raise UserError(f"another process still writes {run_dir}; stop it, or wait for its end") from error
+        except OSError:
+            pass  # a file system without locks
+        if resume_bytes is not None:
+            _truncate(path, resume_bytes)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if events is not None:

@@ -71,6 +71,9 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
             position = log.position()
     with open(cut / "metrics.jsonl", "ab") as file:
         file.write(b'{"step": 7, "x"')  # the kill fell into a write
+    with pytest.raises(UserError, match="another process still writes"):
+        RunLog(cut, total_steps=10, resume_bytes=position, args={"seed": 1})
+    log._file.close()
     args = (cut / "args.json").read_bytes()
     log = RunLog(cut, total_steps=10, resume_bytes=position, args={"seed": 1})
     for step in range(5, 10):
