@@ -63,7 +63,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "can"): dict(demo_noise=0.3, total_steps=40_000),
     ("cpu", "square"): dict(
         collect_horizon=300, demo_noise=0.1, num_demos=200, bc_lr=1e-3, bc_steps=12_000, bc_eval_every=2_000,
-        eval_every=10_000, total_steps=150_000,
+        eval_every=10_000, update_every=8, best_of_n=32, best_of_n_heads=0, total_steps=150_000,
     ),
     ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
@@ -74,6 +74,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
         eval_every=50_000, eval_interval_episodes=50, total_steps=200_000,
     ),
     **{("cpu", f"{name}*"): HAND | dict(demo_noise=noise) for name, noise in HANDS.items()},
+    ("cpu", "pen"): dict(collect_horizon=100, gamma=0.97, best_of_n=32, best_of_n_heads=0, eval_interval_episodes=50),
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
 }  # fmt: skip
 # What ogpo_pixels.py changes further, in the same way.
@@ -107,10 +108,11 @@ SOURCES: dict[tuple[str, str], str] = {
     ("cpu", "lift"): "tuned here, seeds 1-3",
     ("cpu", "toy"): "tuned here, seeds 1-3",
     ("cpu", "can"): "tuned here, seed 1",
-    ("cpu", "square"): "cloning tuned here, seed 1; the rest Lift's",
+    ("cpu", "square"): "tuned here, seed 1",
     ("cpu", "mt10"): "tuned here, seed 1",
     **{("cpu", n): "Lift's; checked here" for n in ("peg-insert-side", "assembly", "hand-insert", "pick-place")},
     **{("cpu", name): "tuned here on door and hammer, seed 1" for name in HANDS},
+    ("cpu", "pen"): "tuned here, seed 1",
     ("cpu", "*"): "not tuned yet",
 }
 VARIANTS: dict[str, dict] = {
