@@ -384,14 +384,12 @@ def test_render_check_writes_what_cameras_see(tmp_path: Path) -> None:
 
 
 def test_learns_the_toy_task_from_pixels(tmp_path: Path) -> None:
-    """From a cloned policy that fails every second time to an acting one above 0.9, in two minutes of one core."""
+    """From a cloned policy that fails about every second time to above 0.9, in less than two minutes of one core."""
     start = os.times().children_user
     done = command(tmp_path, "--env", "toy", "--preset", "cpu", "--no-video", "--run-name", "toy")
     assert done.returncode == 0, done.stdout + done.stderr
     seconds = os.times().children_user - start
     rows = read_metrics(tmp_path / "toy")
-    before = next(row["eval/ode_success"] for row in rows if "eval/ode_success" in row)
-    assert before < 0.6
-    assert rows[-1]["final/bon_success"] > 0.9
-    assert rows[-1]["final/ode_success"] > before + 0.3
+    assert next(row["eval/ode_success"] for row in rows if "eval/ode_success" in row) < 0.6
+    assert rows[-1]["final/bon_success"] > 0.9 and rows[-1]["final/ode_success"] > 0.9
     assert seconds < 120

@@ -87,11 +87,11 @@ def test_other_tasks_step_as_robosuite(name: str) -> None:
     model, kind = slow.env.sim.model._model, mujoco.mjtState.mjSTATE_INTEGRATION
     state, gaps = np.empty(mujoco.mj_stateSize(model, kind)), []
     keys = [key if key != "object" else "object-state" for key, _ in task.obs]
-    robots = sum(width for key, width in task.obs if key != "object")
-    for action in actions:  # an episode: contacts between objects amplify rounding errors, so the robots only
+    drifts = task.obs[-1][1] if name == "transport" else 0  # contacts of its objects amplify rounding errors
+    for action in actions:  # an episode
         obs, reward, *_ = fast.step(action)
         raw, raw_reward, *_ = slow.env.step(action.astype(np.float64))
-        assert np.abs(obs - np.concatenate([raw[key] for key in keys]))[:robots].max() < 1e-5
+        assert np.abs(obs - np.concatenate([raw[key] for key in keys]))[: len(obs) - drifts].max() < 1e-5
         assert reward == raw_reward
     for action in actions:  # single steps from equal states
         mujoco.mj_getState(model, slow.env.sim.data._data, state, kind)
