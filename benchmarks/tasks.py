@@ -150,14 +150,15 @@ def settings_table() -> list[str]:
                 preset, f"{p.chunk}", f"{p.flow_steps}", f"{args.critic.gamma:g}",
                 f"{t.horizon:,}" + (f" ({t.collect_horizon:,})" if t.collect_horizon else ""),
                 f"{args.critic.reward_offset:+g}, {args.critic.success_bonus:+g}", demos,
-                f"{b.bc_stop_success:g}", f"{args.actor.actor_lr:g}", f"{args.loop.update_every}",
+                f"{b.bc_stop_success:g}", f"{p.best_of_n}, {f'least of {n}' if (n := p.best_of_n_heads) else 'mean'}",
+                f"{args.actor.actor_lr:g}", f"{args.loop.update_every}",
                 f"{args.loop.total_steps:,}",
                 next(text for (s, task), text in SOURCES.items() if s == preset and fnmatch(name, task)),
             )  # fmt: skip
             groups.setdefault(cells, []).append(name)
-    head = "| task | preset | H | K | gamma | cap | reward | demonstrations | cloned to | actor lr | steps an update | "
-    head += "steps | source |"
-    return [head, "|---|---|---:|---:|---:|---:|---|---|---:|---:|---:|---:|---|"] + [
+    head = "| task | preset | H | K | gamma | cap | reward | demonstrations | cloned to | best of | actor lr | steps "
+    head += "an update | steps | source |"
+    return [head, "|---|---|---:|---:|---:|---:|---|---|---:|---|---:|---:|---:|---|"] + [
         f"| {', '.join(names)} | {' | '.join(cells)} |" for cells, names in groups.items()
     ]
 
