@@ -11,7 +11,7 @@ jumps s -> u -> t (semigroup, the default). On the diagonal s = t it is the teac
 
     python fmlm_distill.py --teacher runs/FLM_RUN           # distil a run of flm_train.py
     python fmlm_distill.py --data toy                       # no teacher: learn flow and map together
-    python fmlm_distill.py --teacher RUN --recipe lagrangian  # or eulerian, two_stage (the paper's first version)
+    python fmlm_distill.py --teacher RUN --recipe lagrangian  # or eulerian; first version: variants/fmlm_two_stage.py
     torchrun --nproc_per_node 8 fmlm_distill.py --teacher RUN
     python fmlm_distill.py --eval runs/NAME --steps 1 2 4 --gamma 1   # perplexity, entropy, samples
     python fmlm_distill.py --resume runs/NAME
@@ -103,13 +103,12 @@ class ModelArgs:
 class DistillArgs:
     """Flow-map distillation [P 2]."""
 
-    recipe: Literal["semigroup", "lagrangian", "eulerian", "two_stage"] = "semigroup"  # identity the student learns
+    recipe: Literal["semigroup", "lagrangian", "eulerian"] = "semigroup"  # identity the student learns
     space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
     reparam: bool = True  # times are measured in decoding accuracy; as the teacher
     diagonal: float = 0.5  # share of the rows with s = t
     boundary: float = 1 / 4  # share of the other rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
     lagrangian_teacher: bool = False  # D_t of the Lagrangian recipe from the teacher; released: from the student
-    stage_one: float = 0.5  # two_stage: share of the steps that train the residual network
 
 
 @dataclass
@@ -456,7 +455,7 @@ def two_times(step: int, batch: int, seed: int, d: DistillArgs) -> tuple[Tensor,
         place = torch.randperm(n, generator=generator)
         return (place + torch.rand(n, generator=generator, dtype=torch.float64)) / max(n, 1)
 
-    same = 0 if d.recipe == "two_stage" else round(batch * d.diagonal)
+    same = round(batch * d.diagonal)
     whole = round((batch - same) * d.boundary)
     diagonal, dt, place = stratified(same), stratified(batch - same).clamp(min=1e-6), stratified(batch - same)
     dt[:whole], place[:whole] = 1.0, 0.0
@@ -557,79 +556,23 @@ def distill_loss(
     return loss.mean(), {k: v.detach() for k, v in info.items()}
 
 
-def residual_loss(
-    residual: Net, teacher: Net, space: Space, tokens: Tensor, tau_s: Tensor, tau_t: Tensor, xi: Tensor, clock: Clock,
-    weight: nn.Module,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Stage one of the first version [P 2.5]: X_{s,t} = x + (t - s) v_s + (t - s)^2 / 2 g_{s,t}, g the residual net.
-
-    Two half jumps are the target of one, as squared error of the two-time denoisers summed over V, in which x cancels.
-    A learned function w of tau_s weighs it: exp(-w) error + w.
-    """
-    tau_u = (tau_s + tau_t) / 2
-    s, u, t = (col(clock.t(tau)) for tau in (tau_s, tau_u, tau_t))
-    x = (1 - s) * space.noise(xi) + s * space.tokens(tokens)
-    with torch.no_grad():
-        f_s = teacher(space.read(x), tau_s).softmax(-1)
-        g_su = residual(space.read(x), tau_s, tau_u)
-        k = (u - s) / (1 - s)
-        x_u = (1 - k) * x + k * space.mean(f_s) + 0.5 * (u - s) ** 2 * space.mean(g_su)
-        f_u = teacher(space.read(x_u), tau_u).softmax(-1)
-        g_ut = residual(space.read(x_u), tau_u, tau_t)
-        share = (t - u) * (1 - s) / ((t - s) * (1 - u)).clamp(min=1e-8)
-        target = (1 - share) * f_s + share * f_u + 0.5 * (1 - s) * (t - u) ** 2 / (t - s) * g_ut
-        target += 0.5 * (u - s) ** 2 * ((1 - s) / (t - s) - share) * g_su
-    error = f_s + 0.5 * (t - s) * (1 - s) * residual(space.read(x), tau_s, tau_t) - target
-    error, w = error.square().sum(-1).mean(-1), weight(tau_s).squeeze(-1)  # (B,)
-    return ((-w).exp() * error + w).mean(), {"loss": error.detach().mean()}
-
-
-def regression_loss(
-    student: Net, residual: Net, teacher: Net, space: Space, tokens: Tensor, tau_s: Tensor, tau_t: Tensor, xi: Tensor,
-    clock: Clock,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Stage two of the first version [P 2.5]: the student's X_{s,t} against that of teacher and residual net."""
-    s, t = col(clock.t(tau_s)), col(clock.t(tau_t))
-    x = (1 - s) * space.noise(xi) + s * space.tokens(tokens)
-    with torch.no_grad():
-        far = (t - s) / (1 - s)
-        target = far * teacher(space.read(x), tau_s).softmax(-1)
-        target += 0.5 * (t - s) ** 2 * residual(space.read(x), tau_s, tau_t)
-    error = far * student(space.read(x), tau_s, tau_t).softmax(-1) - target
-    loss = error.square().sum(-1).mean()
-    return loss, {"loss": loss.detach()}
-
-
 class Objective(nn.Module):
-    """The loss of a recipe as a module: what DistributedDataParallel wraps. The teacher is no part of it."""
+    """The loss as a module: what DistributedDataParallel wraps. The teacher is no part of it."""
 
-    def __init__(self, student: DiT, teacher: DiT | None, residual: DiT | None, clock: Clock, d: DistillArgs) -> None:
+    def __init__(self, student: DiT, teacher: DiT | None, clock: Clock, d: DistillArgs) -> None:
         super().__init__()
-        self.student, self.residual, self.clock, self.d = student, residual, clock, d
-        self.weight = zero_last(TimeEmbedding(128), nn.Linear(128, 1)) if residual is not None else None
+        self.student, self.clock, self.d = student, clock, d
         self.frozen = (teacher,)  # a tuple hides it from parameters()
-        self.stage = 1
 
     def forward(self, tokens: Tensor, tau_s: Tensor, tau_t: Tensor, xi: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         (teacher,), space = self.frozen, make_space(self.student, self.d.space)
-        batch = (space, tokens, tau_s, tau_t, xi, self.clock)
-        if self.residual is None:
-            return distill_loss(self.student, teacher, *batch, self.d)
-        if self.stage == 1:
-            return residual_loss(self.residual, teacher, *batch, self.weight)
-        return regression_loss(self.student, self.residual, teacher, *batch)
+        return distill_loss(self.student, teacher, space, tokens, tau_s, tau_t, xi, self.clock, self.d)
 
 
-def zero_last(*layers: nn.Module) -> nn.Sequential:
-    zero(layers[-1])
-    return nn.Sequential(*layers)
-
-
-def make_student(teacher: DiT | None, m: ModelArgs, vocab: int, raw: bool = False) -> DiT:
+def make_student(teacher: DiT | None, m: ModelArgs, vocab: int) -> DiT:
     """Two-time network that starts as the teacher: its second time embedding is zero [P 2.2].
 
-    E stays the teacher's, so that both read one noise [deviation: released students train theirs]. raw: no cap, and
-    zero output: the residual net of the first version.
+    E stays the teacher's, so that both read one noise [deviation: released students train theirs].
     """
     student = DiT(m, vocab, times=2)
     if teacher is not None:
@@ -637,9 +580,6 @@ def make_student(teacher: DiT | None, m: ModelArgs, vocab: int, raw: bool = Fals
         student.load_state_dict(state)
         student.embed.requires_grad_(False)
     zero(student.times[1].mlp[2])
-    if raw:
-        student.cap = 0.0
-        zero(student.output)
     return student
 
 
@@ -732,24 +672,20 @@ def train(run: TextRun, student: DiT, teacher: DiT | None, clock: Clock, args: A
     """Returns the averaged student."""
     a, d = args.train, args.distill
     ema = copy.deepcopy(student).requires_grad_(False)
-    residual = None
-    if d.recipe == "two_stage":
-        residual = make_student(teacher, args.model, len(student.embed), raw=True).to(run.device)
-    core = Objective(student, teacher, residual, clock, d).to(run.device)
+    core = Objective(student, teacher, clock, d).to(run.device)
     trained = [p for p in core.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
-    off = 1.0 if d.recipe == "two_stage" else 1 - d.diagonal  # forward passes that make targets, per row
-    forwards = off * {"semigroup": 2, "lagrangian": 3, "eulerian": 3, "two_stage": 4}[d.recipe] + (1 - off)
+    # Forward passes that make targets, per row.
+    forwards = (1 - d.diagonal) * {"semigroup": 2, "lagrangian": 3, "eulerian": 3}[d.recipe] + d.diagonal
     run.attach(student, {"objective": core, "ema": ema, "optimizer": optimizer}, forwards)
     objective: nn.Module = core
     if args.run.compile:
         student.trunk = torch.compile(student.trunk)
     if run.ranks.world > 1:
-        objective = nn.parallel.DistributedDataParallel(core, find_unused_parameters=residual is not None)
+        objective = nn.parallel.DistributedDataParallel(core)
     few = min(32, args.sample.samples)
     while run.running():
         core.train()
-        core.stage = 1 if run.step < d.stage_one * a.total_steps else 2
         run.count(train_step(objective, student, ema, optimizer, run.step, run.data.train, run.ranks, args))
         if run.due(args.run.eval_every) and run.chief:
             run.glance(lambda steps: generate(ema, steps, args, clock, few, args.run.seed), (1, 2, 4, 8))
@@ -770,8 +706,6 @@ def check(args: Args, vocab: int, world: int) -> None:
     d, m = args.distill, args.model
     if d.space == "embedding" and vocab <= m.width:
         raise UserError(f"--space embedding needs a vocabulary larger than --width ({vocab} <= {m.width}); use onehot")
-    if d.recipe == "two_stage" and not args.run.teacher:
-        raise UserError("--recipe two_stage needs --teacher RUN: its residual network corrects a trained flow")
     if not (0 <= d.diagonal <= 1 and 0 <= d.boundary <= 1 and 0 <= args.sample.gamma <= 1):
         raise UserError("--diagonal, --boundary and --gamma must lie in [0, 1]")
     if m.width % m.heads or m.width // m.heads % 2:

@@ -1,6 +1,7 @@
 """fmlm_distill.py against the exact flow map of one token with known distribution pi."""
 
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,8 @@ from torch import Tensor
 import flm_train as flm
 import fmlm_distill as fmlm
 from common import cli
+from tests.helpers import differing
+from variants import fmlm_two_stage
 
 SCRIPT = Path(fmlm.__file__)
 PI = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
@@ -114,11 +117,13 @@ def test_residual_loss_is_zero_for_the_exact_residual(rows: tuple) -> None:
     weight = lambda tau: torch.zeros(20, 1, dtype=torch.float64)  # noqa: E731
     tokens = torch.zeros(20, 1, dtype=torch.long)
     space = Fixed(torch.eye(V, dtype=torch.float64))
-    loss, _ = fmlm.residual_loss(residual, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK, weight)
+    loss, _ = fmlm_two_stage.residual_loss(residual, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK, weight)
     assert loss.item() < 1e-9
     zero = lambda x, s, t: torch.zeros_like(x)  # noqa: E731
-    assert fmlm.residual_loss(zero, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK, weight)[0] > 1e-3
-    exact, _ = fmlm.regression_loss(exact_student, residual, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK)
+    wrong, _ = fmlm_two_stage.residual_loss(zero, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK, weight)
+    assert wrong > 1e-3
+    nets = (exact_student, residual, exact_teacher)
+    exact, _ = fmlm_two_stage.regression_loss(*nets, space, tokens, tau_s, tau_t, x, CLOCK)
     assert exact.item() < 1e-9
 
 
@@ -288,14 +293,21 @@ def test_shared_text_is_identical() -> None:
         assert pieces[0] == pieces[1], name
 
 
+def test_the_first_version_is_a_short_diff_of_the_script() -> None:
+    own = {"DistillArgs", "residual_loss", "regression_loss", "Objective", "zero_last", "make_student"}
+    assert differing(fmlm, fmlm_two_stage) == own | {"two_times", "train", "check"}
+    printed = subprocess.run(["diff", SCRIPT, fmlm_two_stage.__file__], capture_output=True, text=True).stdout
+    assert 50 < len(printed.splitlines()) < 150
+
+
 def test_two_stage_trains_the_residual_first_then_the_student() -> None:
-    args = small(recipe="two_stage", total_steps=4)
+    args = small()
     teacher = trained_teacher(args, 12)
     student = fmlm.make_student(teacher, args.model, 12)
-    residual = fmlm.make_student(teacher, args.model, 12, raw=True)
+    residual = fmlm_two_stage.make_student(teacher, args.model, 12, raw=True)
     residual.output.weight.data.normal_()
     clock = fmlm.Clock(fmlm.accuracy_table(12))
-    objective = fmlm.Objective(student, teacher, residual, clock, args.distill)
+    objective = fmlm_two_stage.Objective(student, teacher, residual, clock, args.distill)
     assert not any(p is q for p in objective.parameters() for q in teacher.parameters())
     tokens, tau_s, tau_t = torch.randint(0, 12, (4, 6)), torch.rand(4) * 0.4, torch.rand(4) * 0.4 + 0.5
     for stage, trained, still in ((1, residual, student), (2, student, residual)):

@@ -73,6 +73,20 @@ def test_a_stopped_and_resumed_run_ends_with_the_same_bits(tmp_path: Path, scrip
     ]
 
 
+def test_the_first_version_trains_both_networks_and_resumes(tmp_path: Path) -> None:
+    """Ten steps hold both stages; of twenty, the second ten are stage two, which moves the student alone."""
+    run(tmp_path, "flm_train.py", *SMALL, "--total-steps", "10", "--run-name", "flow")
+    flags = ["--teacher", str(tmp_path / "flow"), "--threads", "1", "--batch", "32", "--log-every", "1"]
+    flags += ["--samples", "32", "--steps", "1", "--checkpoint-every", "10", "--run-name", "map", "--total-steps"]
+    run(tmp_path, "variants/fmlm_two_stage.py", *flags, "10")
+    first = checkpoint.load(tmp_path / "map" / "checkpoint.pt")["objective"]
+    out = run(tmp_path, "variants/fmlm_two_stage.py", "--resume", str(tmp_path / "map"), "--total-steps", "20").stdout
+    assert "| 1 steps |" in out and len(losses(tmp_path / "map")) == 20
+    last = checkpoint.load(tmp_path / "map" / "checkpoint.pt")["objective"]
+    moved = {k.split(".")[0] for k in first if not torch.equal(first[k], last[k])}
+    assert moved == {"student"} and first["residual.output.weight"].abs().sum() > 0  # it starts at 0
+
+
 def test_evaluation_repeats_the_numbers_of_the_run(tmp_path: Path) -> None:
     first = run(tmp_path, "flm_train.py", *SMALL, "--total-steps", "20", "--run-name", "r").stdout
     again = run(tmp_path, "flm_train.py", "--eval", str(tmp_path / "r")).stdout
@@ -97,7 +111,7 @@ def test_evaluation_repeats_the_numbers_of_the_run(tmp_path: Path) -> None:
         ("flm_train.py", ["--data", "toy", "--judge", "nobody"], "nobody"),
         ("flm_train.py", ["--eval", "nowhere"], "nowhere"),
         ("fmlm_distill.py", ["--teacher", "nowhere"], "nowhere"),
-        ("fmlm_distill.py", ["--data", "toy", "--recipe", "two_stage"], "--teacher"),
+        ("variants/fmlm_two_stage.py", ["--data", "toy"], "--teacher"),
         ("fmlm_distill.py", ["--data", "toy", "--gamma", "2"], "--gamma"),
         ("fmlm_distill.py", ["--data", "toy", "--heads", "3"], "--heads"),
     ],
