@@ -29,6 +29,10 @@ NAMES = [
     *("can", "square", "peg-insert-side", "assembly", "hand-insert", "pick-place", "mt10"),
     *("door", "hammer", "pen", "relocate"),
 ]
+HEAD = (
+    "| task | seed | cloned | ODE policy | best-of-N policy | look | steps to 0.8 | to 0.9 | steps | minutes |",
+    "|---|---:|---:|---|---|---:|---:|---:|---:|---:|",
+)
 FRAMES = ("can", "peg-insert-side", "hammer")  # one task a family
 
 
@@ -72,8 +76,7 @@ def report() -> None:
         "first evaluation during training (best-of-N policy; *look*: its episodes, the same ones each time) at that "
         "level. Wall time: the whole command, two or three runs at a time on two cores.",
         "",
-        "| task | seed | cloned | ODE policy | best-of-N policy | look | steps to 0.8 | to 0.9 | steps | minutes |",
-        "|---|---:|---:|---|---|---:|---:|---:|---:|---:|",
+        *HEAD,
     ]
     for name in NAMES:
         text += [line(name, seed, folder) for seed, folder in stored(name).items()]
