@@ -15,10 +15,14 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
+STOPPED = 130
 
 
 def execute(script: str, name: str, flags: Sequence[str], resume: Sequence[str] = ()) -> int:
-    """Exit code of one run, to its end: skipped if it is finished, resumed (with flags of its own) if interrupted."""
+    """Exit code of one run, to its end: skipped if it is finished, resumed (with flags of its own) if interrupted.
+
+    A run told to stop ends with 0, its checkpoint saved; here that is STOPPED.
+    """
     folder = RUNS / name
     if (folder / "wall_seconds").exists():
         return 0
@@ -29,10 +33,14 @@ def execute(script: str, name: str, flags: Sequence[str], resume: Sequence[str] 
         shutil.rmtree(folder, ignore_errors=True)
         flags = ["--run-name", name, *flags]
     RUNS.mkdir(exist_ok=True)
-    with open(RUNS / f"{name}.txt", "a") as out:
+    with open(RUNS / f"{name}.txt", "a+") as out:
+        start = out.tell()
         code = subprocess.run(
             [sys.executable, script, *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
         ).returncode
+        out.seek(start)
+        if code == 0 and "saved; go on with" in out.read():
+            return STOPPED
     if code == 0:
         (folder / "wall_seconds").write_text(f"{time.time() - started:.0f}\n")
     return code
