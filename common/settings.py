@@ -76,7 +76,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     **{("cpu", f"{name}*"): HAND | dict(demo_noise=noise) for name, noise in HANDS.items()},
     ("cpu", "pen"): dict(
         collect_horizon=100, gamma=0.97, best_of_n=32, best_of_n_heads=0, eval_interval_episodes=50,
-        bc_eval_every=10, bc_eval_episodes=100, total_steps=100_000,
+        bc_eval_every=10, bc_eval_episodes=100, start_training=20_000, total_steps=120_000,
     ),
     **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
 }  # fmt: skip
