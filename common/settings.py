@@ -115,7 +115,7 @@ SOURCES: dict[tuple[str, str], str] = {
     ("cpu", "mt10"): "tuned here, seed 1",
     **{("cpu", n): "Lift's; checked here" for n in ("peg-insert-side", "assembly", "hand-insert", "pick-place")},
     **{("cpu", name): "tuned here on door and hammer, seed 1" for name in HANDS},
-    ("cpu", "pen"): "tuned here, seed 1",
+    ("cpu", "pen"): "tuned here, seeds 1-3",
     ("cpu", "*"): "not tuned yet",
 }
 VARIANTS: dict[str, dict] = {
