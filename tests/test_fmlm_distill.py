@@ -193,7 +193,7 @@ def test_student_starts_as_the_teacher() -> None:
     h, tau = torch.randn(4, 6, 32), torch.rand(4)
     for other in (tau, torch.ones(4), torch.rand(4)):
         assert torch.equal(student(h, tau, other), teacher(h, tau))
-    raw = fmlm.make_student(teacher, args.model, 12, raw=True)
+    raw = fmlm_two_stage.make_student(teacher, args.model, 12, raw=True)
     assert (raw(h, tau, tau) == 0).all()
 
 
