@@ -1,5 +1,6 @@
 """One training run: its folder, log, environments, replay buffer and counters, and how they are saved and resumed."""
 
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -112,8 +113,11 @@ class Run:
         self.demos: Demos | None = None
         if not training:
             return
-        rows = min(a.replay_size, 2 * a.total_steps)  # at most, an episode's final observation included
-        checkpoint.check_run_dir(run_dir, 3 * (4 * rows * (self.obs_dim + self.act_dim + 2) + 2**25))
+        span = a.chunk if pixels else 1  # environment steps of a row
+        kept = (len(pixels.cameras), pixels.size, pixels.size, 3) if pixels and a.keep_images else ()
+        row_bytes = 4 * (self.obs_dim + (self.act_dim + 1) * span + 1) + (math.prod(kept) if kept else 0)
+        rows = min(a.replay_size, 2 * a.total_steps // span)  # an episode's final observation is a row too
+        checkpoint.check_run_dir(run_dir, 3 * (rows * row_bytes + 2**25))
         if not (saved and saved["agent"]["bc_done"]):
             self.demos = get_demos(
                 a.env,
@@ -134,8 +138,7 @@ class Run:
                         "demonstrations of this environment"
                     )
         if pixels:
-            kept = (len(pixels.cameras), pixels.size, pixels.size, 3) if a.keep_images else ()
-            capacity = rows if kept else a.replay_size
+            capacity = min(a.replay_size, 2 * a.total_steps) if kept else a.replay_size  # no row is less than a step
             self.buffer = ReplayBuffer(capacity, self.obs_dim, self.act_dim * a.chunk, 1, rewards=a.chunk, images=kept)
         else:
             self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)

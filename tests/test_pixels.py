@@ -20,6 +20,7 @@ from common.demos.robomimic import draw_images, read_images
 from common.envs import ChunkStep, Pixels, make_env, resolve
 from common.errors import UserError
 from common.replay import ReplayBuffer
+from common.run import Run
 from common.runlog import read_metrics
 from tests.helpers import definitions, differing
 from variants import ogpo_pixels_reference, ogpo_reference
@@ -365,6 +366,28 @@ def test_a_resumed_run_from_pixels_is_the_uninterrupted_one(tmp_path: Path) -> N
     assert done.returncode == 0, done.stdout + done.stderr
     done = command(tmp_path, "--eval", str(tmp_path / "whole"))
     assert done.returncode == 0 and "best-of-N policy: success" in done.stdout
+
+
+def test_kept_images_count_when_the_disk_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checked(Exception):
+        pass
+
+    def check(path: Path, need_bytes: int) -> None:
+        needed.append(need_bytes)
+        if need_bytes > 2**20:  # the small one comes before the environments are made
+            raise Checked
+
+    needed: list[int] = []
+    monkeypatch.setattr(checkpoint, "check_run_dir", check)
+    for keep in (False, True):
+        changed = {"total_steps": 4_000, "eval_envs": 1, "keep_images": keep}
+        args = cli.override(op.default_args("toy", "cpu", "ogpo+ca"), changed)
+        with checkpoint.StopSignal() as stop, pytest.raises(Checked):
+            Run(cli.flatten(args), tmp_path, stop, None, lambda r, s: r, True, Pixels(("top",), 48), 64)
+    rows = (
+        2 * 4_000 // args.policy.chunk
+    )  # a third of the room is for each of two checkpoints and the one being written
+    assert needed[3] - needed[1] == 3 * rows * 48 * 48 * 3
 
 
 def test_a_changed_camera_does_not_fit_a_checkpoint(tmp_path: Path) -> None:
