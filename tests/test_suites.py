@@ -301,3 +301,9 @@ def test_the_docs_have_the_settings_that_are_used() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") > 10 and done.stdout in (ROOT / "docs" / "tasks.md").read_text()
+
+
+def test_the_docs_have_the_results_that_are_stored() -> None:
+    stored = (ROOT / "benchmarks" / "tasks" / "results.md").read_text()
+    table = stored[stored.index("| task | aim") :].split("\n\n")[0]
+    assert table.count("\n") > 10 and table in (ROOT / "docs" / "tasks.md").read_text()
