@@ -69,7 +69,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
     ("cpu", "mt10"): dict(
-        num_demos=200, bc_steps=3_000, bc_eval_every=500, bc_eval_episodes=100, start_training=5_000,
+        num_demos=200, bc_steps=3_000, bc_eval_every=100, bc_eval_episodes=100, start_training=5_000,
         choose_successes=50, critic_successes=200, success_min=640, update_every=16,
         eval_every=50_000, eval_interval_episodes=50, total_steps=200_000,
     ),
