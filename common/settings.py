@@ -63,7 +63,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("cpu", "can"): dict(demo_noise=0.3, total_steps=40_000),
     ("cpu", "square"): dict(
         collect_horizon=300, demo_noise=0.1, num_demos=200, bc_lr=1e-3, bc_steps=12_000, bc_eval_every=2_000,
-        eval_every=10_000, update_every=8, best_of_n=32, best_of_n_heads=0, total_steps=150_000,
+        eval_every=10_000, update_every=8, best_of_n=32, best_of_n_heads=0, total_steps=200_000,
     ),
     ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
     ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
