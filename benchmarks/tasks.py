@@ -61,16 +61,20 @@ def stored(name: str) -> dict[int, Path]:
     return kept(STORE, name, SEEDS)
 
 
+def interval(wins: int, episodes: int) -> str:
+    low, high = wilson(wins, episodes)
+    return f"{wins / episodes:.2f} [{low:.2f}, {high:.2f}]"
+
+
 def summary(name: str, folders: dict[int, Path]) -> str:
     """All seeds of a task as one line: pooled rates, whose interval is that of the episodes, not of the seeds."""
-    cells, rates = [], {}
+    cells, runs = [], [metrics(folder) for folder in folders.values()]
     episodes = [arguments(folder)["eval_episodes"] for folder in folders.values()]
     for key, pick in (("eval/ode_success", 0), ("final/ode_success", -1), ("final/bon_success", -1)):
-        rates[key] = [series(metrics(folder), key)[1][pick] for folder in folders.values()]
-        wins = sum(round(rate * n) for rate, n in zip(rates[key], episodes, strict=True))
-        low, high = wilson(wins, sum(episodes))
-        cells.append(f"{wins / sum(episodes):.2f} [{low:.2f}, {high:.2f}]")
-    cells.append(", ".join(f"{rate:.2f}" for rate in rates["final/bon_success"]))
+        rates = [series(rows, key)[1][pick] for rows in runs]
+        wins = sum(round(rate * n) for rate, n in zip(rates, episodes, strict=True))
+        cells.append(interval(wins, sum(episodes)))
+    cells.append(", ".join(f"{rate:.2f}" for rate in rates))  # of the last key
     cells.append(f"{np.mean([minutes(folder) for folder in folders.values()]):.0f}")
     return f"| {name} | {AIMS.get(name, '-')} | {' | '.join(cells)} |"
 
@@ -81,8 +85,7 @@ def line(name: str, seed: int, folder: Path) -> str:
     cells = [f"{series(rows, 'eval/ode_success')[1][0]:.2f}"]
     for policy in ("ode", "bon"):
         rate = last(rows, f"final/{policy}_success")
-        low, high = wilson(round(rate * episodes), episodes)
-        cells.append(f"{rate:.2f} [{low:.2f}, {high:.2f}]")
+        cells.append(interval(round(rate * episodes), episodes))
     cells.append(str(args["eval_interval_episodes"]))
     steps, success = series(rows, "eval/bon_success")
     for level in (0.8, 0.9):

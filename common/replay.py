@@ -136,6 +136,11 @@ class ReplayBuffer:
         arrays = dict(obs=self.obs, actions=self.actions, rewards=self.rewards, terminated=self.terminated)
         return arrays if self.images is None else arrays | {"images": self.images}
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that a row takes in a checkpoint."""
+        return sum(array[:1].nbytes for array in self._arrays().values())
+
     def state_dict(self) -> dict:
         used = max((hi for _, hi, _ in self.episodes), default=0)
         arrays = self._arrays()

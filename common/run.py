@@ -1,6 +1,5 @@
 """One training run: its folder, log, environments, replay buffer and counters, and how they are saved and resumed."""
 
-import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -113,11 +112,15 @@ class Run:
         self.demos: Demos | None = None
         if not training:
             return
-        span = a.chunk if pixels else 1  # environment steps of a row
-        kept = (len(pixels.cameras), pixels.size, pixels.size, 3) if pixels and a.keep_images else ()
-        row_bytes = 4 * (self.obs_dim + (self.act_dim + 1) * span + 1) + (math.prod(kept) if kept else 0)
-        rows = min(a.replay_size, 2 * a.total_steps // span)  # an episode's final observation is a row too
-        checkpoint.check_run_dir(run_dir, 3 * (rows * row_bytes + 2**25))
+        rows = 2 * a.total_steps  # at most, an episode's final observation included
+        if pixels:
+            kept = (len(pixels.cameras), pixels.size, pixels.size, 3) if a.keep_images else ()
+            capacity = min(a.replay_size, rows) if kept else a.replay_size
+            self.buffer = ReplayBuffer(capacity, self.obs_dim, self.act_dim * a.chunk, 1, rewards=a.chunk, images=kept)
+            rows //= a.chunk  # about: a success cuts its chunk short
+        else:
+            self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)
+        checkpoint.check_run_dir(run_dir, 3 * (min(a.replay_size, rows) * self.buffer.row_bytes + 2**25))
         if not (saved and saved["agent"]["bc_done"]):
             self.demos = get_demos(
                 a.env,
@@ -137,11 +140,6 @@ class Run:
                         f"--demos {self.demos.name}: its {what} have {have.shape[1]} numbers, {a.env} has {want}; give "
                         "demonstrations of this environment"
                     )
-        if pixels:
-            capacity = min(a.replay_size, 2 * a.total_steps) if kept else a.replay_size  # no row is less than a step
-            self.buffer = ReplayBuffer(capacity, self.obs_dim, self.act_dim * a.chunk, 1, rewards=a.chunk, images=kept)
-        else:
-            self.buffer = ReplayBuffer(a.replay_size, self.obs_dim, self.act_dim, a.chunk)
         cap, chunk = a.collect_horizon or a.horizon, a.chunk if pixels else 0
         envs = make_vec_env(a.env, a.num_envs, horizon=cap, chunk=chunk, **fixed)
         self.collector = Collector(envs, self.buffer, reward, a.seed, encode=lambda shown: self.encode(shown))

@@ -384,9 +384,7 @@ def test_kept_images_count_when_the_disk_is_checked(tmp_path: Path, monkeypatch:
         args = cli.override(op.default_args("toy", "cpu", "ogpo+ca"), changed)
         with checkpoint.StopSignal() as stop, pytest.raises(Checked):
             Run(cli.flatten(args), tmp_path, stop, None, lambda r, s: r, True, Pixels(("top",), 48), 64)
-    rows = (
-        2 * 4_000 // args.policy.chunk
-    )  # a third of the room is for each of two checkpoints and the one being written
+    rows = 2 * 4_000 // args.policy.chunk  # three times: two checkpoints, and the one being written
     assert needed[3] - needed[1] == 3 * rows * 48 * 48 * 3
 
 

@@ -303,7 +303,16 @@ def test_the_docs_have_the_settings_that_are_used() -> None:
     assert done.stdout.count("\n") > 10 and done.stdout in (ROOT / "docs" / "tasks.md").read_text()
 
 
-def test_the_docs_have_the_results_that_are_stored() -> None:
-    stored = (ROOT / "benchmarks" / "tasks" / "results.md").read_text()
-    table = stored[stored.index("| task | aim") :].split("\n\n")[0]
-    assert table.count("\n") > 10 and table in (ROOT / "docs" / "tasks.md").read_text()
+@pytest.mark.parametrize(
+    ("folder", "head", "lines", "pages"),
+    [
+        ("tasks", "| task | aim", 10, ("README.md", "docs/tasks.md")),
+        ("pixels", "| task | seed", 1, ("docs/ogpo_pixels.md",)),
+    ],
+)
+def test_the_docs_have_the_results_that_are_stored(folder: str, head: str, lines: int, pages: tuple[str, ...]) -> None:
+    stored = (ROOT / "benchmarks" / folder / "results.md").read_text()
+    table = stored[stored.index(head) :].split("\n\n")[0].rstrip()
+    assert table.count("\n") > lines
+    for page in pages:
+        assert table in (ROOT / page).read_text()
