@@ -50,18 +50,25 @@ def plot() -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(1, len(NAMES), figsize=(8, 3.2), layout="constrained", sharey=True)
-    for axis, name in zip(axes, NAMES, strict=True):
+    names = [name for name in NAMES if stored(name)]
+    if not names:
+        return
+    figure, axes = plt.subplots(
+        1, len(names), figsize=(4.5 * len(names), 3.2), layout="constrained", squeeze=False, sharey=True
+    )
+    for axis, name in zip(axes[0], names, strict=True):
         for folder in stored(name).values():
             rows = metrics(folder)
             axis.plot(*series(rows, "train/success"), color="tab:orange", alpha=0.4, linewidth=1)
             axis.plot(*series(rows, "eval/ode_success"), "o--", color="tab:green", alpha=0.7, markersize=3)
             axis.plot(*series(rows, "eval/bon_success"), "o-", color="tab:blue", alpha=0.7, markersize=3)
         axis.set(title=f"{name}, from pixels", ylim=(-0.03, 1.03))
+        axis.locator_params(axis="x", nbins=5)
         axis.grid(alpha=0.3)
-    axes[0].set_ylabel("success")
+    axes[0, 0].set_ylabel("success")
     figure.supxlabel(
-        "environment steps (orange: last 20 training episodes; evaluations: green noise-free, blue best-of-N)"
+        "environment steps\norange: last 20 training episodes; evaluations:\ngreen noise-free, blue best-of-N",
+        fontsize="small",
     )
     figure.savefig(STORE / "curves.png", dpi=110)
 
