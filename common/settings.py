@@ -112,7 +112,7 @@ SOURCES: dict[tuple[str, str], str] = {
     ("cpu", "toy"): "tuned here, seeds 1-3",
     ("cpu", "can"): "tuned here, seed 1",
     ("cpu", "square"): "tuned here, seed 1",
-    ("cpu", "mt10"): "tuned here, seed 1",
+    ("cpu", "mt10"): "tuned here, seeds 1, 2",
     **{("cpu", n): "Lift's; checked here" for n in ("peg-insert-side", "assembly", "hand-insert", "pick-place")},
     **{("cpu", name): "tuned here on door and hammer, seed 1" for name in HANDS},
     ("cpu", "pen"): "tuned here, seeds 1-3",
