@@ -34,7 +34,7 @@ from common.envs import make_env, make_vec_env
 from common.replay import ReplayBuffer
 from variants.ogpo_critic import returns_to_go
 
-STEPS = {"lift": (0, 3_000, 4_000, 6_000, 8_000, 12_000), "can": (0, 4_000, 8_000, 12_000, 20_000, 30_000)}
+STEPS = {"lift": (0, 3_000, 4_000, 6_000, 8_000, 12_000), "can": (0, 4_000, 8_000, 12_000, 20_000)}
 EPISODES, STATES, CHAINS, SEED = 20, 200, 64, 99  # SEED: no run of the study has its episodes
 
 

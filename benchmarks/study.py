@@ -19,8 +19,8 @@ from runs import ROOT, RUNS, arguments, execute, execute_all, keep, kept, last, 
 
 STORE = ROOT / "benchmarks" / "study"
 SEEDS = (1, 2, 3)
-STEPS = {"lift": 12_000, "can": 30_000, "peg-insert-side": 12_000}
-EVERY = {"lift": 2_000, "can": 5_000, "peg-insert-side": 2_000}  # steps between evaluations
+STEPS = {"lift": 12_000, "can": 20_000, "peg-insert-side": 12_000}
+EVERY = {"lift": 2_000, "can": 4_000, "peg-insert-side": 2_000}  # steps between evaluations
 RELEASED_START = [
     *("--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0", "--no-pessimistic-init"),
     "--bc-fallback",
