@@ -19,6 +19,7 @@ from runs import ROOT, RUNS, arguments, execute, execute_all, keep, kept, last, 
 
 STORE = ROOT / "benchmarks" / "study"
 SEEDS = (1, 2, 3)
+DRAWS = 10_000  # of the bootstrap
 STEPS = {"lift": 12_000, "can": 20_000, "peg-insert-side": 12_000}
 EVERY = {"lift": 2_000, "can": 4_000, "peg-insert-side": 2_000}  # steps between evaluations
 RELEASED_START = [
@@ -100,6 +101,42 @@ FIGURES: dict[str, list[tuple[str, tuple[str, ...]]]] = {  # figure -> task and 
 }
 
 
+@dataclass(frozen=True)
+class Claim:
+    """`first` has more (sign 1), less (-1) or as much (0) of a measure than `second`, or than its own cloned policy."""
+
+    text: str
+    first: str
+    second: str | None
+    measure: str
+    sign: int
+
+
+SAME = 0.1  # two success rates agree if the whole interval of their difference is within this
+CLAIMS = (
+    Claim("the gate lessens the dip, released start", "start+ca", "start+", "lowest", 1),
+    Claim("the gate lessens the dip, our start", "ogpo+ca", "ogpo+", "lowest", 1),
+    Claim("our start lessens the dip, without the gate", "ogpo+", "start+", "lowest", 1),
+    Claim("our start lessens the dip, with the gate", "ogpo+ca", "start+ca", "lowest", 1),
+    Claim("the success buffer decides, in OGPO+CA", "ogpo+ca", "no_sb", "final", 1),
+    Claim("the success buffer decides, in OGPO", "ogpo_sb", "ogpo", "final", 1),
+    Claim("best-of-N decides, in OGPO+CA", "ogpo+ca", "no_bon", "final", 1),
+    Claim("best-of-N decides, in OGPO", "ogpo_bon", "ogpo", "final", 1),
+    Claim("best-of-N alone swings more than with the success buffer", "ogpo_bon", "ogpo+", "fall", 1),
+    Claim("division by the group's std hurts OGPO", "grpo", "ogpo", "final", -1),
+    Claim("division by the group's std hurts OGPO+", "grpo+", "ogpo+", "final", -1),
+    Claim("BPTT falls below its cloned policy", "bptt", None, "final", -1),
+    Claim("BPTT ends below OGPO+CA", "bptt", "ogpo+ca", "final", -1),
+    Claim("chains without advantage hurt nothing (OGPO+ without negatives)", "positive", "ogpo+", "final", 0),
+    Claim("AW-OGPO ends below OGPO+", "aw_ogpo", "ogpo+", "final", -1),
+    Claim("AWR-FM ends below OGPO+", "awr_fm", "ogpo+", "final", -1),
+    Claim("chi-square pessimism does as well as the gate", "chi2", "ogpo+ca", "final", 0),
+    Claim("reverse KL does worse than chi-square", "kl", "chi2", "final", -1),
+    Claim("a mean of 8 targets does better than one", "qvr_mean", "ogpo+ca", "area", 1),
+    Claim("flow and diffusion agree", "diffusion", "ogpo+ca", "final", 0),
+)
+
+
 def run_one(task: str, config: str, seed: int) -> int:
     """Exit code of one run; `clone` makes the policy from which all others of the task and seed start."""
     flags = ["--env", task, "--preset", "cpu", "--seed", str(seed), "--no-video"]
@@ -141,39 +178,96 @@ def interquartile_mean(values: np.ndarray) -> np.ndarray:
     return (values * np.diff(edges)).sum(-1) / 0.5
 
 
-def interval(rates: Sequence[float], episodes: int, draws: int = 10_000) -> tuple[float, float, float]:
-    """Interquartile mean of the seeds' success rates and its 95 % bootstrap interval, over seeds and episodes."""
+def interval(values: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float]:
+    """Interquartile mean of values (seeds,) and its 95 % bootstrap interval, over seeds and over their episodes.
+
+    drawn (DRAWS, seeds): the same values from rates drawn from their posteriors.
+    """
     rng = np.random.default_rng(0)
-    values = np.array(rates)
-    picked = rng.choice(values, (draws, len(values)))
-    again = rng.binomial(episodes, picked) / episodes
-    low, high = np.quantile(interquartile_mean(again), (0.025, 0.975))
+    seeds, redraws = rng.integers(len(values), size=drawn.shape), rng.integers(len(drawn), size=drawn.shape)
+    low, high = np.quantile(interquartile_mean(drawn[redraws, seeds]), (0.025, 0.975))
     return float(interquartile_mean(values)), float(low), float(high)
+
+
+def evaluations(rows: list[dict]) -> dict[str, np.ndarray]:
+    """Success rates of one run: `cloned` (1,), `ode` and `bon` (evaluations during training), `final` (ode, bon)."""
+    ode = series(rows, "eval/ode_success")[1]
+    final = [last(rows, f"final/{kind}_success") for kind in ("ode", "bon")]
+    return {"cloned": ode[:1], "ode": ode[1:], "bon": series(rows, "eval/bon_success")[1], "final": np.array(final)}
+
+
+def measures(rates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Numbers of a run from its `evaluations`, along the last axis (in front of it: draws of a bootstrap)."""
+    bon = rates["bon"]
+    return {
+        "cloned": rates["cloned"][..., 0],
+        "lowest": rates["ode"].min(-1),
+        "area": bon.mean(-1),
+        "fall": (np.maximum.accumulate(bon, -1) - bon).max(-1),
+        "ode": rates["final"][..., 0],
+        "final": rates["final"][..., 1],
+    }
+
+
+@cache
+def numbers(task: str, config: str) -> dict[int, tuple[dict[str, np.ndarray], dict[str, np.ndarray]]]:
+    """{seed: its measures, and the same with all its success rates drawn from their posteriors (DRAWS,)}"""
+    found = {}
+    for seed, rows in stored(task, config).items():
+        args = arguments(STORE / f"{task}_{config}_s{seed}")
+        rng = np.random.default_rng([seed, *f"{task}_{config}".encode()])  # no two runs share their draws
+        rates = evaluations(rows)
+        episodes = {k: args["eval_interval_episodes"] for k in ("ode", "bon")} | {"final": args["eval_episodes"]}
+        episodes["cloned"] = args["eval_episodes"]
+        again = {}
+        for k, n in episodes.items():  # Jeffreys posterior: 100 of 100 does not mean certainty
+            size = (DRAWS, len(rates[k]))
+            again[k] = rng.beta(n * rates[k] + 0.5, n * (1 - rates[k]) + 0.5, size)
+        found[seed] = measures(rates), measures(again)
+    return found
+
+
+def judge(claim: Claim, task: str) -> str | None:
+    """A line of the table of claims: interquartile mean of first - second over the seeds of both, and its interval."""
+    first = numbers(task, claim.first)
+    second = numbers(task, claim.second or claim.first)
+    seeds = sorted(first.keys() & second.keys())
+    if not seeds:
+        return None
+    other = claim.measure if claim.second else "cloned"
+    values = np.array([first[s][0][claim.measure] - second[s][0][other] for s in seeds])
+    drawn = np.stack([first[s][1][claim.measure] - second[s][1][other] for s in seeds], -1)  # (DRAWS, seeds)
+    middle, low, high = interval(values, drawn)
+    if claim.sign:
+        holds, fails = (low > 0, high < 0) if claim.sign > 0 else (high < 0, low > 0)
+    else:
+        holds, fails = -SAME <= low and high <= SAME, low > SAME or high < -SAME
+    verdict = "holds" if holds else "does not hold" if fails else "undecided"
+    if len(seeds) < len(SEEDS):
+        verdict = "seeds missing"
+    names = [CONFIGS[claim.first].title, CONFIGS[claim.second].title if claim.second else "its cloned policy"]
+    values_text = " ".join(f"{v:+.2f}" for v in values)
+    return (
+        f"| {claim.text} | {task} | {' / '.join(names)} | {claim.measure} "
+        f"| {middle:+.2f} [{low:+.2f}, {high:+.2f}] ({values_text}) | {verdict} |"
+    )
 
 
 @cache
 def row(task: str, config: str) -> tuple[str, list[float], tuple[float, float, float]] | None:
     """A line of the table; final success of the acting policy by seed, and its interval."""
-    runs = stored(task, config)
+    runs = numbers(task, config)
     if not runs:
         return None
-    args = arguments(STORE / f"{task}_{config}_s{min(runs)}")
-    numbers: dict[str, list[float]] = {"cloned": [], "lowest": [], "ode": [], "bon": [], "area": []}
-    for rows in runs.values():
-        _, ode = series(rows, "eval/ode_success")
-        _, bon = series(rows, "eval/bon_success")
-        numbers["cloned"].append(ode[0])
-        numbers["lowest"].append(min(ode[1:]))
-        numbers["area"].append(float(np.mean(bon)))
-        numbers["ode"].append(last(rows, "final/ode_success"))
-        numbers["bon"].append(last(rows, "final/bon_success"))
     cells = [CONFIGS[config].title]
-    for key in ("cloned", "lowest", "area"):
-        cells.append(" ".join(f"{v:.2f}" for v in numbers[key]))
-    for key in ("ode", "bon"):
-        middle, low, high = summary = interval(numbers[key], args["eval_episodes"])
-        cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}] ({' '.join(f'{v:.2f}' for v in numbers[key])})")
-    return "| " + " | ".join(cells) + " |", numbers["bon"], summary
+    for key in ("cloned", "lowest", "area", "fall"):
+        cells.append(" ".join(f"{found[key]:.2f}" for found, _ in runs.values()))
+    for key in ("ode", "final"):
+        rates = [float(found[key]) for found, _ in runs.values()]
+        drawn = np.stack([again[key] for _, again in runs.values()], -1)  # (DRAWS, seeds)
+        middle, low, high = summary = interval(np.array(rates), drawn)
+        cells.append(f"{middle:.2f} [{low:.2f}, {high:.2f}] ({' '.join(f'{v:.2f}' for v in rates)})")
+    return "| " + " | ".join(cells) + " |", rates, summary
 
 
 def report() -> None:
@@ -184,8 +278,9 @@ def report() -> None:
         "Made by `python benchmarks/study.py report`. All methods of a task and seed start from one cloned policy "
         "(diffusion: its own). *Cloned*: success of the noise-free policy before the first update, 100 episodes. "
         "*Lowest*: the lowest of its evaluations during training (20 episodes each: chance alone puts the lowest of "
-        "six below the mean). *Area*: mean of the acting policy's evaluations. Final: 100 episodes, interquartile "
-        "mean over seeds with 95 % bootstrap interval over seeds and episodes (seeds in parentheses).",
+        "six below the mean). *Area*: mean of the acting policy's evaluations; *fall*: the largest of one from an "
+        "earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in parentheses): "
+        "a bootstrap over seeds, each rate drawn from its posterior given its episodes (Jeffreys).",
     ]
     for figure, panels in FIGURES.items():
         for task, configs in panels:
@@ -194,11 +289,23 @@ def report() -> None:
                 continue
             text += ["", f"## {figure}: {task}, {STEPS[task]:,} steps", ""]
             text += [
-                "| method | cloned | lowest | area | final, noise-free | final, acting |",
-                "|---|---|---|---|---|---|",
+                "| method | cloned | lowest | area | fall | final, noise-free | final, acting |",
+                "|---|---|---|---|---|---|---|",
             ]
             text += [line for line, *_ in lines]
         plot(figure)
+    lines = [line for claim in CLAIMS for task in STEPS if (line := judge(claim, task))]
+    if lines:
+        text += ["", "## Claims", ""]
+        text += [
+            "First minus second of the measure, by seed (same cloned policy), its interquartile mean and interval; "
+            "*final*, *fall*, *area* of the acting policy, *lowest* of the noise-free one. A claim holds if the whole "
+            f"interval is on its side, does not if it is on the other; rates agree if it is within {SAME} of zero.",
+            "",
+            "| claim | task | first / second | measure | difference | verdict |",
+            "|---|---|---|---|---|---|",
+        ]
+        text += lines
     (STORE / "results.md").write_text("\n".join(text) + "\n")
 
 

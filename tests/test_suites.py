@@ -308,6 +308,7 @@ def test_the_docs_have_the_settings_that_are_used() -> None:
     [
         ("tasks", "| task | aim", 10, ("README.md", "docs/tasks.md")),
         ("pixels", "| task | seed", 1, ("docs/ogpo_pixels.md",)),
+        ("study", "| claim", 5, ("docs/ogpo_study.md",)),
     ],
 )
 def test_the_docs_have_the_results_that_are_stored(folder: str, head: str, lines: int, pages: tuple[str, ...]) -> None:
