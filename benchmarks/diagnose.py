@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from runs import ROOT, RUNS, execute, keep
-from study import CONFIGS, SEEDS, STORE
+from study import ALONE, CONFIGS, SEEDS, STORE
 
 sys.path.insert(0, str(ROOT))
 from common import checkpoint, cli
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "report"))
     parser.add_argument("--env", choices=list(STEPS), default="lift")
-    parser.add_argument("--configs", nargs="+", choices=[c for c in CONFIGS if c != "diffusion"], default=["ogpo+ca"])
+    parser.add_argument("--configs", nargs="+", choices=[c for c in CONFIGS if c not in ALONE], default=["ogpo+ca"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS[:1]))
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -46,12 +46,27 @@ def execute(script: str, name: str, flags: Sequence[str], resume: Sequence[str] 
     return code
 
 
-def execute_all(one: Callable[..., int], jobs: Sequence[tuple], workers: int) -> int:
-    """Runs one(*job) for every job, `workers` at a time, and lists those that failed: 0 if none did, else 1."""
+def execute_all(
+    one: Callable[..., int],
+    jobs: Sequence[tuple],
+    workers: int,
+    needs: Callable[[tuple], tuple | None] = lambda _: None,
+) -> int:
+    """Runs one(*job) for every job, `workers` at a time, and lists those that failed: 0 if none did, else 1.
+
+    needs(job) is an earlier job without whose success this one cannot run, or None.
+    """
     with ThreadPoolExecutor(workers) as pool:
-        codes = list(pool.map(lambda job: one(*job), jobs))
-    failed = [job for job, code in zip(jobs, codes, strict=True) if code]
-    print(f"{len(jobs) - len(failed)} finished, {len(failed)} failed: {failed or '-'}")
+        started: dict[tuple, Future[int]] = {}
+
+        def work(job: tuple, needed: Future[int] | None) -> int:
+            return (needed.result() if needed else 0) or one(*job)
+
+        for job in jobs:  # in this order, so that a worker only ever waits for a job that another one has
+            started[job] = pool.submit(work, job, started.get(needs(job)))
+        codes = [future.result() for future in started.values()]
+    failed = [job for job, code in zip(started, codes, strict=True) if code]
+    print(f"{len(started) - len(failed)} finished, {len(failed)} failed: {failed or '-'}")
     return int(bool(failed))
 
 

@@ -82,6 +82,7 @@ CONFIGS = {
     "ofpo++": _extraction("OFPO++", "ofpo++"),
     "diffusion": Config("OGPO+CA, diffusion", (), "variants/ogpo_diffusion.py"),
 }
+ALONE = ("diffusion",)  # its network predicts something else: it clones for itself
 CORE = ("ogpo", "ogpo+", "ogpo+ca", "no_sb", "no_bon", "grpo+", "bptt")
 FIGURES: dict[str, list[tuple[str, tuple[str, ...]]]] = {  # figure -> task and configurations of its panels
     "stabilizers": [
@@ -138,13 +139,13 @@ CLAIMS = (
 
 
 def run_one(task: str, config: str, seed: int) -> int:
-    """Exit code of one run; `clone` makes the policy from which all others of the task and seed start."""
+    """Exit code of one run; `clone` makes the policy from which the others of the task and seed start."""
     flags = ["--env", task, "--preset", "cpu", "--seed", str(seed), "--no-video"]
     if config == "clone":
         return execute("ogpo_state.py", f"study_{task}_clone_s{seed}", [*flags, "--total-steps", "0"])
     c = CONFIGS[config]
     flags += ["--total-steps", str(STEPS[task]), "--eval-every", str(EVERY[task]), *c.flags]
-    if config != "diffusion":  # its network predicts something else: it clones for itself
+    if config not in ALONE:
         flags += ["--cloned", f"runs/study_{task}_clone_s{seed}"]
     return execute(c.script, f"study_{task}_{config}_s{seed}", flags)
 
@@ -153,8 +154,9 @@ def run(figures: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
     panels = [panel for figure in figures for panel in FIGURES[figure]]
     clones = [(task, "clone", seed) for seed in seeds for task in dict.fromkeys(task for task, _ in panels)]
     others = [(task, config, seed) for seed in seeds for task, configs in panels for config in configs]
-    codes = [execute_all(run_one, batch, jobs) for batch in (clones, list(dict.fromkeys(others)))]
-    return max(codes)
+    others.sort(key=lambda job: job[1] not in ALONE)  # they need not wait for a clone
+    needs = lambda job: None if job[1] in (*ALONE, "clone") else (job[0], "clone", job[2])  # noqa: E731
+    return execute_all(run_one, list(dict.fromkeys(clones + others)), jobs, needs)
 
 
 def store() -> None:

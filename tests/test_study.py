@@ -3,6 +3,7 @@
 import gzip
 import importlib
 import json
+import time
 import types
 from pathlib import Path
 
@@ -103,3 +104,22 @@ def test_stored_tables_are_remade_from_the_stored_runs(
     monkeypatch.setattr(Path, "write_text", lambda self, text: written.append(text))
     study.report()
     assert written == [before]
+
+
+def test_runs_wait_for_their_cloned_policy(study: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run whose clone failed is not started and counts as failed; one that clones for itself does not wait."""
+    ended: list[tuple] = []
+
+    def one(task: str, config: str, seed: int) -> int:
+        if config not in ("clone", *study.ALONE):
+            assert (task, "clone", seed) in ended
+        time.sleep(0.02 if config == "clone" else 0)
+        ended.append((task, config, seed))
+        return int(config == "clone" and task == "can" and seed == 2)
+
+    monkeypatch.setattr(study, "run_one", one)
+    assert study.run(["diffusion"], (1,), jobs=3) == 0
+    assert set(ended) == {(t, c, 1) for t in ("lift", "can") for c in ("clone", "ogpo+ca", "diffusion")}
+    assert study.run(["diffusion"], (2,), jobs=3) == 1
+    assert ("can", "diffusion", 2) in ended
+    assert ("can", "ogpo+ca", 2) not in ended
