@@ -3,10 +3,11 @@
     python benchmarks/update_speed.py                     # cpu and paper preset at Square's sizes, random data
     python benchmarks/update_speed.py --run runs/NAME     # the same update on a real run's networks and replay buffer:
                                                           # what leaving out zero-advantage chains saves
+    python benchmarks/update_speed.py --device cuda --compile
 
 Work counts the operations of matrix products only (2 per weight and row forward, 4 more with gradients, 2 fewer in the
 first layer); activations, optimizer and copies are overhead. Times are CPU seconds of the one thread, so that a busy
-neighbour does not count; GEMM and update alternate.
+neighbour does not count, on a GPU wall seconds until it is done; GEMM and update alternate.
 """
 
 import argparse
@@ -26,16 +27,23 @@ import torch
 
 import ogpo_state as og
 from common import checkpoint, cli
+from common.machine import compile_functions
 from common.replay import ReplayBuffer
 from common.stopwatch import Stopwatch
 
 OBS, ACT = 23, 7  # robomimic's Square
 
 
-def cpu_seconds(f: Callable[[], object]) -> float:
-    start = time.process_time()
+def seconds(f: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cpu":
+        start = time.process_time()
+        f()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
     f()
-    return time.process_time() - start
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 def mlp_flops(sizes: Sequence[int], grad: bool) -> float:
@@ -66,29 +74,30 @@ def random_buffer(args: og.Args) -> ReplayBuffer:
 
 
 def measure(name: str, agent: og.Agent, buffer: ReplayBuffer, args: og.Args, repeats: int) -> None:
-    rng, a = np.random.default_rng(0), torch.randn(2048, 2048)
+    device = agent.rng.device
+    rng, a = np.random.default_rng(0), torch.randn(2048, 2048, device=device)
     rows: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     gemm, info = [], {}
     agent.trusted = True
-    for i in range(repeats + 1):
+    for i in range(repeats + 2):
         for skip in rows:
             changed = cli.override(args, {"skip_zero": skip})
-            seconds = cpu_seconds(lambda c=changed: info.update(og.update(agent, buffer, c, rng, Stopwatch())))
-            if i:  # the first round warms up
-                rows[skip].append((seconds, info["nonzero"].item()))
-        gemm.append(2 * 2048**3 / cpu_seconds(lambda: a @ a))
+            spent = seconds(lambda c=changed: info.update(og.update(agent, buffer, c, rng, Stopwatch())), device)
+            if i > 1:  # the first rounds warm up
+                rows[skip].append((spent, info["nonzero"].item()))
+        gemm.append(2 * 2048**3 / seconds(lambda: a @ a, device))
     peak = float(np.median(gemm))
     obs, act = buffer.obs.shape[1], buffer.actions.shape[1]
     print(f"{name}: GEMM {peak / 1e9:.1f} GFLOP/s")
     medians = {}
     for skip, values in rows.items():
-        seconds, share = np.median(np.array(values), 0)
-        medians[skip] = seconds
+        spent, share = np.median(np.array(values), 0)
+        medians[skip] = spent
         work = update_flops(args, obs, act, share if skip else 1.0, args.actor.bc_coef > 0)
         label = "zero-advantage chains left out" if skip else "all chains"
         print(
-            f"  {label:32s} {seconds:7.4f} s  {work / 1e9:7.1f} GFLOP"
-            f"  {work / seconds / 1e9:5.1f} GFLOP/s  {work / seconds / peak:4.0%} of GEMM  (nonzero share {share:.3f})"
+            f"  {label:32s} {spent:7.4f} s  {work / 1e9:7.1f} GFLOP"
+            f"  {work / spent / 1e9:5.1f} GFLOP/s  {work / spent / peak:4.0%} of GEMM  (nonzero share {share:.3f})"
         )
     print(f"  gain from leaving them out: {medians[False] / medians[True]:.2f}x")
 
@@ -98,8 +107,13 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="run folder with a checkpoint")
     parser.add_argument("--presets", nargs="+", default=["cpu", "paper"], choices=["cpu", "paper"])
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--compile", action="store_true")
     flags = parser.parse_args()
     torch.set_num_threads(1)
+    device = torch.device(flags.device)
+    if flags.compile:
+        compile_functions(vars(og), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
     if flags.run:
         saved = checkpoint.load(flags.run / "checkpoint.pt")
         args = cli.override(og.Args(), saved["args"])
@@ -107,13 +121,13 @@ def main() -> None:
             args.loop.replay_size, *(saved["buffer"][k].shape[1] for k in ("obs", "actions")), args.policy.chunk
         )
         buffer.load_state_dict(saved["buffer"])
-        agent = og.make_agent(args, buffer.obs.shape[1], buffer.actions.shape[1], torch.device("cpu"))
+        agent = og.make_agent(args, buffer.obs.shape[1], buffer.actions.shape[1], device)
         checkpoint.unpack(agent, saved["agent"])
         measure(str(flags.run), agent, buffer, args, 4 * flags.repeats)
     else:
         for preset in flags.presets:
             args = og.default_args("lift", preset, "ogpo+ca")
-            agent = og.make_agent(args, OBS, ACT, torch.device("cpu"), (torch.zeros(OBS), torch.ones(OBS)))
+            agent = og.make_agent(args, OBS, ACT, device, (torch.zeros(OBS), torch.ones(OBS)))
             measure(f"preset {preset}, Square's sizes", agent, random_buffer(args), args, flags.repeats)
             print(f"  peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 

@@ -58,11 +58,10 @@ def _cpu_name() -> str:
     return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
-def compile_functions(module: dict[str, Any], names: Sequence[str], device: torch.device) -> None:
-    """Replaces functions of a module (its globals()) by compiled ones.
+def compile_functions(module: dict[str, Any], names: Sequence[str]) -> None:
+    """Replaces functions of a module (its globals()) by compiled ones; on a CPU it needs a C++ compiler.
 
-    On a GPU as CUDA graphs, which save the launches of many small kernels; on a CPU it needs a C++ compiler.
+    Not as CUDA graphs: they reuse the memory of what they return, and an actor step adds up the gradients of several.
     """
-    mode = "reduce-overhead" if device.type == "cuda" else "default"
     for name in names:
-        module[name] = torch.compile(module[name], mode=mode)
+        module[name] = torch.compile(module[name])

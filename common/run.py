@@ -39,7 +39,7 @@ class RunArgs:
     run_dir: str = "runs"  # folder of all run folders
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
     threads: int = 1  # torch threads on a CPU; networks this small run best with one
-    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler; on a GPU: CUDA graphs)
+    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler)
     profile: bool = False  # print at every evaluation which share of time env, acting, chains, actor and critic took
     video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
     wandb_project: str = ""  # also log to this Weights & Biases project

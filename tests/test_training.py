@@ -353,7 +353,7 @@ def test_eager_and_compiled_agree(monkeypatch: pytest.MonkeyPatch) -> None:
         eager = everything()
         names = ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss")
         originals = {name: getattr(og, name) for name in names}
-        compile_functions(vars(og), names, torch.device("cpu"))
+        compile_functions(vars(og), names)
         try:
             assert all(getattr(og, name) is not originals[name] for name in names)
             compiled = everything()

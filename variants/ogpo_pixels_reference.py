@@ -895,7 +895,7 @@ def main(argv: list[str]) -> None:
             run.encode = lambda shown: encode(agent, shown)
             run.attach(agent)
             if args.run.compile:
-                compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"), run.device)
+                compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
             if training:
                 if not agent.bc_done:
                     pretrain(run, agent, args)
