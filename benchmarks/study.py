@@ -7,8 +7,10 @@ python benchmarks/study.py report                              # study/results.m
 """
 
 import argparse
+import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -272,6 +274,16 @@ def row(task: str, config: str) -> tuple[str, list[float], tuple[float, float, f
     return "| " + " | ".join(cells) + " |", rates, summary
 
 
+def machines() -> str:
+    """What the stored runs were trained on, with how many of them, by seed."""
+    found: dict[str, list[str]] = {}
+    for file in sorted(STORE.glob("*_s[0-9]/args.json")):
+        made = json.loads(file.read_text())
+        found.setdefault(made["gpu"] or f"{made['cpu']} without GPU", []).append(f"seed {made['args']['seed']}")
+    counts = {machine: Counter(seeds) for machine, seeds in found.items()}
+    return "; ".join(f"{m} ({', '.join(f'{n} of {s}' for s, n in sorted(c.items()))})" for m, c in counts.items())
+
+
 def report() -> None:
     STORE.mkdir(exist_ok=True)
     text = [
@@ -282,7 +294,8 @@ def report() -> None:
         "*Lowest*: the lowest of its evaluations during training (20 episodes each: chance alone puts the lowest of "
         "six below the mean). *Area*: mean of the acting policy's evaluations; *fall*: the largest of one from an "
         "earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in parentheses): "
-        "a bootstrap over seeds, each rate drawn from its posterior given its episodes (Jeffreys).",
+        "a bootstrap over seeds, each rate drawn from its posterior given its episodes (Jeffreys). "
+        f"Trained on: {machines()}.",
     ]
     for figure, panels in FIGURES.items():
         for task, configs in panels:
