@@ -152,11 +152,19 @@ def run_one(task: str, config: str, seed: int) -> int:
     return execute(c.script, f"study_{task}_{config}_s{seed}", flags)
 
 
-def run(figures: Sequence[str], seeds: Sequence[int], jobs: int) -> int:
-    panels = [panel for figure in figures for panel in FIGURES[figure]]
-    clones = [(task, "clone", seed) for seed in seeds for task in dict.fromkeys(task for task, _ in panels)]
+def run(
+    figures: Sequence[str], seeds: Sequence[int], jobs: int, tasks: Sequence[str] = (), only: Sequence[str] = ()
+) -> int:
+    """Exit code of all runs of some figures, or only of some tasks and configurations of them."""
+    panels = [
+        (task, [c for c in configs if not only or c in only])
+        for figure in figures
+        for task, configs in FIGURES[figure]
+        if not tasks or task in tasks
+    ]
     others = [(task, config, seed) for seed in seeds for task, configs in panels for config in configs]
     others.sort(key=lambda job: job[1] not in ALONE)  # they need not wait for a clone
+    clones = [(task, "clone", seed) for task, config, seed in others if config not in ALONE]
     needs = lambda job: None if job[1] in (*ALONE, "clone") else (job[0], "clone", job[2])  # noqa: E731
     return execute_all(run_one, list(dict.fromkeys(clones + others)), jobs, needs)
 
@@ -369,12 +377,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "store", "report"))
     parser.add_argument("--figure", nargs="+", choices=list(FIGURES), default=list(FIGURES))
+    parser.add_argument("--tasks", nargs="+", choices=list(STEPS), default=[], help="only these")
+    parser.add_argument("--configs", nargs="+", choices=list(CONFIGS), default=[], help="only these")
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.what == "run":
-        sys.exit(run(args.figure, args.seeds, args.jobs))
+        sys.exit(run(args.figure, args.seeds, args.jobs, args.tasks, args.configs))
     {"store": store, "report": report}[args.what]()
 
 

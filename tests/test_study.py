@@ -123,3 +123,6 @@ def test_runs_wait_for_their_cloned_policy(study: types.ModuleType, monkeypatch:
     assert study.run(["diffusion"], (2,), jobs=3) == 1
     assert ("can", "diffusion", 2) in ended
     assert ("can", "ogpo+ca", 2) not in ended
+    ended.clear()
+    assert study.run(["tasks", "diffusion"], (1,), 1, tasks=["lift"], only=["diffusion"]) == 0
+    assert ended == [("lift", "diffusion", 1)]
