@@ -201,11 +201,12 @@ def interval(values: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float
     return float(interquartile_mean(values)), float(low), float(high)
 
 
-def evaluations(rows: list[dict]) -> dict[str, np.ndarray]:
-    """Success rates of one run: `cloned` (1,), `ode` and `bon` (evaluations during training), `final` (ode, bon)."""
-    ode = series(rows, "eval/ode_success")[1]
+def evaluations(rows: list[dict], start_training: int) -> dict[str, np.ndarray]:
+    """Success rates of one run: `cloned` (1,), `ode` and `bon` (evaluations after updates began), `final` (ode, bon)."""
+    (steps, ode), (bon_steps, bon) = series(rows, "eval/ode_success"), series(rows, "eval/bon_success")
     final = [last(rows, f"final/{kind}_success") for kind in ("ode", "bon")]
-    return {"cloned": ode[:1], "ode": ode[1:], "bon": series(rows, "eval/bon_success")[1], "final": np.array(final)}
+    trained = {"ode": ode[steps > start_training], "bon": bon[bon_steps > start_training]}
+    return {"cloned": ode[:1], **trained, "final": np.array(final)}
 
 
 def measures(rates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -228,7 +229,7 @@ def numbers(task: str, config: str) -> dict[int, tuple[dict[str, np.ndarray], di
     for seed, rows in stored(task, config).items():
         args = arguments(STORE / f"{task}_{config}_s{seed}")
         rng = np.random.default_rng([seed, *f"{task}_{config}".encode()])  # no two runs share their draws
-        rates = evaluations(rows)
+        rates = evaluations(rows, args["start_training"])
         episodes = {k: args["eval_interval_episodes"] for k in ("ode", "bon")} | {"final": args["eval_episodes"]}
         episodes["cloned"] = args["eval_episodes"]
         again = {}
@@ -299,9 +300,9 @@ def report() -> None:
         "",
         "Made by `python benchmarks/study.py report`. All methods of a task and seed start from one cloned policy "
         "(diffusion: its own). *Cloned*: success of the noise-free policy before the first update, 100 episodes. "
-        "*Lowest*: the lowest of its evaluations during training (20 episodes each: chance alone puts the lowest of "
-        "six below the mean). *Area*: mean of the acting policy's evaluations; *fall*: the largest of one from an "
-        "earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in parentheses): "
+        "*Lowest*: the lowest of its evaluations after updates began (20 episodes each: chance alone puts the lowest of "
+        "five below the mean). *Area*: mean of the acting policy's evaluations there; *fall*: the largest of one from "
+        "an earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in parentheses): "
         "a bootstrap over seeds, each rate drawn from its posterior given its episodes (Jeffreys). "
         f"Trained on: {machines()}.",
     ]

@@ -23,12 +23,14 @@ def study(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def write(folder: Path, ode: list[float], bon: list[float], final: float) -> None:
-    rows = [{"step": 0, "eval/ode_success": 0.4}]
-    rows += [{"step": i + 1, "eval/ode_success": ode[i], "eval/bon_success": bon[i]} for i in range(len(ode))]
-    rows += [{"step": len(ode), "final/ode_success": final - 0.1, "final/bon_success": final}]
+    rows = [{"step": 0, "eval/ode_success": 0.4}, {"step": 1, "eval/ode_success": 0.0, "eval/bon_success": 1.0}]
+    rows += [{"step": i + 2, "eval/ode_success": ode[i], "eval/bon_success": bon[i]} for i in range(len(ode))]
+    rows += [{"step": len(ode) + 1, "final/ode_success": final - 0.1, "final/bon_success": final}]
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, rows)).encode()))
-    arguments = {"args": {"eval_episodes": 100, "eval_interval_episodes": 20}}
+    arguments = {
+        "args": {"eval_episodes": 100, "eval_interval_episodes": 20, "start_training": 1}
+    }  # step 1 is the cloned policy
     (folder / "args.json").write_text(json.dumps(arguments))
 
 
