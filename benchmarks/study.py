@@ -202,7 +202,7 @@ def interval(values: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float
 
 
 def evaluations(rows: list[dict], start_training: int) -> dict[str, np.ndarray]:
-    """Success rates of one run: `cloned` (1,), `ode` and `bon` (evaluations after updates began), `final` (ode, bon)."""
+    """Success rates of a run: `cloned` (1,), `ode` and `bon` (evaluations after updates began), `final` (ode, bon)."""
     (steps, ode), (bon_steps, bon) = series(rows, "eval/ode_success"), series(rows, "eval/bon_success")
     final = [last(rows, f"final/{kind}_success") for kind in ("ode", "bon")]
     trained = {"ode": ode[steps > start_training], "bon": bon[bon_steps > start_training]}
@@ -300,8 +300,8 @@ def report() -> None:
         "",
         "Made by `python benchmarks/study.py report`. All methods of a task and seed start from one cloned policy "
         "(diffusion: its own). *Cloned*: success of the noise-free policy before the first update, 100 episodes. "
-        "*Lowest*: the lowest of its evaluations after updates began (20 episodes each: chance alone puts the lowest of "
-        "five below the mean). *Area*: mean of the acting policy's evaluations there; *fall*: the largest of one from "
+        "*Lowest*: the lowest of its evaluations after updates began (20 episodes each: chance alone puts the lowest "
+        "of five below the mean). *Area*: mean of the acting policy's evaluations there; *fall*: the largest of one from "
         "an earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in parentheses): "
         "a bootstrap over seeds, each rate drawn from its posterior given its episodes (Jeffreys). "
         f"Trained on: {machines()}.",

@@ -23,6 +23,7 @@ def study(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def write(folder: Path, ode: list[float], bon: list[float], final: float) -> None:
+    # At step 1 it is still the cloned policy.
     rows = [{"step": 0, "eval/ode_success": 0.4}, {"step": 1, "eval/ode_success": 0.0, "eval/bon_success": 1.0}]
     rows += [{"step": i + 2, "eval/ode_success": ode[i], "eval/bon_success": bon[i]} for i in range(len(ode))]
     rows += [{"step": len(ode) + 1, "final/ode_success": final - 0.1, "final/bon_success": final}]
