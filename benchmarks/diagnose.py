@@ -25,7 +25,7 @@ import numpy as np
 import torch
 
 from runs import ROOT, RUNS, execute, keep
-from study import ALONE, CONFIGS, SEEDS, STORE
+from study import ALONE, CONFIGS, SEEDS, STORE, cloned
 
 sys.path.insert(0, str(ROOT))
 from common import checkpoint, cli
@@ -109,9 +109,10 @@ def run(env: str, config: str, seed: int) -> int:
     folder, points = RUNS / name, []
     c = CONFIGS[config]
     shutil.rmtree(folder, ignore_errors=True)  # its early checkpoints are gone: always from the start
+    start = str(cloned(env, seed).relative_to(ROOT))
     for steps in STEPS[env]:
         flags = ["--env", env, "--preset", "cpu", "--seed", str(seed), "--no-video", *c.flags, "--eval-episodes", "20"]
-        flags += ["--cloned", f"runs/study_{env}_clone_s{seed}", "--eval-every", "2000", "--total-steps", str(steps)]
+        flags += ["--cloned", start, "--eval-every", "2000", "--total-steps", str(steps)]
         (folder / "wall_seconds").unlink(missing_ok=True)
         if code := execute(c.script, name, flags, resume=["--total-steps", str(steps)]):
             return code

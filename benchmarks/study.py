@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 
@@ -140,15 +141,23 @@ CLAIMS = (
 )
 
 
+def cloned(task: str, seed: int) -> Path:
+    """Folder of the cloned policy of a task and seed: the stored one, so that later runs start from it too."""
+    kept = STORE / f"{task}_clone_s{seed}"
+    return kept if (kept / "cloned.pt").exists() else RUNS / f"study_{task}_clone_s{seed}"
+
+
 def run_one(task: str, config: str, seed: int) -> int:
     """Exit code of one run; `clone` makes the policy from which the others of the task and seed start."""
     flags = ["--env", task, "--preset", "cpu", "--seed", str(seed), "--no-video"]
     if config == "clone":
+        if cloned(task, seed).parent == STORE:
+            return 0
         return execute("ogpo_state.py", f"study_{task}_clone_s{seed}", [*flags, "--total-steps", "0"])
     c = CONFIGS[config]
     flags += ["--total-steps", str(STEPS[task]), "--eval-every", str(EVERY[task]), *c.flags]
     if config not in ALONE:
-        flags += ["--cloned", f"runs/study_{task}_clone_s{seed}"]
+        flags += ["--cloned", str(cloned(task, seed).relative_to(ROOT))]
     return execute(c.script, f"study_{task}_{config}_s{seed}", flags)
 
 
@@ -173,7 +182,8 @@ def store() -> None:
     for task in STEPS:
         for config in ("clone", *CONFIGS):
             for seed in SEEDS:
-                keep(RUNS / f"study_{task}_{config}_s{seed}", STORE / f"{task}_{config}_s{seed}")
+                source = RUNS / f"study_{task}_{config}_s{seed}"
+                keep(source, STORE / f"{task}_{config}_s{seed}", [source / "cloned.pt"] if config == "clone" else [])
 
 
 @cache
@@ -301,9 +311,9 @@ def report() -> None:
         "Made by `python benchmarks/study.py report`. All methods of a task and seed start from one cloned policy "
         "(diffusion: its own). *Cloned*: success of the noise-free policy before the first update, 100 episodes. "
         "*Lowest*: the lowest of its evaluations after updates began (20 episodes each: chance alone puts the lowest "
-        "of five below the mean). *Area*: mean of the acting policy's evaluations there; *fall*: the largest of one from "
-        "an earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in parentheses): "
-        "a bootstrap over seeds, each rate drawn from its posterior given its episodes (Jeffreys). "
+        "of five below the mean). *Area*: mean of the acting policy's evaluations there; *fall*: the largest of one "
+        "from an earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in "
+        "parentheses): a bootstrap over seeds, each rate drawn from its posterior given its episodes (Jeffreys). "
         f"Trained on: {machines()}.",
     ]
     for figure, panels in FIGURES.items():
