@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import os
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -102,6 +103,12 @@ def run(main: Callable[[], None]) -> None:
     """Call main; a UserError becomes one line on stderr and exit code 2, an abort by Ctrl-C exit code 130."""
     try:
         main()
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            # Gloo's threads outlive destroy_process_group where DistributedDataParallel was used (torch 2.13), and now
+            # and then abort the process when the interpreter is taken down under them. All is saved and closed here.
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(0)
     except KeyboardInterrupt:
         sys.exit(130)
     except UserError as e:
