@@ -282,7 +282,8 @@ def row(task: str, config: str) -> tuple[str, list[float], tuple[float, float, f
     runs = numbers(task, config)
     if not runs:
         return None
-    cells = [CONFIGS[config].title]
+    moves = [series(rows, "ogpo/actor_grad")[0][:1].tolist() for rows in stored(task, config).values()]
+    cells = [CONFIGS[config].title, " ".join(str(step) for steps in moves for step in steps)]
     for key in ("cloned", "lowest", "area", "fall"):
         cells.append(" ".join(f"{found[key]:.2f}" for found, _ in runs.values()))
     for key in ("ode", "final"):
@@ -309,7 +310,8 @@ def report() -> None:
         "# What holds OGPO up: stored results",
         "",
         "Made by `python benchmarks/study.py report`. All methods of a task and seed start from one cloned policy "
-        "(diffusion: its own). *Cloned*: success of the noise-free policy before the first update, 100 episodes. "
+        "(diffusion: its own). *Moves*: first logged step (every 500) with an actor gradient; most wait for ten "
+        "successes. *Cloned*: success of the noise-free policy before the first update, 100 episodes. "
         "*Lowest*: the lowest of its evaluations after updates began (20 episodes each: chance alone puts the lowest "
         "of five below the mean). *Area*: mean of the acting policy's evaluations there; *fall*: the largest of one "
         "from an earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in "
@@ -323,8 +325,8 @@ def report() -> None:
                 continue
             text += ["", f"## {figure}: {task}, {STEPS[task]:,} steps", ""]
             text += [
-                "| method | cloned | lowest | area | fall | final, noise-free | final, acting |",
-                "|---|---|---|---|---|---|---|",
+                "| method | moves | cloned | lowest | area | fall | final, noise-free | final, acting |",
+                "|---|---|---|---|---|---|---|---|",
             ]
             text += [line for line, *_ in lines]
         plot(figure)
