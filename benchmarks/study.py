@@ -10,7 +10,7 @@ import argparse
 import json
 import os
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -296,12 +296,14 @@ def row(task: str, config: str) -> tuple[str, list[float], tuple[float, float, f
 
 def machines() -> str:
     """What the stored runs were trained on, with how many of them, by seed."""
-    found: dict[str, list[str]] = {}
-    for file in sorted(STORE.glob("*_s[0-9]/args.json")):
-        made = json.loads(file.read_text())
-        found.setdefault(made["gpu"] or f"{made['cpu']} without GPU", []).append(f"seed {made['args']['seed']}")
-    counts = {machine: Counter(seeds) for machine, seeds in found.items()}
-    return "; ".join(f"{m} ({', '.join(f'{n} of {s}' for s, n in sorted(c.items()))})" for m, c in counts.items())
+    runs = [json.loads(file.read_text()) for file in sorted(STORE.glob("*_s[0-9]/args.json"))]
+    counts: dict[str, Counter[int]] = defaultdict(Counter)
+    for run in runs:
+        counts[run["gpu"] or f"{run['cpu']} without GPU"][run["args"]["seed"]] += 1
+    return "; ".join(
+        f"{machine} ({', '.join(f'{n} of seed {seed}' for seed, n in sorted(seeds.items()))})"
+        for machine, seeds in counts.items()
+    )
 
 
 def report() -> None:
