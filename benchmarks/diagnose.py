@@ -1,6 +1,7 @@
 """Inside a run of the study: are the critics right, and where does the policy still vary?
 
 python benchmarks/diagnose.py run --env lift --configs ogpo+ca bptt  # after `study.py run` has made the cloned policy
+python benchmarks/diagnose.py dip --env lift --configs start+ start+ca ogpo+ ogpo+ca --seeds 1 2 3
 python benchmarks/diagnose.py report          # study/diagnostics.md and study/diagnostics.png from the stored JSON
 
 A run is stopped at several step counts, and its checkpoint is asked at each (20 episodes of the acting policy):
@@ -9,6 +10,9 @@ Q against return     Q of every decision (mean over the target heads) beside the
                      episode cut by the time limit goes on with the value of never succeeding, a bound from below
 variance of actions  64 chains at each of 200 visited states: variance along the gradient of Q with respect to the
                      action, and per direction across it; consensus is the mean cosine between the heads' gradients
+
+`dip` stops a run 500 updates after its actor first moved, and asks the actor before that and on the way: success of the
+noise-free policy over 50 episodes, always the same. `study.py report` judges the lowest (measure *early*).
 """
 
 import argparse
@@ -25,22 +29,38 @@ import numpy as np
 import torch
 
 from runs import ROOT, RUNS, execute, keep
-from study import ALONE, CONFIGS, SEEDS, STORE, cloned
+from study import ALONE, CONFIGS, DIP_EPISODES, SEEDS, STORE, cloned, dip_file
 
 sys.path.insert(0, str(ROOT))
 from common import checkpoint, cli
 from common.collect import Collector
 from common.envs import make_env, make_vec_env
+from common.evaluate import evaluate
 from common.replay import ReplayBuffer
 from variants.ogpo_critic import returns_to_go
 
 STEPS = {"lift": (0, 3_000, 4_000, 6_000, 8_000, 12_000), "can": (0, 4_000, 8_000, 12_000, 20_000)}
 EPISODES, STATES, CHAINS, SEED = 20, 200, 64, 99  # SEED: no run of the study has its episodes
+AFTER, DIP_SEED = (1, 4, 16, 64, 250, 500), 300_000  # updates of the actor; not an episode of any run
+
+
+class Enough(Exception):
+    """A run has told all that is asked of it."""
+
+
+def module(config: str) -> ModuleType:
+    return importlib.import_module(CONFIGS[config].script.removesuffix(".py").replace("/", "."))
+
+
+def run_flags(env: str, config: str, seed: int) -> list[str]:
+    start = str(cloned(env, seed).relative_to(ROOT))
+    flags = ["--env", env, "--preset", "cpu", "--seed", str(seed), "--no-video", *CONFIGS[config].flags]
+    return [*flags, "--eval-episodes", "20", "--cloned", start]
 
 
 def load(config: str, folder: Path) -> tuple[ModuleType, Any, Any]:
     """The script's module, the agent and the arguments of a run."""
-    script = importlib.import_module(CONFIGS[config].script.removesuffix(".py").replace("/", "."))
+    script = module(config)
     saved = checkpoint.load(folder / "checkpoint.pt")
     args = cli.override(script.Args(), saved["args"])
     env = make_env(args.run.env, horizon=args.task.horizon)
@@ -109,10 +129,8 @@ def run(env: str, config: str, seed: int) -> int:
     folder, points = RUNS / name, []
     c = CONFIGS[config]
     shutil.rmtree(folder, ignore_errors=True)  # its early checkpoints are gone: always from the start
-    start = str(cloned(env, seed).relative_to(ROOT))
     for steps in STEPS[env]:
-        flags = ["--env", env, "--preset", "cpu", "--seed", str(seed), "--no-video", *c.flags, "--eval-episodes", "20"]
-        flags += ["--cloned", start, "--eval-every", "2000", "--total-steps", str(steps)]
+        flags = [*run_flags(env, config, seed), "--eval-every", "2000", "--total-steps", str(steps)]
         (folder / "wall_seconds").unlink(missing_ok=True)
         if code := execute(c.script, name, flags, resume=["--total-steps", str(steps)]):
             return code
@@ -124,6 +142,49 @@ def run(env: str, config: str, seed: int) -> int:
     target = STORE / name
     keep(folder, target)
     (target / "diagnostics.json").write_text(json.dumps(points, separators=(",", ":")))
+    return 0
+
+
+def success(script: ModuleType, agent: Any, args: Any) -> float:
+    """Of the noise-free policy, with noise of its own: the same weights give the same number."""
+    envs, rng = make_vec_env(args.run.env, 1, horizon=args.task.horizon, chunk=args.policy.chunk), torch.Generator()
+    rng.manual_seed(0)
+    rate = evaluate(envs, lambda obs: script.act_ode(agent, obs, args, rng), DIP_EPISODES, DIP_SEED).rate
+    envs.close()
+    return rate
+
+
+def dip(env: str, config: str, seed: int) -> int:
+    """Trains until the last of AFTER and stores {updates of the actor: success}, 0 being the policy as cloned."""
+    script, found, moves = module(config), {}, 0
+    update = script.update
+
+    def watched(agent: Any, buffer: ReplayBuffer, args: Any, *more: Any) -> dict[str, torch.Tensor]:
+        nonlocal moves
+        if not found:
+            found[0] = success(script, agent, args)
+        info = update(agent, buffer, args, *more)
+        moves += "actor_grad" in info
+        if moves in AFTER and moves not in found:
+            found[moves] = success(script, agent, args)
+            print(f"dip_{env}_{config}_s{seed}: {found}", flush=True)
+        if moves == AFTER[-1]:
+            raise Enough
+        return info
+
+    name, script.update = f"dip_{env}_{config}_s{seed}", watched
+    shutil.rmtree(RUNS / name, ignore_errors=True)
+    try:
+        script.main([*run_flags(env, config, seed), "--run-name", name, "--eval-every", "1000000"])
+    except Enough:
+        pass
+    finally:
+        script.update = update
+    if AFTER[-1] not in found:
+        return 1
+    file = dip_file(env, config, seed)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(found) + "\n")
     return 0
 
 
@@ -169,12 +230,46 @@ def report() -> None:
         bottom.set(xlabel="environment steps", ylabel="variance of the action", yscale="log")
         bottom.legend(fontsize=7)
     figure.savefig(STORE / "diagnostics.png", dpi=110)
+    text += report_dip(plt)
     (STORE / "diagnostics.md").write_text("\n".join(text) + "\n")
+
+
+def report_dip(plt: ModuleType) -> list[str]:
+    """Table of the actor's first updates, and study/dip.png."""
+    stored = {
+        (env, config): [json.loads(f.read_text()) for seed in SEEDS if (f := dip_file(env, config, seed)).exists()]
+        for env in STEPS
+        for config in CONFIGS
+    }
+    stored = {key: runs for key, runs in stored.items() if runs}
+    if not stored:
+        return []
+    text = [
+        "",
+        f"Success of the noise-free policy over {DIP_EPISODES} episodes after so many updates of the actor, by seed "
+        "(0: the cloned policy):",
+        "",
+        "| first updates | " + " | ".join(map(str, (0, *AFTER))) + " |",
+        "|---|" + "---|" * (1 + len(AFTER)),
+    ]
+    figure, axes = plt.subplots(1, len(stored), figsize=(3.4 * len(stored), 3), layout="constrained", squeeze=False)
+    for axis, ((env, config), runs) in zip(axes[0], stored.items(), strict=True):
+        cells = [" ".join(f"{run[str(n)]:.2f}" for run in runs) for n in (0, *AFTER)]
+        text.append(f"| {env}: {CONFIGS[config].title} | " + " | ".join(cells) + " |")
+        for run in runs:
+            axis.plot(range(1 + len(AFTER)), list(run.values()), "o-", markersize=3)
+        axis.set(title=f"{env}: {CONFIGS[config].title}", ylim=(-0.03, 1.03), xlabel="updates of the actor")
+        axis.set_xticks(range(1 + len(AFTER)), ["cloned", *AFTER])
+        axis.grid(alpha=0.3)
+    axes[0][0].set(ylabel="success, noise-free")
+    figure.savefig(STORE / "dip.png", dpi=110)
+    plt.close(figure)
+    return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "report"))
+    parser.add_argument("what", choices=("run", "dip", "report"))
     parser.add_argument("--env", choices=list(STEPS), default="lift")
     parser.add_argument("--configs", nargs="+", choices=[c for c in CONFIGS if c not in ALONE], default=["ogpo+ca"])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS[:1]))
@@ -183,7 +278,7 @@ def main() -> None:
     if args.what == "report":
         report()
         return
-    failed = [(c, s) for s in args.seeds for c in args.configs if run(args.env, c, s)]
+    failed = [(c, s) for s in args.seeds for c in args.configs if {"run": run, "dip": dip}[args.what](args.env, c, s)]
     print(f"failed: {failed or '-'}")
     sys.exit(bool(failed))
 

@@ -8,6 +8,7 @@ python benchmarks/study.py report                              # study/results.m
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections import Counter, defaultdict
@@ -23,6 +24,7 @@ from runs import ROOT, RUNS, arguments, execute, execute_all, keep, kept, last, 
 STORE = ROOT / "benchmarks" / "study"
 SEEDS = (1, 2, 3)
 DRAWS = 10_000  # of the bootstrap
+DIP_EPISODES = 50
 STEPS = {"lift": 12_000, "can": 20_000, "peg-insert-side": 12_000}
 EVERY = {"lift": 2_000, "can": 4_000, "peg-insert-side": 2_000}  # steps between evaluations
 RELEASED_START = [
@@ -66,6 +68,10 @@ CONFIGS = {
         "OGPO+CA, WSRL warm-up",
         ("--start-training", "4000", "--critic-warmup", "1000", "--critic-successes", "0", "--choose-successes", "0"),
     ),
+    "lr_warmup": Config(
+        "OGPO+CA, learning-rate warm-up",
+        ("--actor-lr-min", "0", "--actor-lr-warmup", "100", "--actor-lr-period", "1000000"),
+    ),
     "calql": Config(
         "OGPO+CA, Cal-QL start",
         ("--calql-steps", "2000", "--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0"),
@@ -97,7 +103,7 @@ FIGURES: dict[str, list[tuple[str, tuple[str, ...]]]] = {  # figure -> task and 
             ),
         )
     ],
-    "start": [("lift", ("ogpo+", "ogpo+ca", "start+", "start+ca", "wsrl", "calql", "mc"))],
+    "start": [("lift", ("ogpo+", "ogpo+ca", "start+", "start+ca", "lr_warmup", "wsrl", "calql", "mc"))],
     "reference": [("lift", ("ogpo+", "ogpo+ca", "chi2", "kl", "forward_kl"))],
     "extraction": [("lift", ("ogpo+", "ogpo+ca", "bptt", "awr_fm", "aw_ogpo", "aw_ogpo_nn", "ofpo", "ofpo++"))],
     "tasks": [("can", CORE), ("peg-insert-side", CORE)],
@@ -107,21 +113,23 @@ FIGURES: dict[str, list[tuple[str, tuple[str, ...]]]] = {  # figure -> task and 
 
 @dataclass(frozen=True)
 class Claim:
-    """`first` has more (sign 1), less (-1) or as much (0) of a measure than `second`, or than its own cloned policy."""
+    """`first` has more (sign 1), less (-1) or as much (0) of a measure than `second` has of it, or of `other`."""
 
     text: str
     first: str
-    second: str | None
+    second: str
     measure: str
     sign: int
+    other: str = ""
 
 
 SAME = 0.1  # two success rates agree if the whole interval of their difference is within this
 CLAIMS = (
-    Claim("the gate lessens the dip, released start", "start+ca", "start+", "lowest", 1),
-    Claim("the gate lessens the dip, our start", "ogpo+ca", "ogpo+", "lowest", 1),
-    Claim("our start lessens the dip, without the gate", "ogpo+", "start+", "lowest", 1),
-    Claim("our start lessens the dip, with the gate", "ogpo+ca", "start+ca", "lowest", 1),
+    Claim("a dip without the gate, released start", "start+", "start+", "early", -1, "before"),
+    Claim("the gate lessens the dip, released start", "start+ca", "start+", "early", 1),
+    Claim("the gate lessens the dip, our start", "ogpo+ca", "ogpo+", "early", 1),
+    Claim("our start lessens the dip, without the gate", "ogpo+", "start+", "early", 1),
+    Claim("our start lessens the dip, with the gate", "ogpo+ca", "start+ca", "early", 1),
     Claim("the success buffer decides, in OGPO+CA", "ogpo+ca", "no_sb", "final", 1),
     Claim("the success buffer decides, in OGPO", "ogpo_sb", "ogpo", "final", 1),
     Claim("best-of-N decides, in OGPO+CA", "ogpo+ca", "no_bon", "final", 1),
@@ -129,7 +137,7 @@ CLAIMS = (
     Claim("best-of-N alone swings more than with the success buffer", "ogpo_bon", "ogpo+", "fall", 1),
     Claim("division by the group's std hurts OGPO", "grpo", "ogpo", "final", -1),
     Claim("division by the group's std hurts OGPO+", "grpo+", "ogpo+", "final", -1),
-    Claim("BPTT falls below its cloned policy", "bptt", None, "final", -1),
+    Claim("BPTT falls below its cloned policy", "bptt", "bptt", "final", -1, "cloned"),
     Claim("BPTT ends below OGPO+CA", "bptt", "ogpo+ca", "final", -1),
     Claim("chains without advantage hurt nothing (OGPO+ without negatives)", "positive", "ogpo+", "final", 0),
     Claim("AW-OGPO ends below OGPO+", "aw_ogpo", "ogpo+", "final", -1),
@@ -213,18 +221,31 @@ def interval(values: np.ndarray, drawn: np.ndarray) -> tuple[float, float, float
     return float(interquartile_mean(values)), float(low), float(high)
 
 
+def first_move(rows: list[dict]) -> float:
+    """First logged step with an actor gradient, infinite if the actor never moved."""
+    return min(series(rows, "ogpo/actor_grad")[0], default=math.inf)
+
+
 def evaluations(rows: list[dict], start_training: int) -> dict[str, np.ndarray]:
-    """Success rates of a run: `cloned` (1,), `ode` and `bon` (evaluations after updates began), `final` (ode, bon)."""
+    """Success rates of a run: `cloned` (1,), `ode`, `bon`, `final` (noise-free, acting).
+
+    `ode`: noise-free, since the actor has moved (if it never did, `final` alone). `bon`: acting, after updates began.
+    """
     (steps, ode), (bon_steps, bon) = series(rows, "eval/ode_success"), series(rows, "eval/bon_success")
-    final = [last(rows, f"final/{kind}_success") for kind in ("ode", "bon")]
-    trained = {"ode": ode[steps > start_training], "bon": bon[bon_steps > start_training]}
-    return {"cloned": ode[:1], **trained, "final": np.array(final)}
+    moved = steps >= first_move(rows)
+    final = np.array([last(rows, f"final/{kind}_success") for kind in ("ode", "bon")])
+    return {
+        "cloned": ode[:1],
+        "ode": ode[moved] if moved.any() else final[:1],
+        "bon": bon[bon_steps > start_training],
+        "final": final,
+    }
 
 
 def measures(rates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Numbers of a run from its `evaluations`, along the last axis (in front of it: draws of a bootstrap)."""
     bon = rates["bon"]
-    return {
+    found = {
         "cloned": rates["cloned"][..., 0],
         "lowest": rates["ode"].min(-1),
         "area": bon.mean(-1),
@@ -232,6 +253,14 @@ def measures(rates: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         "ode": rates["final"][..., 0],
         "final": rates["final"][..., 1],
     }
+    if "dip" in rates:
+        found |= {"before": rates["dip"][..., 0], "early": rates["dip"][..., 1:].min(-1)}
+    return found
+
+
+def dip_file(task: str, config: str, seed: int) -> Path:
+    """Where `diagnose.py dip` stores {updates of the actor: success rate}, at first of the cloned policy."""
+    return STORE / "dip" / f"{task}_{config}_s{seed}.json"
 
 
 @cache
@@ -244,6 +273,8 @@ def numbers(task: str, config: str) -> dict[int, tuple[dict[str, np.ndarray], di
         rates = evaluations(rows, args["start_training"])
         episodes = {k: args["eval_interval_episodes"] for k in ("ode", "bon")} | {"final": args["eval_episodes"]}
         episodes["cloned"] = args["eval_episodes"]
+        if (file := dip_file(task, config, seed)).exists():
+            rates["dip"], episodes["dip"] = np.array([*json.loads(file.read_text()).values()]), DIP_EPISODES
         again = {}
         for k, n in episodes.items():  # Jeffreys posterior: 100 of 100 does not mean certainty
             size = (DRAWS, len(rates[k]))
@@ -255,11 +286,11 @@ def numbers(task: str, config: str) -> dict[int, tuple[dict[str, np.ndarray], di
 def judge(claim: Claim, task: str) -> str | None:
     """A line of the table of claims: interquartile mean of first - second over the seeds of both, and its interval."""
     first = numbers(task, claim.first)
-    second = numbers(task, claim.second or claim.first)
-    seeds = sorted(first.keys() & second.keys())
+    second = numbers(task, claim.second)
+    other = claim.other or claim.measure
+    seeds = [s for s in sorted(first.keys() & second.keys()) if claim.measure in first[s][0] and other in second[s][0]]
     if not seeds:
         return None
-    other = claim.measure if claim.second else "cloned"
     values = np.array([first[s][0][claim.measure] - second[s][0][other] for s in seeds])
     drawn = np.stack([first[s][1][claim.measure] - second[s][1][other] for s in seeds], -1)  # (DRAWS, seeds)
     middle, low, high = interval(values, drawn)
@@ -270,7 +301,7 @@ def judge(claim: Claim, task: str) -> str | None:
     verdict = "holds" if holds else "does not hold" if fails else "undecided"
     if len(seeds) < len(SEEDS):
         verdict = "seeds missing"
-    names = [CONFIGS[claim.first].title, CONFIGS[claim.second].title if claim.second else "its cloned policy"]
+    names = [CONFIGS[claim.first].title, CONFIGS[claim.second].title + (f" ({claim.other})" if claim.other else "")]
     values_text = " ".join(f"{v:+.2f}" for v in values)
     return (
         f"| {claim.text} | {task} | {' / '.join(names)} | {claim.measure} "
@@ -284,8 +315,8 @@ def row(task: str, config: str) -> tuple[str, list[float], tuple[float, float, f
     runs = numbers(task, config)
     if not runs:
         return None
-    moves = [series(rows, "ogpo/actor_grad")[0][:1].tolist() for rows in stored(task, config).values()]
-    cells = [CONFIGS[config].title, " ".join(str(step) for steps in moves for step in steps)]
+    moves = [f"{first_move(rows):.0f}" for rows in stored(task, config).values()]
+    cells = [CONFIGS[config].title, " ".join(moves)]
     for key in ("cloned", "lowest", "area", "fall"):
         cells.append(" ".join(f"{found[key]:.2f}" for found, _ in runs.values()))
     for key in ("ode", "final"):
@@ -316,10 +347,11 @@ def report() -> None:
         "Made by `python benchmarks/study.py report`. All methods of a task and seed start from one cloned policy "
         "(diffusion: its own). *Moves*: first logged step (every 500) with an actor gradient; most wait for ten "
         "successes. *Cloned*: success of the noise-free policy before the first update, 100 episodes. "
-        "*Lowest*: the lowest of its evaluations after updates began (20 episodes each: chance alone puts the lowest "
-        "of five below the mean). *Area*: mean of the acting policy's evaluations there; *fall*: the largest of one "
-        "from an earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval (seeds in "
-        "parentheses): a bootstrap over seeds, each rate drawn from its posterior given its episodes (Jeffreys). "
+        "*Lowest*: the lowest of its evaluations since the actor moved (20 episodes each: chance alone puts the lowest "
+        "of several below their mean). *Area*: mean of the acting policy's evaluations once updates began; *fall*: the "
+        "largest of one from an earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval "
+        "(seeds in parentheses): a bootstrap over seeds, each rate drawn from its posterior given its episodes "
+        "(Jeffreys). "
         f"Trained on: {machines()}.",
     ]
     for figure, panels in FIGURES.items():
@@ -339,8 +371,10 @@ def report() -> None:
         text += ["", "## Claims", ""]
         text += [
             "First minus second of the measure, by seed (same cloned policy), its interquartile mean and interval; "
-            "*final*, *fall*, *area* of the acting policy, *lowest* of the noise-free one. A claim holds if the whole "
-            f"interval is on its side, does not if it is on the other; rates agree if it is within {SAME} of zero.",
+            "*final*, *fall*, *area* of the acting policy; *early*: the noise-free policy's lowest of "
+            f"{DIP_EPISODES} episodes after 1 to 500 updates of the actor, *before*: ahead of them. A claim holds if "
+            "the whole interval is on its side, does not if it is on the other; rates agree if it is within "
+            f"{SAME} of zero.",
             "",
             "| claim | task | first / second | measure | difference | verdict |",
             "|---|---|---|---|---|---|",

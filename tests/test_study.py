@@ -23,8 +23,9 @@ def study(monkeypatch: pytest.MonkeyPatch) -> types.ModuleType:
 
 
 def write(folder: Path, ode: list[float], bon: list[float], final: float) -> None:
-    # At step 1 it is still the cloned policy.
+    # At step 1 it is still the cloned policy; from step 2 on the actor moves.
     rows = [{"step": 0, "eval/ode_success": 0.4}, {"step": 1, "eval/ode_success": 0.0, "eval/bon_success": 1.0}]
+    rows += [{"step": 2, "ogpo/actor_grad": 1.0}]
     rows += [{"step": i + 2, "eval/ode_success": ode[i], "eval/bon_success": bon[i]} for i in range(len(ode))]
     rows += [{"step": len(ode) + 1, "final/ode_success": final - 0.1, "final/bon_success": final}]
     folder.mkdir(parents=True)
@@ -52,6 +53,44 @@ def test_measures_by_hand(study: types.ModuleType, monkeypatch: pytest.MonkeyPat
     # Beta(90.5, 10.5): mean 0.896, deviation 0.030
     assert drawn["final"].mean() == pytest.approx(0.896, abs=0.002)
     assert drawn["final"].std() == pytest.approx(0.030, abs=0.002)
+    study.dip_file("lift", "ogpo", 2).parent.mkdir()
+    study.dip_file("lift", "ogpo", 2).write_text('{"0": 0.4, "1": 0.0, "4": 0.5}')
+    study.numbers.cache_clear()
+    found, drawn = study.numbers("lift", "ogpo")[2]
+    assert {k: float(v) for k, v in found.items()} == pytest.approx(expected | {"before": 0.4, "early": 0.0})
+    # Beta(0.5, 50.5): mean 0.0098
+    assert drawn["early"].mean() == pytest.approx(0.0098, abs=0.002)
+
+
+def test_an_actor_that_never_moved_has_its_final_rate_as_lowest(study: types.ModuleType) -> None:
+    rows = [{"step": 0, "eval/ode_success": 0.4}, {"step": 5, "eval/ode_success": 0.1, "eval/bon_success": 0.3}]
+    rows += [{"step": 5, "final/ode_success": 0.5, "final/bon_success": 0.6}]
+    assert study.measures(study.evaluations(rows, 1))["lowest"] == 0.5
+
+
+def test_the_dip_is_asked_before_and_after_updates_of_the_actor(
+    study: types.ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    diagnose = importlib.import_module("diagnose")
+    updates: list[int] = []
+
+    def update(*_: object) -> dict[str, float]:  # the actor waits for two updates
+        updates.append(1)
+        return {"actor_grad": 1.0} if len(updates) > 2 else {}
+
+    script = types.SimpleNamespace(update=update)
+    script.main = lambda argv: [script.update(None, None, None) for _ in range(1_000)]
+    monkeypatch.setattr(diagnose, "module", lambda config: script)
+    monkeypatch.setattr(diagnose, "success", lambda *_: len(updates) / 1_000)
+    monkeypatch.setattr(diagnose, "RUNS", tmp_path)
+    monkeypatch.setattr(study, "STORE", tmp_path)
+    assert diagnose.dip("lift", "ogpo+", 1) == 0
+    expected = {"0": 0.0} | {str(n): (n + 2) / 1_000 for n in diagnose.AFTER}
+    assert json.loads(study.dip_file("lift", "ogpo+", 1).read_text()) == expected
+    assert len(updates) == 502 and script.update is update
+    script.main = lambda argv: [script.update(None, None, None) for _ in range(100)]
+    assert diagnose.dip("lift", "ogpo+", 2) == 1  # its actor had too few updates
+    assert not study.dip_file("lift", "ogpo+", 2).exists()
 
 
 @pytest.mark.parametrize(
@@ -89,7 +128,7 @@ def test_a_seed_alone_is_in_no_claim(study: types.ModuleType, monkeypatch: pytes
     write(tmp_path / "can_bptt_s1", [0.5], [0.5], 0.1)
     write(tmp_path / "can_ogpo+ca_s2", [0.5], [0.5], 0.9)
     assert study.judge(study.Claim("a claim", "bptt", "ogpo+ca", "final", -1), "can") is None
-    assert "-0.30 [" in study.judge(study.Claim("a claim", "bptt", None, "final", -1), "can")
+    assert "-0.30 [" in study.judge(study.Claim("a claim", "bptt", "bptt", "final", -1, "cloned"), "can")
 
 
 def test_what_a_claim_compares_is_run(study: types.ModuleType) -> None:
