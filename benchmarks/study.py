@@ -315,7 +315,7 @@ def row(task: str, config: str) -> tuple[str, list[float], tuple[float, float, f
     runs = numbers(task, config)
     if not runs:
         return None
-    moves = [f"{first_move(rows):.0f}" for rows in stored(task, config).values()]
+    moves = [f"{first_move(rows):.0f}".replace("inf", "never") for rows in stored(task, config).values()]
     cells = [CONFIGS[config].title, " ".join(moves)]
     for key in ("cloned", "lowest", "area", "fall"):
         cells.append(" ".join(f"{found[key]:.2f}" for found, _ in runs.values()))

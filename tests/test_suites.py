@@ -310,6 +310,7 @@ def test_the_docs_have_the_settings_that_are_used() -> None:
         ("pixels/results.md", "| task | seed", 1, ("docs/ogpo_pixels.md",)),
         ("study/results.md", "| claim", 5, ("docs/ogpo_study.md",)),
         ("study/diagnostics.md", "| run", 5, ("docs/ogpo_study.md",)),
+        ("study/diagnostics.md", "| first updates", 3, ("docs/ogpo_study.md",)),
     ],
 )
 def test_the_docs_have_the_results_that_are_stored(file: str, head: str, lines: int, pages: tuple[str, ...]) -> None:
