@@ -2,7 +2,7 @@
 
 python benchmarks/diagnose.py run --env lift --configs ogpo+ca bptt  # after `study.py run` has made the cloned policy
 python benchmarks/diagnose.py dip --env lift --configs start+ start+ca ogpo+ ogpo+ca --seeds 1 2 3
-python benchmarks/diagnose.py report          # study/diagnostics.md and study/diagnostics.png from the stored JSON
+python benchmarks/diagnose.py report          # study/diagnostics.md, diagnostics.png and dip.png from the stored JSON
 
 A run is stopped at several step counts, and its checkpoint is asked at each (20 episodes of the acting policy):
 
@@ -156,7 +156,7 @@ def success(script: ModuleType, agent: Any, args: Any) -> float:
 
 def dip(env: str, config: str, seed: int) -> int:
     """Trains until the last of AFTER and stores {updates of the actor: success}, 0 being the policy as cloned."""
-    script, found, moves = module(config), {}, 0
+    name, script, found, moves = f"dip_{env}_{config}_s{seed}", module(config), {}, 0
     update = script.update
 
     def watched(agent: Any, buffer: ReplayBuffer, args: Any, *more: Any) -> dict[str, torch.Tensor]:
@@ -167,13 +167,13 @@ def dip(env: str, config: str, seed: int) -> int:
         moves += "actor_grad" in info
         if moves in AFTER and moves not in found:
             found[moves] = success(script, agent, args)
-            print(f"dip_{env}_{config}_s{seed}: {found}", flush=True)
+            print(f"{name}: {found}", flush=True)
         if moves == AFTER[-1]:
             raise Enough
         return info
 
-    name, script.update = f"dip_{env}_{config}_s{seed}", watched
     shutil.rmtree(RUNS / name, ignore_errors=True)
+    script.update = watched
     try:
         script.main([*run_flags(env, config, seed), "--run-name", name, "--eval-every", "1000000"])
     except Enough:
@@ -278,7 +278,8 @@ def main() -> None:
     if args.what == "report":
         report()
         return
-    failed = [(c, s) for s in args.seeds for c in args.configs if {"run": run, "dip": dip}[args.what](args.env, c, s)]
+    one = {"run": run, "dip": dip}[args.what]
+    failed = [(c, s) for s in args.seeds for c in args.configs if one(args.env, c, s)]
     print(f"failed: {failed or '-'}")
     sys.exit(bool(failed))
 
