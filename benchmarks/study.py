@@ -130,6 +130,7 @@ CLAIMS = (
     Claim("the gate lessens the dip, our start", "ogpo+ca", "ogpo+", "early", 1),
     Claim("our start lessens the dip, without the gate", "ogpo+", "start+", "early", 1),
     Claim("our start lessens the dip, with the gate", "ogpo+ca", "start+ca", "early", 1),
+    Claim("a learning-rate warm-up lessens the dip", "lr_warmup", "ogpo+ca", "early", 1),
     Claim("the success buffer decides, in OGPO+CA", "ogpo+ca", "no_sb", "final", 1),
     Claim("the success buffer decides, in OGPO", "ogpo_sb", "ogpo", "final", 1),
     Claim("best-of-N decides, in OGPO+CA", "ogpo+ca", "no_bon", "final", 1),

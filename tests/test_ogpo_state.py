@@ -409,6 +409,28 @@ def test_best_of_n_waits_for_a_success_and_the_actor_for_more() -> None:
         buffer = ReplayBuffer(500, 5, 2, 4)
 
 
+def test_learning_rate_counts_the_actors_own_updates() -> None:
+    """The warm-up begins with the first step along the critics, however long they were trained before it."""
+    rng = np.random.default_rng(0)
+    buffer = ReplayBuffer(500, 5, 2, 4)
+    buffer.add_episode(
+        rng.normal(size=(21, 5)).astype(np.float32), rng.uniform(-1, 1, (20, 2)).astype(np.float32),
+        -np.ones(20), True, True,
+    )  # fmt: skip
+    agent, args = small_agent(
+        critic_warmup=3, critic_successes=1, success_min=8, actor_lr=1e-3, actor_lr_min=0.0, actor_lr_warmup=4,
+        actor_lr_period=1_000,
+    )  # fmt: skip
+    before = [p.clone() for p in agent.actor.parameters()]
+    for k in range(6):
+        og.update(agent, buffer, args, rng, Stopwatch())
+        assert agent.updates == k + 1 and agent.actor_updates == max(0, k - 2)
+        if k >= 3:
+            assert agent.actor_opt.param_groups[0]["lr"] == pytest.approx(1e-3 * (k - 3) / 4)
+        moved = any(not torch.equal(p, q) for p, q in zip(before, agent.actor.parameters(), strict=True))
+        assert moved == (k > 3)  # its first step has length zero
+
+
 def test_demo_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> None:
     demos = Demos(
         obs=np.arange(5, dtype=np.float32)[:, None],

@@ -121,8 +121,8 @@ class ActorArgs:
     success_min: int = 64  # none before this many chunk starts have succeeded; released: 256
     actor_lr: float = 3e-4  # peak learning rate
     actor_lr_min: float = 3e-4  # learning rate at the start and end of each period
-    actor_lr_warmup: int = 0  # updates of linear warm-up at the start of each period
-    actor_lr_period: int = 0  # updates per warm-up and cosine decay period, repeated; 0: constant
+    actor_lr_warmup: int = 0  # updates of the actor in the linear warm-up at the start of each period
+    actor_lr_period: int = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: constant
     actor_weight_decay: float = 0.0  # AdamW weight decay of the actor
     micro_batch: int = 1024  # chains processed at a time: bounds memory, changes nothing else
     skip_zero: bool = True  # leave chains with zero advantage out of the likelihood pass: exact, saves time
@@ -563,6 +563,7 @@ class Agent:
     critic_opt: torch.optim.Optimizer
     rng: torch.Generator  # every random draw of training; evaluation has its own
     updates: int = 0  # online updates so far
+    actor_updates: int = 0  # those of them that moved the actor along the critics
     choosing: bool = False  # the critics have seen enough for best-of-N
     trusted: bool = False  # and for policy gradients
     bc_step: int = 0
@@ -642,7 +643,7 @@ def update_actor(agent: Agent, obs: Tensor, clone: Batch | None, args: Args, wat
     high: float | Tensor = math.inf
     dim, chains = agent.actor.out.out_features, len(obs) * a.group
     for group in agent.actor_opt.param_groups:
-        group["lr"] = periodic_lr(agent.updates, a.actor_lr, a.actor_lr_min, a.actor_lr_warmup, a.actor_lr_period)
+        group["lr"] = periodic_lr(agent.actor_updates, a.actor_lr, a.actor_lr_min, a.actor_lr_warmup, a.actor_lr_period)
     agent.actor_opt.zero_grad()
     parts: list[dict[str, Tensor]] = []
     for states in obs.split(max(1, a.micro_batch // a.group)):
@@ -686,6 +687,7 @@ def update_actor(agent: Agent, obs: Tensor, clone: Batch | None, args: Args, wat
             out["bc_loss"] = loss.detach()
         out["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.loop.max_grad_norm)
         agent.actor_opt.step()
+        agent.actor_updates += 1
         ema(agent.actor_ema, agent.actor, p.actor_ema)
         ema(agent.actor_slow, agent.actor, r.slow_rate)
     return out
@@ -906,8 +908,7 @@ def main(argv: list[str]) -> None:
                     run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
                     return
                 run.video(policies(agent, args)["bon"], "after.mp4")
-            log = "final" if training else ""
-            results = run.evaluate(policies(agent, args), "final", args.task.eval_episodes, log)
+            results = run.evaluate(policies(agent, args), "final", args.task.eval_episodes, "final" if training else "")
             print(f"ODE policy:       {results['ode']}\nbest-of-N policy: {results['bon']}")
         finally:
             run.close()
