@@ -258,7 +258,8 @@ def report_dip(plt: ModuleType) -> list[str]:
         text.append(f"| {env}: {CONFIGS[config].title} | " + " | ".join(cells) + " |")
         for run in runs:
             axis.plot(range(1 + len(AFTER)), list(run.values()), "o-", markersize=3)
-        axis.set(title=f"{env}: {CONFIGS[config].title}", ylim=(-0.03, 1.03), xlabel="updates of the actor")
+        axis.set_title(f"{env}: {CONFIGS[config].title}", fontsize=9)
+        axis.set(ylim=(-0.03, 1.03), xlabel="updates of the actor")
         axis.set_xticks(range(1 + len(AFTER)), ["cloned", *AFTER])
         axis.grid(alpha=0.3)
     axes[0][0].set(ylabel="success, noise-free")
