@@ -1,7 +1,7 @@
 """Inside a run of the study: are the critics right, and where does the policy still vary?
 
 python benchmarks/diagnose.py run --env lift --configs ogpo+ca bptt  # after `study.py run` has made the cloned policy
-python benchmarks/diagnose.py dip --env lift --configs start+ start+ca ogpo+ ogpo+ca --seeds 1 2 3
+python benchmarks/diagnose.py dip --env lift --configs start+ start+ca ogpo+ ogpo+ca lr_warmup --seeds 1 2 3
 python benchmarks/diagnose.py report          # study/diagnostics.md, diagnostics.png and dip.png from the stored JSON
 
 A run is stopped at several step counts, and its checkpoint is asked at each (20 episodes of the acting policy):
@@ -29,7 +29,7 @@ import numpy as np
 import torch
 
 from runs import ROOT, RUNS, execute, keep
-from study import ALONE, CONFIGS, DIP_EPISODES, SEEDS, STORE, cloned, dip_file
+from study import ALONE, CONFIGS, DIP_EPISODES, SEEDS, STORE, cloned, common_flags, dip_file
 
 sys.path.insert(0, str(ROOT))
 from common import checkpoint, cli
@@ -54,8 +54,7 @@ def module(config: str) -> ModuleType:
 
 def run_flags(env: str, config: str, seed: int) -> list[str]:
     start = str(cloned(env, seed).relative_to(ROOT))
-    flags = ["--env", env, "--preset", "cpu", "--seed", str(seed), "--no-video", *CONFIGS[config].flags]
-    return [*flags, "--eval-episodes", "20", "--cloned", start]
+    return [*common_flags(env, seed), *CONFIGS[config].flags, "--eval-episodes", "20", "--cloned", start]
 
 
 def load(config: str, folder: Path) -> tuple[ModuleType, Any, Any]:
@@ -156,15 +155,14 @@ def success(script: ModuleType, agent: Any, args: Any) -> float:
 
 def dip(env: str, config: str, seed: int) -> int:
     """Trains until the last of AFTER and stores {updates of the actor: success}, 0 being the policy as cloned."""
-    name, script, found, moves = f"dip_{env}_{config}_s{seed}", module(config), {}, 0
+    name, script, found = f"dip_{env}_{config}_s{seed}", module(config), {}
     update = script.update
 
     def watched(agent: Any, buffer: ReplayBuffer, args: Any, *more: Any) -> dict[str, torch.Tensor]:
-        nonlocal moves
         if not found:
             found[0] = success(script, agent, args)
         info = update(agent, buffer, args, *more)
-        moves += "actor_grad" in info
+        moves = agent.actor_updates
         if moves in AFTER and moves not in found:
             found[moves] = success(script, agent, args)
             print(f"{name}: {found}", flush=True)

@@ -159,9 +159,13 @@ def cloned(task: str, seed: int) -> Path:
     return kept if (kept / "cloned.pt").exists() else RUNS / f"study_{task}_clone_s{seed}"
 
 
+def common_flags(task: str, seed: int) -> list[str]:
+    return ["--env", task, "--preset", "cpu", "--seed", str(seed), "--no-video"]
+
+
 def run_one(task: str, config: str, seed: int) -> int:
     """Exit code of one run; `clone` makes the policy from which the others of the task and seed start."""
-    flags = ["--env", task, "--preset", "cpu", "--seed", str(seed), "--no-video"]
+    flags = common_flags(task, seed)
     if config == "clone":
         if cloned(task, seed).parent == STORE:
             return 0

@@ -73,13 +73,15 @@ def test_the_dip_is_asked_before_and_after_updates_of_the_actor(
 ) -> None:
     diagnose = importlib.import_module("diagnose")
     updates: list[int] = []
+    agent = types.SimpleNamespace(actor_updates=0)
 
     def update(*_: object) -> dict[str, float]:  # the actor waits for two updates
         updates.append(1)
-        return {"actor_grad": 1.0} if len(updates) > 2 else {}
+        agent.actor_updates = max(0, len(updates) - 2)
+        return {}
 
     script = types.SimpleNamespace(update=update)
-    script.main = lambda argv: [script.update(None, None, None) for _ in range(1_000)]
+    script.main = lambda argv: [script.update(agent, None, None) for _ in range(1_000)]
     monkeypatch.setattr(diagnose, "module", lambda config: script)
     monkeypatch.setattr(diagnose, "success", lambda *_: len(updates) / 1_000)
     monkeypatch.setattr(diagnose, "RUNS", tmp_path)
@@ -88,7 +90,7 @@ def test_the_dip_is_asked_before_and_after_updates_of_the_actor(
     expected = {"0": 0.0} | {str(n): (n + 2) / 1_000 for n in diagnose.AFTER}
     assert json.loads(study.dip_file("lift", "ogpo+", 1).read_text()) == expected
     assert len(updates) == 502 and script.update is update
-    script.main = lambda argv: [script.update(None, None, None) for _ in range(100)]
+    script.main = lambda argv: [script.update(agent, None, None) for _ in range(100)]
     assert diagnose.dip("lift", "ogpo+", 2) == 1  # its actor had too few updates
     assert not study.dip_file("lift", "ogpo+", 2).exists()
 
