@@ -390,7 +390,7 @@ def report() -> None:
 
 
 def plot(figure: str) -> None:
-    """Curves of the acting policy (mean, seeds thin) and final success of every method."""
+    """Curves of the acting policy (mean, seeds thin) and final success of every method, beside the cloned policies."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -424,6 +424,11 @@ def plot(figure: str) -> None:
             xlabel="final success, acting policy",
         )  # fmt: skip
         right.invert_yaxis()
+        bc = np.mean([series(rows, "eval/ode_success")[1][0] for rows in stored(task, "clone").values()])
+        left.axhline(bc, color="gray", linestyle="--", label="BC (cloned policy, noise-free)")
+        right.axvline(bc, color="gray", linestyle="--")
+        left.legend(loc="best", fontsize=8)
+        left.locator_params(axis="x", nbins=7)
         for axis in (left, right):
             axis.grid(alpha=0.3)
     drawing.savefig(STORE / f"{figure}.png", dpi=110)
