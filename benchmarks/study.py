@@ -424,10 +424,10 @@ def plot(figure: str) -> None:
             xlabel="final success, acting policy",
         )  # fmt: skip
         right.invert_yaxis()
-        bc = np.mean([series(rows, "eval/ode_success")[1][0] for rows in stored(task, "clone").values()])
-        left.axhline(bc, color="gray", linestyle="--", label="BC (cloned policy, noise-free)")
-        right.axvline(bc, color="gray", linestyle="--")
-        left.legend(loc="best", fontsize=8)
+        if bc := [series(rows, "eval/ode_success")[1][0] for rows in stored(task, "clone").values()]:
+            left.axhline(np.mean(bc), color="gray", linestyle="--", label="BC (cloned flow policy, noise-free)")
+            right.axvline(np.mean(bc), color="gray", linestyle="--")
+            left.legend(loc="best", fontsize=8)
         left.locator_params(axis="x", nbins=7)
         for axis in (left, right):
             axis.grid(alpha=0.3)
