@@ -309,6 +309,14 @@ def demonstrated(chunk: int = 4) -> ReplayBuffer:
     return buffer
 
 
+def test_calql_trains_the_heads_it_draws() -> None:
+    agent, args = small_agent(ogpo_critic, heads=4, calql_heads=2, calql_actions=4)
+    batch = demonstrated().sample(64, np.random.default_rng(1), torch.device("cpu"))
+    ogpo_critic.conservative(agent, batch, torch.zeros(64), args).backward()
+    for parameter in agent.critic.parameters():
+        assert parameter.grad.flatten(1).any(1).sum() == 2
+
+
 def test_calql_puts_demonstrated_actions_above_random_ones() -> None:
     agent, args = small_agent(ogpo_critic, critic_lr=3e-3, pessimistic_init=False, calql_actions=4)
     buffer, rng = demonstrated(), np.random.default_rng(1)

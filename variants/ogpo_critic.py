@@ -44,6 +44,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for common/
 from common import checkpoint, cli, settings
@@ -543,9 +544,10 @@ def conservative(agent: Agent, batch: Batch, returns: Tensor, args: Args) -> Ten
         present, later = mine.unflatten(0, (2, n, c.calql_actions))  # (n, C, D) each
         actions = torch.cat([2 * agent.rand(n, c.calql_actions, dim) - 1, present, later], 1)  # (n, 3C, D)
     heads = torch.randperm(c.heads, generator=agent.rng, device=agent.rng.device)[: c.calql_heads]
+    drawn = {name: head[heads] for name, head in agent.critic.named_parameters()}  # (M', ...): the others are not run
     rows = batch.obs.repeat_interleave(3 * c.calql_actions, 0)
-    q = agent.critic(rows, actions.flatten(0, 1))[heads].unflatten(1, (n, -1))  # (M', n, 3C)
-    q_data = agent.critic(batch.obs, batch.actions.flatten(1))[heads]
+    q = functional_call(agent.critic, drawn, (rows, actions.flatten(0, 1))).unflatten(1, (n, -1))  # (M', n, 3C)
+    q_data = functional_call(agent.critic, drawn, (batch.obs, batch.actions.flatten(1)))
     return calql_term(q_data, q[..., : c.calql_actions], q[..., c.calql_actions :], returns)
 
 
