@@ -13,6 +13,7 @@ import torch
 from torch.distributions import Normal
 
 import ogpo_state as og
+from common import checkpoint
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
 from common.stopwatch import Stopwatch
@@ -24,7 +25,7 @@ VARIANTS = (ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference)
 OWN = {
     ogpo_critic: {
         *("CriticArgs", "returns_to_go", "calql_term", "conservative", "update_critic", "update", "pretrain_critic"),
-        "pretrain",
+        *("Agent", "pretrain"),
     },
     ogpo_diffusion: {
         *("PolicyArgs", "default_args", "DDPM_STEPS", "signal_level", "chain_schedule", "chain_step"),
@@ -77,6 +78,32 @@ def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Pa
     rows = read_metrics(tmp_path / "a")
     assert any("ogpo/actor_grad" in row and math.isfinite(row["ogpo/actor_grad"]) for row in rows)
     assert rows[-1]["step"] == 600
+
+
+def test_a_run_stopped_in_cal_ql_resumes_exactly(tmp_path: Path) -> None:
+    script = [sys.executable, ogpo_critic.__file__]
+    flags = [
+        *("--env", "toy", "--preset", "cpu", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
+        *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
+        *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--calql-steps", "400", "--total-steps", "220"),
+        *("--log-every", "20", "--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"),
+    ]
+    done = subprocess.run([*script, *flags, "whole"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    with subprocess.Popen([*script, *flags, "broken"], stdout=subprocess.PIPE, text=True) as p:
+        for line in p.stdout:
+            if line.startswith("Cal-QL 40:"):
+                break
+        p.terminate()
+        assert "--resume" in p.communicate(timeout=60)[0] and p.returncode == 0
+    assert 40 <= checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]["calql_step"] < 400
+    resume = [*script, "--resume", str(tmp_path / "broken")]
+    done = subprocess.run(resume, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    whole, broken = (checkpoint.load(tmp_path / name / "checkpoint.pt")["agent"] for name in ("whole", "broken"))
+    assert whole["calql_step"] == 400
+    for part in ("actor", "critic"):
+        assert all(torch.equal(whole[part][k], broken[part][k]) for k in whole[part])
 
 
 # --- other extractions ------------------------------------------------------------------------------------------------

@@ -443,6 +443,7 @@ class Agent:
     trusted: bool = False  # and for policy gradients
     bc_step: int = 0
     bc_done: bool = False
+    calql_step: int = 0
 
     def randn(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self.rng, device=self.rng.device)
@@ -668,7 +669,7 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
     obs, action = (torch.from_numpy(x).to(run.device) for x in run.demos.chunks(args.policy.chunk))
     if c.cloned:
         agent.actor.load_state_dict(checkpoint.load(Path(c.cloned) / "cloned.pt"))
-    while not run.stop.requested and not c.cloned:
+    while not (run.stop.requested or c.cloned or agent.calql_step):
         rows = torch.randint(len(obs), (c.bc_batch,), generator=agent.rng, device=run.device)
         loss = update_bc(agent, obs[rows], action[rows], args)
         agent.bc_step += 1
@@ -692,12 +693,14 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
             return
     state.pop("below", None)
     checkpoint.save(run.dir / "cloned.pt", agent.actor.state_dict())
-    agent.bc_done = True
     agent.actor_ema.load_state_dict(agent.actor.state_dict())
     agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # starts afresh [C]
     run.log.say(f"cloned policy: {run.evaluate(ode, 'final', args.task.eval_episodes)['ode']}")
     run.video(ode["ode"], "before.mp4")
-    pretrain_critic(run, agent, args)
+    pretrain_critic(run, agent, args)  # resumed within it, a run comes here again with the same actor
+    if run.stop.requested:
+        return
+    agent.bc_done = True
     run.collector.start()
     run.save()
 
@@ -710,14 +713,16 @@ def pretrain_critic(run: Run, agent: Agent, args: Args) -> None:
         rewards = np.array([run.collector.reward(float(i == end - 1), i == end - 1) for i in range(first, end)])
         obs = np.concatenate([demos.obs[first:end], demos.obs[end - 1 : end]])  # the final state is not recorded
         buffer.add_episode(obs, demos.actions[first:end], rewards, terminated=True, success=True)
-    info: dict[str, Tensor] = {}
-    for _ in range(args.critic.calql_steps):
+    while agent.calql_step < args.critic.calql_steps and not run.stop.requested:
         batch = buffer.sample(args.critic.critic_batch, run.rng, run.device)
         info = update_critic(agent, batch, args, buffer, calql=True)
-    if info:
+        agent.calql_step += 1
+        if agent.calql_step % args.run.log_every and agent.calql_step < args.critic.calql_steps:
+            continue
         metrics = {k: v.item() for k, v in info.items()}
         run.check_finite(metrics)
-        run.log.say("Cal-QL: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+        run.log.say(f"Cal-QL {agent.calql_step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
+        run.save()
 
 
 def train_online(run: Run, agent: Agent, args: Args) -> None:
