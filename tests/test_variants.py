@@ -42,6 +42,14 @@ OWN = {
 }
 
 
+ROOT = Path(__file__).resolve().parent.parent
+TINY = [
+    *("--env", "toy", "--preset", "cpu", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
+    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
+    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
+]
+
+
 def gradients(net: torch.nn.Module) -> torch.Tensor:
     return torch.cat([p.grad.flatten() for p in net.parameters()])
 
@@ -60,9 +68,7 @@ def test_a_variant_is_a_short_diff_of_the_script(module: ModuleType) -> None:
 def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Path) -> None:
     script = [sys.executable, module.__file__]
     flags = [
-        *("--env", "toy", "--preset", "cpu", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-        *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-        *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--states", "8", "--start-training", "200"),
+        *(*TINY, "--states", "8", "--start-training", "200"),
         *("--critic-successes", "0", "--critic-warmup", "5", "--success-min", "1", "--bc-fallback", "--total-steps"),
     ]  # fmt: skip
     folders = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "a"]
@@ -80,28 +86,34 @@ def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Pa
     assert rows[-1]["step"] == 600
 
 
-def test_a_run_stopped_in_cal_ql_resumes_exactly(tmp_path: Path) -> None:
+@pytest.mark.parametrize("steps", [400, 0])
+def test_a_run_stopped_before_rl_resumes_exactly(tmp_path: Path, steps: int) -> None:
+    """Within Cal-QL, or between cloning and it (also where there is none)."""
     script = [sys.executable, ogpo_critic.__file__]
-    flags = [
-        *("--env", "toy", "--preset", "cpu", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-        *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-        *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--calql-steps", "400", "--total-steps", "220"),
-        *("--log-every", "20", "--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"),
-    ]
+    flags = [*TINY, "--calql-steps", str(steps), "--total-steps", "220", "--log-every", "20"]
+    flags += ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
     done = subprocess.run([*script, *flags, "whole"], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
-    with subprocess.Popen([*script, *flags, "broken"], stdout=subprocess.PIPE, text=True) as p:
-        for line in p.stdout:
-            if line.startswith("Cal-QL 40:"):
-                break
-        p.terminate()
-        assert "--resume" in p.communicate(timeout=60)[0] and p.returncode == 0
-    assert 40 <= checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]["calql_step"] < 400
+
+    stopping = "import sys; from variants import ogpo_critic as m; "
+    stopping += "m.pretrain_critic = lambda run, *_: setattr(run.stop, 'requested', True); m.main(sys.argv[1:])"
+    done = subprocess.run([sys.executable, "-c", stopping, *flags, "broken"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert not checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]["bc_done"]
+
     resume = [*script, "--resume", str(tmp_path / "broken")]
+    if steps:
+        with subprocess.Popen(resume, stdout=subprocess.PIPE, text=True) as p:
+            for line in p.stdout:
+                if line.startswith("Cal-QL 40:"):
+                    break
+            p.terminate()
+            assert "--resume" in p.communicate(timeout=60)[0] and p.returncode == 0
+        assert 40 <= checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]["calql_step"] < steps
     done = subprocess.run(resume, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     whole, broken = (checkpoint.load(tmp_path / name / "checkpoint.pt")["agent"] for name in ("whole", "broken"))
-    assert whole["calql_step"] == 400
+    assert whole["calql_step"] == broken["calql_step"] == steps
     for part in ("actor", "critic"):
         assert all(torch.equal(whole[part][k], broken[part][k]) for k in whole[part])
 

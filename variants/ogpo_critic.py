@@ -443,6 +443,7 @@ class Agent:
     trusted: bool = False  # and for policy gradients
     bc_step: int = 0
     bc_done: bool = False
+    cloned: bool = False  # the actor; bc_done: Cal-QL is over too
     calql_step: int = 0
 
     def randn(self, *shape: int) -> Tensor:
@@ -669,7 +670,7 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
     obs, action = (torch.from_numpy(x).to(run.device) for x in run.demos.chunks(args.policy.chunk))
     if c.cloned:
         agent.actor.load_state_dict(checkpoint.load(Path(c.cloned) / "cloned.pt"))
-    while not (run.stop.requested or c.cloned or agent.calql_step):
+    while not (run.stop.requested or c.cloned or agent.cloned):
         rows = torch.randint(len(obs), (c.bc_batch,), generator=agent.rng, device=run.device)
         loss = update_bc(agent, obs[rows], action[rows], args)
         agent.bc_step += 1
@@ -693,11 +694,12 @@ def pretrain(run: Run, agent: Agent, args: Args) -> None:
             return
     state.pop("below", None)
     checkpoint.save(run.dir / "cloned.pt", agent.actor.state_dict())
+    agent.cloned = True
     agent.actor_ema.load_state_dict(agent.actor.state_dict())
     agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # starts afresh [C]
     run.log.say(f"cloned policy: {run.evaluate(ode, 'final', args.task.eval_episodes)['ode']}")
     run.video(ode["ode"], "before.mp4")
-    pretrain_critic(run, agent, args)  # resumed within it, a run comes here again with the same actor
+    pretrain_critic(run, agent, args)  # a run stopped from here on comes here again with the same actor
     if run.stop.requested:
         return
     agent.bc_done = True
