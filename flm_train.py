@@ -167,7 +167,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
 }  # fmt: skip
 
 
-def default_args(data: str) -> Args:
+def default_args(data: str = "austen") -> Args:
     """Defaults for some data: the dataclasses, then its row of SETTINGS ("lm1b:PATH" takes that of lm1b)."""
     return cli.override(Args(), dict(data=data) | SETTINGS.get(data.split(":")[0], {}))
 
@@ -705,8 +705,10 @@ def check(args: Args, vocab: int, world: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    choose, name = ("data",), "flm__{data}__s{seed}"
-    args, saved, run_dir = start(argv, Args(), default_args, __doc__, FIXED, AT_LEAST, choose, name)
+    args, saved, run_dir = start(
+        argv, default_args, chosen_by=("data",), description=__doc__,
+        folder_name="flm__{data}__s{seed}", fixed=FIXED, at_least=AT_LEAST,
+    )  # fmt: skip
     with checkpoint.StopSignal() as stop:
         run = TextRun(cli.flatten(args), run_dir, stop, saved)
         vocab = run.data.tokenizer.vocab_size

@@ -176,7 +176,7 @@ class Args:
     loop: LoopArgs = field(default_factory=LoopArgs)
 
 
-def default_args(env: str, preset: str, variant: str) -> Args:
+def default_args(env: str = "lift", preset: str = "auto", variant: str = "ogpo+ca") -> Args:
     """Defaults for an environment: dataclass < preset < task < variant. Raises UserError on an unknown name."""
     return settings.apply(Args(), env, preset, variant, tables=(settings.SETTINGS, settings.PIXELS))
 
@@ -821,9 +821,11 @@ def train_online(run: Run, agent: Agent, args: Args) -> None:
 
 
 def main(argv: list[str]) -> None:
-    choose, name = ("env", "preset", "variant"), "{env}__{variant}__s{seed}"
     fixed = (*settings.FIXED, "cameras", "image_size", "channels", "backbone", "prompt", "keep_images")
-    args, saved, run_dir = start(argv, Args(), default_args, __doc__, fixed, settings.AT_LEAST_PIXELS, choose, name)
+    args, saved, run_dir = start(
+        argv, default_args, chosen_by=("env", "preset", "variant"), description=__doc__,
+        folder_name="{env}__{variant}__s{seed}", fixed=fixed, at_least=settings.AT_LEAST_PIXELS,
+    )  # fmt: skip
     pixels = Pixels(args.pixels.cameras, args.pixels.image_size)
     if args.pixels.render_check:
         write_views(make_env(args.run.env, pixels=pixels), run_dir, args.task.eval_seed)

@@ -18,30 +18,30 @@ T = TypeVar("T")
 
 def start(
     argv: Sequence[str],
-    blank: T,
     default_args: Callable[..., T],
+    *,
+    chosen_by: Sequence[str],
     description: str,
+    folder_name: str,
     fixed: Collection[str],
     at_least: Mapping[str, float],
-    choose: Sequence[str],
-    name: str,
 ) -> tuple[T, dict[str, Any] | None, Path]:
     """Arguments, the checkpoint to go on from (None: a new run) and the run folder.
 
-    A new run takes its defaults from default_args(**{flags in `choose`}), --eval and --resume from the saved run.
-    `name` is the folder's name if none was given, a format string of argument names, to which the time is added.
+    A new run takes its defaults from default_args(**{the flags `chosen_by`}), --eval and --resume from the saved run.
+    `folder_name` is a format string of argument names, used if no name was given; the time is added.
     Raises UserError on a run folder without checkpoint, one that already exists, a changed argument among the
     `fixed` ones, a value below `at_least`.
     """
-    flags = cli.peek(argv, *choose, "eval", "resume")
+    flags = cli.peek(argv, *chosen_by, "eval", "resume")
     if old := flags.get("eval") or flags.get("resume"):
         run_dir, saved = Path(old), checkpoint.load(Path(old) / CHECKPOINT)
-        args = cli.parse_saved(blank, saved["args"], argv, description, fixed)
+        args = cli.parse_saved(default_args(), saved["args"], argv, description, fixed)
     else:
-        chosen = {k: flags.get(k, v) for k, v in cli.flatten(blank).items() if k in choose}
+        chosen = {name: flags[name] for name in chosen_by if name in flags}
         args, saved = cli.parse(default_args(**chosen), argv, description), None
         flat = cli.flatten(args)
-        made = f"{name.format(**flat)}__{time.strftime('%Y%m%d-%H%M%S')}"
+        made = f"{folder_name.format(**flat)}__{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = new_run_dir(Path(flat["run_dir"]), flat["run_name"] or re.sub(r"[:/\\]+", "-", made))
     cli.check_at_least(cli.flatten(args), at_least)
     return args, saved, run_dir

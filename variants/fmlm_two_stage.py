@@ -159,7 +159,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
 }  # fmt: skip
 
 
-def default_args(teacher: str, data: str) -> Args:
+def default_args(teacher: str = "", data: str = "austen") -> Args:
     """Defaults for some data: the dataclasses, then its row of SETTINGS; data and network are the teacher's."""
     taken = {}
     if teacher and not teacher.endswith(".ckpt"):
@@ -776,8 +776,10 @@ def check(args: Args, vocab: int, world: int) -> None:
 
 
 def main(argv: list[str]) -> None:
-    choose, name = ("teacher", "data"), "fmlm__{data}__{recipe}__s{seed}"
-    args, saved, run_dir = start(argv, Args(), default_args, __doc__, FIXED, AT_LEAST, choose, name)
+    args, saved, run_dir = start(
+        argv, default_args, chosen_by=("teacher", "data"), description=__doc__,
+        folder_name="fmlm__{data}__{recipe}__s{seed}", fixed=FIXED, at_least=AT_LEAST,
+    )  # fmt: skip
     with checkpoint.StopSignal() as stop:
         run = TextRun(cli.flatten(args), run_dir, stop, saved)
         vocab = run.data.tokenizer.vocab_size

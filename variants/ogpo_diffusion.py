@@ -152,7 +152,7 @@ class Args:
     loop: LoopArgs = field(default_factory=LoopArgs)
 
 
-def default_args(env: str, preset: str, variant: str) -> Args:
+def default_args(env: str = "lift", preset: str = "auto", variant: str = "ogpo+ca") -> Args:
     """Defaults for an environment: dataclass < preset < task < variant. Raises UserError on an unknown name."""
     return settings.apply(Args(), env, preset, variant, without=("score_correction", "clip_mean"))
 
@@ -680,8 +680,10 @@ def train_online(run: Run, agent: Agent, args: Args) -> None:
 
 
 def main(argv: list[str]) -> None:
-    choose, name = ("env", "preset", "variant"), "{env}__{variant}__s{seed}"
-    args, saved, run_dir = start(argv, Args(), default_args, __doc__, settings.FIXED, settings.AT_LEAST, choose, name)
+    args, saved, run_dir = start(
+        argv, default_args, chosen_by=("env", "preset", "variant"), description=__doc__,
+        folder_name="{env}__{variant}__s{seed}", fixed=settings.FIXED, at_least=settings.AT_LEAST,
+    )  # fmt: skip
     with checkpoint.StopSignal() as stop:
         c, training = args.critic, not args.run.eval
         reward = lambda raw, success: raw + c.reward_offset + c.success_bonus * success  # noqa: E731
