@@ -8,6 +8,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any
 
+import numpy as np
 import torch
 
 from common.errors import UserError, first_line
@@ -74,22 +75,6 @@ def load(path: Path) -> dict[str, Any]:
     if problems:
         raise UserError(f"no readable checkpoint at {path} ({'; '.join(problems)}); start a new run")
     raise UserError(f"no checkpoint at {path}; check the path, or start a new run without --resume")
-
-
-def rng_state() -> dict[str, Any]:
-    """State of torch's global generators, CPU and every CUDA device, as tensors that `save` accepts.
-
-    A `np.random.Generator` needs no helper: `generator.bit_generator.state` is a plain dict, also on reload.
-    """
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    return {"cpu": torch.get_rng_state(), "cuda": cuda}
-
-
-def set_rng_state(state: dict[str, Any]) -> None:
-    """Restore what `rng_state` returned; states of CUDA devices absent here are left out."""
-    torch.set_rng_state(state["cpu"])
-    for device, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
-        torch.cuda.set_rng_state(cuda_state, device)
 
 
 class StopSignal:
@@ -179,24 +164,24 @@ def _require_plain(value: object, name: str) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
 
 
-def pack(owner: object) -> dict[str, Any]:
-    """{attribute: state} of an object's modules, optimizers, generators and plain values: what `save` accepts."""
-    state: dict[str, Any] = {}
-    for name, part in vars(owner).items():
-        if isinstance(part, torch.Generator):
-            state[name] = part.get_state()
-        else:
-            state[name] = part.state_dict() if hasattr(part, "state_dict") else part
-    return state
+def pack(part: object) -> Any:
+    """State of a module, optimizer, generator or plain value; of another object {attribute: state}, for `save`."""
+    if isinstance(part, np.random.Generator):
+        return part.bit_generator.state
+    if hasattr(part, "state_dict"):
+        return part.state_dict()
+    return {name: pack(value) for name, value in vars(part).items()} if hasattr(part, "__dict__") else part
 
 
-def unpack(owner: object, state: dict[str, Any]) -> None:
-    """Load what `pack` returned into an object built alike."""
-    for name, saved in state.items():
-        part = getattr(owner, name)
-        if isinstance(part, torch.Generator):
-            part.set_state(saved)
-        elif hasattr(part, "load_state_dict"):
-            part.load_state_dict(saved)
-        else:
-            setattr(owner, name, saved)
+def unpack(part: object, state: Any) -> Any:
+    """`part` with the state that `pack` returned, loaded into it if it is no plain value."""
+    if isinstance(part, np.random.Generator):
+        part.bit_generator.state = state
+    elif hasattr(part, "load_state_dict"):
+        part.load_state_dict(state)
+    elif hasattr(part, "__dict__"):
+        for name, saved in state.items():
+            setattr(part, name, unpack(getattr(part, name), saved))
+    else:
+        return state
+    return part

@@ -8,12 +8,21 @@ from typing import Any
 
 import gymnasium as gym
 import numpy as np
+import torch
+from torch import Tensor
 
 from common.errors import UserError, first_line
 from common.files import replacing
+from common.rng import Rng
 
+Policy = Callable[[Tensor, Rng], Tensor]  # observations (n, O), source of noise -> chunks (n, H, A)
 Act = Callable[[np.ndarray], np.ndarray]
 Encode = Callable[[Any], np.ndarray]  # what environments show, stacked (n, ...), to observations (n, O)
+
+
+def act_on_arrays(policy: Policy, obs: np.ndarray, rng: Rng) -> np.ndarray:
+    """A policy between arrays: obs (n, O) -> chunks (n, H, A)."""
+    return policy(torch.from_numpy(obs).float().to(rng.device), rng).cpu().numpy()
 
 
 def plain(obs: np.ndarray) -> np.ndarray:

@@ -1,6 +1,7 @@
 """Replay buffer of whole episodes, sampled as action chunks, with success marks."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,19 +47,13 @@ class ReplayBuffer:
     crosses an episode's end.
     """
 
-    def __init__(
-        self, capacity: int, obs_dim: int, act_dim: int, horizon: int, rewards: int = 1, images: tuple[int, ...] = ()
-    ) -> None:
-        """rewards: numbers per row; several if a row is a whole chunk, with horizon 1.
-
-        images: shape of the images kept with each row, uint8, in `images[batch.rows]`.
-        """
+    def __init__(self, capacity: int, obs_dim: int, act_dim: int, horizon: int, rewards: int = 1) -> None:
+        """rewards: numbers per row; several if a row is a whole chunk, with horizon 1."""
         self.capacity, self.horizon = capacity, horizon
         self.obs = np.zeros((capacity, obs_dim), np.float32)
         self.actions = np.zeros((capacity, act_dim), np.float32)
         self.rewards = np.zeros((capacity, rewards) if rewards > 1 else capacity, np.float32)
         self.terminated = np.zeros(capacity, np.float32)
-        self.images = np.zeros((capacity, *images), np.uint8) if images else None
         self.ends = np.zeros(capacity, np.int64)  # row of the episode's final observation
         self.episodes: deque[tuple[int, int, bool]] = deque()  # first row, one past the last row, success
         self.row = 0  # next row to write
@@ -66,17 +61,13 @@ class ReplayBuffer:
 
     def add_episode(
         self,
-        obs: np.ndarray,
-        actions: np.ndarray,
-        rewards: np.ndarray,
+        obs: Sequence[np.ndarray],
+        actions: Sequence[np.ndarray],
+        rewards: Sequence[np.ndarray],
         terminated: bool,
         success: bool,
-        images: np.ndarray | None = None,
     ) -> None:
-        """obs (T+1, O), actions (T, A), rewards (T,) or (T, rewards), images (T+1, ...) if the buffer keeps them.
-
-        terminated: the last step ended the episode for good.
-        """
+        """obs (T+1, O), actions (T, A), rewards (T,) or (T, rewards); terminated: the last step ended it for good."""
         n = len(obs)
         if n > self.capacity:
             raise ValueError(f"an episode of {n - 1} steps does not fit into {self.capacity} rows")
@@ -85,9 +76,9 @@ class ReplayBuffer:
             self.row = 0
         lo, hi = self.row, self.row + n
         self._evict(lo, hi)
-        self.obs[lo:hi], self.actions[lo : hi - 1], self.rewards[lo : hi - 1] = obs, actions, rewards
-        if self.images is not None:
-            self.images[lo:hi] = images
+        self.obs[lo:hi] = np.stack(obs)
+        self.actions[lo : hi - 1] = np.stack(actions).reshape(n - 1, -1)
+        self.rewards[lo : hi - 1] = np.stack(rewards)
         self.terminated[lo:hi] = 0.0
         self.terminated[hi - 2] = float(terminated)
         self.row = hi
@@ -133,8 +124,7 @@ class ReplayBuffer:
         )
 
     def _arrays(self) -> dict[str, np.ndarray]:
-        arrays = dict(obs=self.obs, actions=self.actions, rewards=self.rewards, terminated=self.terminated)
-        return arrays if self.images is None else arrays | {"images": self.images}
+        return dict(obs=self.obs, actions=self.actions, rewards=self.rewards, terminated=self.terminated)
 
     @property
     def row_bytes(self) -> int:

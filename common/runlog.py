@@ -49,13 +49,20 @@ class Averages:
     def take(self) -> dict[str, float]:
         """{name: mean over the rows that have it}; forgets the rows."""
         rows, self.rows = self.rows, []
-        return {k: torch.stack([r[k] for r in rows if k in r]).mean().item() for k in sorted(set().union(*rows))}
+        columns: dict[str, list[torch.Tensor]] = {}
+        for row in rows:
+            for name, value in row.items():
+                columns.setdefault(name, []).append(value)
+        return {
+            k: torch.stack([v.to(column[-1].device) for v in column]).mean().item()
+            for k, column in sorted(columns.items())
+        }
 
     def state_dict(self) -> list[dict[str, torch.Tensor]]:
         return self.rows
 
-    def load_state_dict(self, rows: list[dict[str, torch.Tensor]], device: torch.device) -> None:
-        self.rows = [{k: v.to(device) for k, v in row.items()} for row in rows]
+    def load_state_dict(self, rows: list[dict[str, torch.Tensor]], device: torch.device | None = None) -> None:
+        self.rows = rows
 
 
 class RunLog:

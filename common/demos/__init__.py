@@ -44,6 +44,15 @@ class Demos:
             std[: -self.tasks] = (obs - centres[task]).std(0)[: -self.tasks]
         return obs.mean(0), std
 
+    def check_fit(self, env_id: str, obs_dim: int, act_dim: int) -> None:
+        """Raises UserError if observations or actions have other widths than those of the environment."""
+        for what, have, want in (("observations", self.obs, obs_dim), ("actions", self.actions, act_dim)):
+            if have.shape[1] != want:
+                raise UserError(
+                    f"--demos {self.name}: its {what} have {have.shape[1]} numbers, {env_id} has {want}; give "
+                    "demonstrations of this environment"
+                )
+
     def chunks(self, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Every step of every episode as a chunk start: obs (N, O), actions (N, horizon * A).
 
@@ -63,7 +72,7 @@ def get_demos(
     noise: float,
     cache_dir: str | Path,
     *,
-    filter_key: str | None = None,
+    filter_key: str = "",
     seed: int = 0,
     pixels: Pixels | None = None,
 ) -> Demos:
@@ -76,7 +85,7 @@ def get_demos(
             trained policy POLICY.npz to roll out; or recorded episodes FILE.hdf5.
         num, noise, seed: episodes, noise and seed of "scripted" and POLICY.npz; other sources ignore them.
         cache_dir: where made and downloaded files are kept.
-        filter_key: use only the episodes that the file's mask of this name lists, e.g. "train".
+        filter_key: use only the episodes that the file's mask of this name lists, e.g. "train"; empty: all.
         pixels: give images too; files of simulator states have them drawn on first use.
 
     Raises UserError with the remedy if there are none for the task, or the file is unusable.
@@ -94,7 +103,7 @@ def get_demos(
     elif source.partition("-")[0] == "minari" and not source.endswith(".hdf5"):
         if pixels:
             raise UserError("--demos minari: these data have no images; use --demos scripted or FILE.hdf5")
-        if filter_key is not None:
+        if filter_key:
             raise UserError(f"--filter-key {filter_key}: Minari's data have no masks; leave the flag out")
         folder = minari.find_dataset(task, source.partition("-")[2])
         return Demos(*minari.read_dataset(folder, task), "/".join(folder.parts[-3:]))
@@ -104,7 +113,7 @@ def get_demos(
         path = download(task, source.partition("-")[2], Path(cache_dir))
     else:
         path = Path(source)
-    obs, actions, ends = read_demos(path, task, filter_key)
+    obs, actions, ends = read_demos(path, task, filter_key or None)
     if not pixels:
         return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
     if not has_images(path) and task.suite == "robosuite":
@@ -112,5 +121,5 @@ def get_demos(
         if not drawn.exists():
             draw_images(path, task, pixels, drawn)
         path = drawn
-    images = read_images(path, pixels, filter_key)
+    images = read_images(path, pixels, filter_key or None)
     return Demos(np.ascontiguousarray(obs[:, list(task.proprio)]), actions, ends, path.name, images)

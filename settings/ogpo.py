@@ -7,25 +7,21 @@ from collections.abc import Collection, Sequence
 from fnmatch import fnmatch
 from typing import TypeVar
 
-import torch
-
 from common import cli
 from common.envs import resolve
 
 T = TypeVar("T")
 
-# Released settings, generation 3, Square column [C]; the script for Lift was never released, so Lift takes Square's.
+# Sizes and schedule of the released scripts, generation 3, Square column [C]; the one for Lift was never released, so
+# Lift takes Square's. What else the released code does is in RELEASED below.
 PAPER = dict(
-    chunk=4, flow_steps=10, actor_hidden=(512,) * 4, normalize_obs=False, noise_std=0.05,
-    score_correction="released", clip_mean="all", clip_chain_end=True, best_of_n=8, best_of_n_heads=2,
+    chunk=4, flow_steps=10, actor_hidden=(512,) * 4, noise_std=0.05, best_of_n=8, best_of_n_heads=2,
     actor_ema=0.005, bc_steps=500_000, bc_lr=3e-4, bc_batch=256, bc_stop_success=0.45, bc_eval_every=10_000,
-    bc_eval_episodes=64, advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0, bc_fallback=True,
+    bc_eval_episodes=64, advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0,
     success_batch=256, success_min=256, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000,
-    actor_lr_period=50_000, actor_weight_decay=0.0, gamma=0.99, heads=10, critic_hidden=(512,) * 4,
-    critic_batch=256, critic_lr=4.5e-5, critic_weight_decay=1e-5, critic_ema=0.05, pessimistic_init=False,
-    critic_warmup=0, choose_successes=0, critic_successes=0, success_critic=True, total_steps=2_000_000,
-    start_training=10_000, update_every=1, replay_size=2_000_000, max_grad_norm=1_000.0, eval_every=10_000,
-    eval_interval_episodes=64, reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
+    actor_lr_period=50_000, gamma=0.99, heads=10, critic_hidden=(512,) * 4, critic_batch=256, critic_lr=4.5e-5,
+    critic_ema=0.05, total_steps=2_000_000, start_training=10_000, update_every=1, replay_size=2_000_000,
+    eval_every=10_000, eval_interval_episodes=64, reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
     num_demos=40, demo_noise=0.3, eval_envs=1, eval_every=2_000, eval_interval_episodes=50, gamma=0.95,
@@ -38,7 +34,7 @@ LONG = dict(
     eval_every=20_000,
 )  # fmt: skip
 ADROIT = dict(
-    demos="minari", gamma=0.95, flow_steps=3, actor_ema=0.05, bc_steps=50_000, success_critic=False,
+    demos="minari", gamma=0.95, flow_steps=3, actor_ema=0.05, bc_steps=50_000,
     total_steps=500_000, eval_every=20_000,
 )  # fmt: skip
 HAND = dict(
@@ -51,34 +47,34 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("paper", "*"): PAPER,
     ("paper", "toy"): dict(num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
     ("paper", "square"): dict(demos="robomimic"),
-    ("paper", "tool_hang"): LONG | dict(success_critic=False),
+    ("paper", "tool_hang"): LONG,
     ("paper", "transport"): LONG | dict(bc_steps=1_000_000, total_steps=3_000_000),
     ("paper", "kitchen-*"): dict(
-        demos="minari", reward_offset=-7.0, success_bonus=3.0, bc_stop_success=1.0, success_critic=False,
+        demos="minari", reward_offset=-7.0, success_bonus=3.0, bc_stop_success=1.0,
         eval_every=20_000,
     ),
     **{("paper", f"{name}*"): ADROIT for name in HANDS},
-    ("cpu", "toy"): TOY,
-    ("cpu", "lift"): dict(collect_horizon=150),
-    ("cpu", "can"): dict(demo_noise=0.3, total_steps=40_000),
-    ("cpu", "square"): dict(
+    ("laptop", "toy"): TOY,
+    ("laptop", "lift"): dict(collect_horizon=150),
+    ("laptop", "can"): dict(demo_noise=0.3, total_steps=40_000),
+    ("laptop", "square"): dict(
         collect_horizon=300, demo_noise=0.1, num_demos=200, bc_lr=1e-3, bc_steps=12_000, bc_eval_every=2_000,
         eval_every=10_000, update_every=8, best_of_n=32, best_of_n_heads=0, total_steps=200_000,
     ),
-    ("cpu", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
-    ("cpu", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
-    ("cpu", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
-    ("cpu", "mt10"): dict(
+    ("laptop", "tool_hang"): dict(demos="robomimic", chunk=8, gamma=0.999),
+    ("laptop", "transport"): dict(demos="robomimic", chunk=8, gamma=0.999),
+    ("laptop", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
+    ("laptop", "mt10"): dict(
         num_demos=200, bc_steps=3_000, bc_eval_every=100, bc_eval_episodes=100, start_training=5_000,
         choose_successes=50, critic_successes=200, success_min=640, update_every=16,
         eval_every=50_000, eval_interval_episodes=50, total_steps=200_000,
     ),
-    **{("cpu", f"{name}*"): HAND | dict(demo_noise=noise) for name, noise in HANDS.items()},
-    ("cpu", "pen"): dict(
+    **{("laptop", f"{name}*"): HAND | dict(demo_noise=noise) for name, noise in HANDS.items()},
+    ("laptop", "pen"): dict(
         collect_horizon=100, gamma=0.97, best_of_n=32, best_of_n_heads=0, eval_interval_episodes=50,
         bc_eval_every=10, bc_eval_episodes=100, start_training=20_000, total_steps=120_000,
     ),
-    **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0, pessimistic_init=False) for name in HANDS},
+    **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0) for name in HANDS},
 }  # fmt: skip
 # What ogpo_pixels.py changes further, in the same way.
 PIXELS: dict[tuple[str, str], dict] = {
@@ -88,11 +84,19 @@ PIXELS: dict[tuple[str, str], dict] = {
     ("*", "toy"): dict(cameras=("top",), image_size=48),
     ("*", "tool_hang"): dict(cameras=("sideview",), image_size=240),
     ("*", "transport"): dict(cameras=("shouldercamera0", "shouldercamera1"), image_size=96),
-    ("cpu", "*"): dict(
+    ("laptop", "*"): dict(
         bc_batch=64, bc_eval_every=200, bc_eval_episodes=20, eval_every=8_000, eval_episodes=50, total_steps=40_000
     ),
-    ("cpu", "toy"): dict(next_samples=4, bc_eval_every=25, eval_every=2_000, total_steps=5_000),
+    ("laptop", "toy"): dict(next_samples=4, bc_eval_every=25, eval_every=2_000, total_steps=5_000),
 }  # fmt: skip
+# What variants/ogpo_released.py changes further: nothing waits, and a second critic step but for some tasks.
+NO_SUCCESS_CRITIC = dict(success_critic=False)
+RELEASED: dict[tuple[str, str], dict] = {
+    ("*", "*"): dict(critic_warmup=0, choose_successes=0, critic_successes=0, success_min=256),
+    ("*", "tool_hang"): NO_SUCCESS_CRITIC,
+    ("*", "kitchen-*"): NO_SUCCESS_CRITIC,
+    **{("*", f"{name}*"): NO_SUCCESS_CRITIC for name in HANDS},
+}
 # Where a task's values come from; the first pattern that fits counts.
 SOURCES: dict[tuple[str, str], str] = {
     ("paper", "toy"): "Square's, shorter",
@@ -104,22 +108,22 @@ SOURCES: dict[tuple[str, str], str] = {
     ("paper", "kitchen-*"): "released script",
     **{("paper", f"{name}*"): "released script" for name in HANDS},
     ("paper", "*"): "Square's: the paper has no Meta-World",
-    ("cpu", "tool_hang"): "released script; not tuned",
-    ("cpu", "transport"): "released script; not tuned",
-    ("cpu", "kitchen-*"): "released script; not tuned",
-    **{("cpu", f"{name}-dense"): "the sparse task's; not tuned" for name in HANDS},
-    ("cpu", "lift"): "tuned here, seeds 1-3",
-    ("cpu", "toy"): "tuned here, seeds 1-3",
-    ("cpu", "can"): "tuned here, seed 1",
-    ("cpu", "square"): "tuned here, seed 1",
-    ("cpu", "mt10"): "tuned here, seeds 1, 2",
-    **{("cpu", n): "Lift's; checked here" for n in ("peg-insert-side", "assembly", "hand-insert", "pick-place")},
-    **{("cpu", name): "tuned here on door and hammer, seed 1" for name in HANDS},
-    ("cpu", "pen"): "tuned here, seeds 1-3",
-    ("cpu", "*"): "not tuned yet",
+    ("laptop", "tool_hang"): "released script; not tuned",
+    ("laptop", "transport"): "released script; not tuned",
+    ("laptop", "kitchen-*"): "released script; not tuned",
+    **{("laptop", f"{name}-dense"): "the sparse task's; not tuned" for name in HANDS},
+    ("laptop", "lift"): "tuned here, seeds 1-3",
+    ("laptop", "toy"): "tuned here, seeds 1-3",
+    ("laptop", "can"): "tuned here, seed 1",
+    ("laptop", "square"): "tuned here, seed 1",
+    ("laptop", "mt10"): "tuned here, seeds 1, 2",
+    **{("laptop", n): "Lift's; checked here" for n in ("peg-insert-side", "assembly", "hand-insert", "pick-place")},
+    **{("laptop", name): "tuned here on door and hammer, seed 1" for name in HANDS},
+    ("laptop", "pen"): "tuned here, seeds 1-3",
+    ("laptop", "*"): "not tuned yet",
 }
 VARIANTS: dict[str, dict] = {
-    "ogpo": dict(advantage="vanilla", bc_coef=0.0, success_critic=False, best_of_n=1),
+    "ogpo": dict(advantage="vanilla", bc_coef=0.0, best_of_n=1),
     "ogpo+": dict(advantage="vanilla"),
     "ogpo+ca": {},
 }
@@ -143,13 +147,11 @@ def apply(
     without: Collection[str] = (),
     tables: Sequence[dict[tuple[str, str], dict]] = (SETTINGS,),
 ) -> T:
-    """`args` with every row that applies; "auto" is the paper's preset on a machine with a GPU. Raises UserError.
+    """`args` with every row that applies. Raises UserError on an unknown environment, preset or variant.
 
     without: arguments that the tables set and `args` does not have.
     """
-    if preset == "auto":
-        preset = "paper" if torch.cuda.is_available() else "cpu"
-    cli.check_choice("preset", preset, ("cpu", "paper"))
+    cli.check_choice("preset", preset, ("laptop", "paper"))
     cli.check_choice("variant", variant, tuple(VARIANTS))
     items = [item for table in tables for item in table.items()]
     rows = [row for (p, task), row in items if fnmatch(preset, p) and fnmatch(env, task)]
