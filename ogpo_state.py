@@ -183,7 +183,7 @@ def default_args(env: str = "lift", preset: str = "laptop", variant: str = "ogpo
     return settings.apply(Args(), env, preset, variant)
 
 
-# --- Networks and agent ----------------------------------------------------------------------------------------------
+# --- Networks --------------------------------------------------------------------------------------------------------
 
 
 class VelocityNet(nn.Module):
@@ -248,33 +248,6 @@ class CriticEnsemble(nn.Module):
             x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
             x = F.gelu(torch.addcmul(self.shifts[i][part], x, self.scales[i][part]))
         return torch.baddbmm(self.biases[-1][part], x, self.weights[-1][part]).squeeze(-1)
-
-
-class Agent:
-    """Networks and their slow copies, optimizers, and how far training has come: what a checkpoint holds."""
-
-    def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device, demos: Demos | None) -> None:
-        """demos: observations are standardised by their statistics; a checkpoint brings its own."""
-        torch.manual_seed(args.run.seed)
-        p, c, dim = args.policy, args.critic, args.policy.chunk * act_dim
-        mean, std = demos.statistics() if demos else (torch.zeros(obs_dim), torch.ones(obs_dim))
-        std = std + 1e-2  # keeps nearly constant entries from exploding
-        self.actor = VelocityNet(dim, p.actor_hidden, mean, std).to(device)
-        self.actor_ema = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = CriticEnsemble(c.heads, dim, c.critic_hidden, mean, std).to(device)
-        # The value of never succeeding [deviation: released critics start near 0, above every value of a poor policy].
-        nn.init.constant_(self.critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
-        self.critic_ema = copy.deepcopy(self.critic).requires_grad_(False)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=args.pretrain.bc_lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=c.critic_lr, fused=True)
-        self.rng = Rng(args.run.seed, device)  # of training; evaluation has its own
-        self.bc_step = 0  # gradient steps of cloning so far
-        self.bc_below: dict[str, Tensor] | None = None  # newest weights at or below --bc-stop-success
-        self.bc_done = False
-        self.updates = 0  # online updates so far
-        self.actor_updates = 0  # those of them that moved the actor along the critics
-        self.best_of_n_on = c.critic_warmup == 0 and c.choose_successes == 0  # the critics can tell candidates apart
-        self.policy_gradient_on = False  # and may move the actor
 
 
 # --- Losses and samplers. Randomness comes in as tensors, so that each is a pure function. ---------------------------
@@ -398,6 +371,36 @@ def periodic_lr(step: int, a: ActorArgs) -> float:
     return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
 
 
+# --- Agent and training ----------------------------------------------------------------------------------------------
+
+
+class Agent:
+    """Networks and their slow copies, optimizers, and how far training has come: what a checkpoint holds."""
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device, demos: Demos | None) -> None:
+        """demos: observations are standardised by their statistics; a checkpoint brings its own."""
+        torch.manual_seed(args.run.seed)
+        p, c, dim = args.policy, args.critic, args.policy.chunk * act_dim
+        mean, std = demos.statistics() if demos else (torch.zeros(obs_dim), torch.ones(obs_dim))
+        std = std + 1e-2  # keeps nearly constant entries from exploding
+        self.actor = VelocityNet(dim, p.actor_hidden, mean, std).to(device)
+        self.actor_ema = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic = CriticEnsemble(c.heads, dim, c.critic_hidden, mean, std).to(device)
+        # The value of never succeeding [deviation: released critics start near 0, above every value of a poor policy].
+        nn.init.constant_(self.critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
+        self.critic_ema = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=args.pretrain.bc_lr, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=c.critic_lr, fused=True)
+        self.rng = Rng(args.run.seed, device)  # of training; evaluation has its own
+        self.bc_step = 0  # gradient steps of cloning so far
+        self.bc_below: dict[str, Tensor] | None = None  # newest weights at or below --bc-stop-success
+        self.bc_done = False
+        self.updates = 0  # online updates so far
+        self.actor_updates = 0  # those of them that moved the actor along the critics
+        self.best_of_n_on = c.critic_warmup == 0 and c.choose_successes == 0  # the critics can tell candidates apart
+        self.policy_gradient_on = False  # and may move the actor
+
+
 @torch.no_grad()
 def act_ode(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
     """The noise-free policy of the online actor: obs (n, O) -> chunks (n, H, A)."""
@@ -418,9 +421,6 @@ def act_best_of_n(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
         best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads)
         action = action.unflatten(0, (-1, n))[torch.arange(len(obs)), best]
     return action.unflatten(1, (p.chunk, -1))
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -129,6 +129,7 @@ VARIANTS: dict[str, dict] = {
 }
 # A checkpoint's weights and buffer fit only these settings.
 FIXED = ("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "heads", "num_envs", "replay_size")
+FIXED_PIXELS = (*FIXED, "cameras", "image_size", "channels", "backbone", "prompt")
 AT_LEAST = dict(
     chunk=1, flow_steps=1, best_of_n=1, group=2, states=1, heads=1, update_every=1, num_envs=1, eval_envs=1,
     eval_episodes=1, bc_eval_episodes=1, eval_interval_episodes=1, horizon=1, critic_batch=1, success_batch=1,
