@@ -525,7 +525,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     agent.bc_done, agent.bc_below = True, None
     checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())
     run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
-    run.record_video("ode", "before.mp4")
+    run.record_video("ode", "before.mp4", args.run.video)
     run.save()
 
 
@@ -592,7 +592,7 @@ def main(argv: list[str]) -> None:
             if stop.requested:
                 run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
                 return
-            run.record_video("bon", "after.mp4")
+            run.record_video("bon", "after.mp4", r.video)
         run.evaluate("final", t.eval_episodes, "final", log="" if r.eval else "final")
 
 

@@ -1,6 +1,5 @@
 """Episodes with open-loop action chunks: success, length, confidence interval and video."""
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from scipy.stats import binomtest
 from torch import Tensor
 
 from common.errors import UserError, first_line
@@ -68,15 +68,10 @@ class EvalResult:
         )
 
 
-def wilson(k: int, n: int, z: float = 1.959964) -> tuple[float, float]:
-    """Wilson score interval of a proportion: `k` successes in `n` trials, `z` standard normal quantile."""
-    if not 0 <= k <= n or n == 0:
-        raise ValueError(f"wilson needs 0 <= k <= n and n > 0, got k={k}, n={n}")
-    p = k / n
-    scale = 1 / (1 + z * z / n)
-    centre = (p + z * z / (2 * n)) * scale
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) * scale
-    return max(0.0, centre - half), min(1.0, centre + half)
+def wilson(k: int, n: int) -> tuple[float, float]:
+    """Wilson 95 % interval of `k` successes in `n` trials. Raises ValueError if there can be no such k."""
+    interval = binomtest(k, n).proportion_ci(0.95, method="wilson")
+    return float(interval.low), float(interval.high)
 
 
 def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int, encode: Encode = plain) -> EvalResult:

@@ -150,8 +150,10 @@ class Run:
                 f"{self.folder / 'nonfinite.pt'}, last good state in {CHECKPOINT}"
             )
 
-    def record_video(self, policy: str, name: str) -> None:
-        """Write three episodes of a policy as mp4, or a one-line note on why there is no video."""
+    def record_video(self, policy: str, name: str, wanted: bool) -> None:
+        """If wanted, write three episodes of a policy as mp4, or a one-line note on why there is no video."""
+        if not wanted:
+            return
         try:
             env = make_env(self.task.name, horizon=self.horizon, render=True, pixels=self.pixels)
             record_video(env, self._acting(policy), self.folder / name, self.eval_seed, encode=self.encode)

@@ -12,10 +12,10 @@ from common import cli
 
 def small_agent(module: ModuleType, seed: int = 1, **changes: object) -> tuple[Any, Any]:
     """Agent and arguments of ogpo_state.py or a variant: observations of 5 numbers, actions of 2, chunks of 4."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, states=8, group=4, heads=3, micro_batch=8)
+    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, states=8, group=4, heads=3)
     values["seed"] = seed
-    args = cli.override(module.default_args("toy", "cpu", "ogpo+ca"), values | changes)
-    return module.make_agent(args, 5, 2, torch.device("cpu")), args
+    args = cli.override(module.default_args("toy", "laptop", "ogpo+ca"), values | changes)
+    return module.Agent(args, 5, 2, torch.device("cpu"), None), args
 
 
 def perturbed(net: torch.nn.Module, scale: float, seed: int = 0) -> None:

@@ -14,6 +14,7 @@ import torch
 
 from common import checkpoint
 from common.errors import UserError
+from common.rng import Rng
 
 
 def make_state(n: int, size: int = 200_000) -> dict:
@@ -40,7 +41,7 @@ def save_forever(path, start: int, reports) -> None:
         reports.send(n)
 
 
-def test_sigkill_at_random_moments_never_costs_a_completed_save(tmp_path):
+def test_save_sigkill_at_random_moments_never_costs_a_completed_one(tmp_path):
     path = tmp_path / "checkpoint.pt"
     context = multiprocessing.get_context("fork")  # torch is imported already: a child starts in milliseconds
     rng = random.Random(0)
@@ -72,7 +73,7 @@ class Killed(BaseException):
 
 @pytest.mark.parametrize("newest_is_torn", [False, True])
 @pytest.mark.parametrize("survived", range(5))
-def test_kill_at_every_step_of_a_save(tmp_path, monkeypatch, survived, newest_is_torn):
+def test_save_kill_at_every_step(tmp_path, monkeypatch, survived, newest_is_torn):
     """Die before each of the calls of the third save in turn: fsync, rename, rename, fsync of the folder."""
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, make_state(1))
@@ -105,7 +106,7 @@ def test_kill_at_every_step_of_a_save(tmp_path, monkeypatch, survived, newest_is
     assert state["n"] == (3 if survived >= 2 and (newest_is_torn or survived >= 3) else older)
 
 
-def test_the_last_two_are_kept_and_nothing_else(tmp_path):
+def test_save_keeps_the_last_two_and_nothing_else(tmp_path):
     for n in range(4):
         checkpoint.save(tmp_path / "checkpoint.pt", make_state(n, 10))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["checkpoint.prev.pt", "checkpoint.pt"]
@@ -114,7 +115,7 @@ def test_the_last_two_are_kept_and_nothing_else(tmp_path):
 
 
 @pytest.mark.parametrize("harm", [lambda p: os.truncate(p, 1000), lambda p: os.truncate(p, 0), damage, os.unlink])
-def test_a_damaged_newest_file_falls_back_with_a_note(tmp_path, capsys, harm):
+def test_load_falls_back_from_a_damaged_newest_file_with_a_note(tmp_path, capsys, harm):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, make_state(1))
     checkpoint.save(path, make_state(2))
@@ -126,7 +127,7 @@ def test_a_damaged_newest_file_falls_back_with_a_note(tmp_path, capsys, harm):
     assert out.startswith("note: using checkpoint.prev.pt") and out.count("\n") == 1
 
 
-def test_nothing_to_load_is_a_one_line_user_error(tmp_path):
+def test_load_nothing_is_a_one_line_user_error(tmp_path):
     path = tmp_path / "checkpoint.pt"
     with pytest.raises(UserError, match="no checkpoint at"):
         checkpoint.load(path)
@@ -139,7 +140,7 @@ def test_nothing_to_load_is_a_one_line_user_error(tmp_path):
     assert "\n" not in str(error.value)
 
 
-def test_loading_executes_no_code(tmp_path):
+def test_load_executes_no_code(tmp_path):
     marker = tmp_path / "executed"
 
     class Payload:
@@ -153,13 +154,13 @@ def test_loading_executes_no_code(tmp_path):
 
 
 @pytest.mark.parametrize("value", [np.zeros(2), np.float64(1), {1, 2}, object()])
-def test_what_could_not_be_loaded_is_refused_when_saving(tmp_path, value):
+def test_save_refuses_what_could_not_be_loaded(tmp_path, value):
     with pytest.raises(TypeError, match=r"state\['a'\]\[1\]"):
         checkpoint.save(tmp_path / "checkpoint.pt", {"a": [0, value]})
     assert not list(tmp_path.iterdir())
 
 
-def test_module_and_optimizer_state_round_trips_exactly(tmp_path):
+def test_load_module_and_optimizer_state_round_trips_exactly(tmp_path):
     net = torch.nn.Linear(3, 2)
     optimizer = torch.optim.AdamW(net.parameters(), lr=0.1)
     net(torch.ones(4, 3)).square().sum().backward()
@@ -174,35 +175,39 @@ def test_module_and_optimizer_state_round_trips_exactly(tmp_path):
     assert loaded["none"] is None and loaded["ids"] == (1, 2.5, "x")
 
 
-def test_random_streams_continue_where_they_were_saved(tmp_path):
-    torch.manual_seed(3)
-    numpy_rng, torch_rng = np.random.default_rng(3), torch.Generator().manual_seed(3)
-    for stream in (torch.rand, numpy_rng.random):
-        stream(5)
-    torch.rand(5, generator=torch_rng)
-    numpy_rng.integers(0, 9, dtype=np.uint32)  # leaves half a 64-bit word in the generator's state
-    state = {
-        "global": checkpoint.rng_state(),
-        "numpy": numpy_rng.bit_generator.state,
-        "torch": torch_rng.get_state(),
-    }
-    checkpoint.save(tmp_path / "c.pt", state)
+def test_pack_random_streams_continue_where_they_were_saved(tmp_path):
+    streams = {"numpy": np.random.default_rng(3), "torch": Rng(3, torch.device("cpu"))}
+    streams["numpy"].random(5)
+    streams["torch"].rand(5)
+    streams["numpy"].integers(0, 9, dtype=np.uint32)  # leaves half a 64-bit word in the generator's state
+    checkpoint.save(tmp_path / "c.pt", {name: checkpoint.pack(stream) for name, stream in streams.items()})
 
-    def draw(numpy_rng, torch_rng):
-        small = numpy_rng.integers(0, 9, 3, dtype=np.uint32)
-        return torch.randn(4), small, numpy_rng.standard_normal(4), torch.rand(4, generator=torch_rng)
+    def draw(streams):
+        small = streams["numpy"].integers(0, 9, 3, dtype=np.uint32)
+        torchs = (streams["torch"].randn(4), streams["torch"].rand(2, 2), streams["torch"].randint(0, 9, 3))
+        return small, streams["numpy"].standard_normal(4), *torchs
 
-    expected = draw(numpy_rng, torch_rng)
-    torch.manual_seed(99)
+    expected = draw(streams)
     loaded = checkpoint.load(tmp_path / "c.pt")
-    checkpoint.set_rng_state(loaded["global"])
-    fresh = np.random.default_rng(99)
-    fresh.bit_generator.state = loaded["numpy"]
-    for got, want in zip(draw(fresh, torch.Generator().set_state(loaded["torch"])), expected, strict=True):
+    fresh = {"numpy": np.random.default_rng(99), "torch": Rng(99, torch.device("cpu"))}
+    fresh = {name: checkpoint.unpack(stream, loaded[name]) for name, stream in fresh.items()}
+    for got, want in zip(draw(fresh), expected, strict=True):
         assert (np.asarray(got) == np.asarray(want)).all()
 
 
-def test_a_write_that_fails_is_reported_and_harms_nothing(tmp_path):
+def test_unpack_restores_the_attributes_of_an_object():
+    class Part:
+        def __init__(self):
+            self.net, self.count, self.best = torch.nn.Linear(2, 3), 0, None
+
+    one, other = Part(), Part()
+    one.count, one.best = 7, {"w": torch.ones(2)}
+    got = checkpoint.unpack(other, checkpoint.pack(one))
+    assert got is other and other.count == 7 and torch.equal(other.best["w"], torch.ones(2))
+    assert torch.equal(one.net.weight, other.net.weight)
+
+
+def test_save_that_fails_is_reported_and_harms_nothing(tmp_path):
     path = tmp_path / "checkpoint.pt"
     checkpoint.save(path, make_state(1))
     checkpoint.save(path, make_state(2))
@@ -220,7 +225,7 @@ def test_a_write_that_fails_is_reported_and_harms_nothing(tmp_path):
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_first_signal_asks_second_aborts(signum, capfd):
+def test_stop_signal_first_asks_second_aborts(signum, capfd):
     before = signal.getsignal(signum)
     with checkpoint.StopSignal() as stop:
         assert not stop.requested
@@ -233,7 +238,7 @@ def test_first_signal_asks_second_aborts(signum, capfd):
     assert capfd.readouterr().out.strip().count("\n") == 0
 
 
-def test_handlers_return_after_an_exception():
+def test_stop_signal_handlers_return_after_an_exception():
     before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
     with pytest.raises(ZeroDivisionError), checkpoint.StopSignal():
         raise ZeroDivisionError

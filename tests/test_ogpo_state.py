@@ -17,15 +17,22 @@ import ogpo_pixels
 import ogpo_state as og
 from common import cli
 from common.demos import Demos
+from common.envs import TASKS
 from common.replay import Batch, ReplayBuffer
-from common.stopwatch import Stopwatch
+from common.rng import Rng
 from tests import helpers
 from tests.helpers import perturbed
-from variants import ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_pixels_reference, ogpo_reference
+from variants import (
+    ogpo_critic,
+    ogpo_diffusion,
+    ogpo_extraction,
+    ogpo_pixels_reference,
+    ogpo_reference,
+    ogpo_released,
+)
 
-SCRIPTS = (
-    *(og, ogpo_pixels, ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_pixels_reference),
-)  # fmt: skip
+VARIANTS = (ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_released, ogpo_pixels_reference)
+SCRIPTS = (og, ogpo_pixels, *VARIANTS)
 DATA_STD, DATA_MEAN = 0.3, 0.2
 
 
@@ -49,17 +56,16 @@ small_agent = partial(helpers.small_agent, og)
 # --- the stochastic chain ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("correction", ["matched", "released"])
-def test_chain_marginals_follow_the_affine_recursion(correction: str) -> None:
+def test_sample_chain_marginals_follow_the_affine_recursion() -> None:
     """On a linear-Gaussian flow every step is affine, so mean and variance of each state are known exactly."""
-    p = og.PolicyArgs(flow_steps=6, noise_std=0.2, score_correction=correction, clip_mean="last")
+    p = og.PolicyArgs(flow_steps=6, noise_std=0.2)
     n, net = 200_000, GaussianFlow()
     noise = torch.randn(n, p.flow_steps + 1, 1, generator=torch.Generator().manual_seed(0))
     chain, _ = og.sample_chain(net, torch.zeros(n, 1), noise, replace(p, noise_clip=10.0))
     mean, var = 0.0, 1.0
     for k in range(p.flow_steps - 1):  # the last step clips its mean: not affine
         t = k / p.flow_steps
-        gain = 0.5 * p.noise_std**2 * (p.flow_steps if correction == "matched" else 1)
+        gain = 0.5 * p.noise_std**2 * p.flow_steps
         slope_v = (t * DATA_STD**2 - (1 - t)) / ((1 - t) ** 2 + (t * DATA_STD) ** 2)
         slope = 1 + (slope_v + gain * (t * slope_v - 1)) / p.flow_steps
         offset = (1 + gain * t) * (DATA_MEAN - slope_v * t * DATA_MEAN) / p.flow_steps
@@ -69,32 +75,24 @@ def test_chain_marginals_follow_the_affine_recursion(correction: str) -> None:
         assert x.var().item() == pytest.approx(var, rel=5 * math.sqrt(2 / n))
 
 
-def test_matched_correction_keeps_the_marginals_and_the_released_one_does_not() -> None:
-    """Per-step noise g sqrt(1-t) sqrt(dt) is a diffusion; with many steps only the matched drift ends at the data."""
+def test_step_mean_correction_keeps_the_marginals() -> None:
+    """Per-step noise g sqrt(1-t) sqrt(dt) is a diffusion; with many steps the corrected drift ends at the data."""
     steps, n = 200, 20_000
     noise = torch.randn(n, steps + 1, 1, generator=torch.Generator().manual_seed(1))
-    std = {}
-    for correction in ("matched", "released"):
-        p = og.PolicyArgs(
-            flow_steps=steps, noise_std=1.5 / math.sqrt(steps), score_correction=correction, noise_clip=10.0
-        )
-        p = replace(p, clip_mean="last")
-        chain, _ = og.sample_chain(GaussianFlow(), torch.zeros(n, 1), noise, p)
-        std[correction] = chain[:, -2].std().item()
-    assert std["matched"] == pytest.approx(DATA_STD, rel=0.05)
-    assert std["released"] > 1.5 * DATA_STD
+    p = og.PolicyArgs(flow_steps=steps, noise_std=1.5 / math.sqrt(steps), noise_clip=10.0)
+    chain, _ = og.sample_chain(GaussianFlow(), torch.zeros(n, 1), noise, p)
+    assert chain[:, -2].std().item() == pytest.approx(DATA_STD, rel=0.05)
 
 
-def test_ode_transports_noise_to_the_data() -> None:
+def test_sample_ode_transports_noise_to_the_data() -> None:
     """The exact flow map of a Gaussian is x -> mean + std * x."""
     x = torch.linspace(-1.5, 1.5, 7)[:, None]
     out = og.sample_ode(GaussianFlow(), torch.zeros(7, 1), x, 2_000)
     assert torch.allclose(out, (DATA_MEAN + DATA_STD * x).clamp(-1, 1), atol=2e-3)
 
 
-@pytest.mark.parametrize("clip_mean", ["last", "all"])
-def test_log_prob_matches_torch_distributions(clip_mean: str) -> None:
-    agent, args = small_agent(clip_mean=clip_mean, noise_std=0.3)
+def test_chain_log_prob_matches_torch_distributions() -> None:
+    agent, args = small_agent(noise_std=0.3)
     p, n, dim = args.policy, 16, 8
     obs = torch.randn(n, 5)
     chain, _ = og.sample_chain(agent.actor_ema, obs, torch.randn(n, p.flow_steps + 1, dim), p)
@@ -107,7 +105,7 @@ def test_log_prob_matches_torch_distributions(clip_mean: str) -> None:
         v = agent.actor(obs, x, agent.actor.embed(t))
         drift = v + 0.5 * p.noise_std**2 * p.flow_steps * (t * v - x)
         mean = x + drift / p.flow_steps
-        if clip_mean == "all" or k == p.flow_steps - 1:
+        if k == p.flow_steps - 1:
             mean = mean.clamp(-1, 1)
         want += Normal(mean, sigma).log_prob(chain[:, k + 1]).sum(-1)
         constant += dim * Normal(0.0, sigma).log_prob(torch.zeros(()))
@@ -117,44 +115,38 @@ def test_log_prob_matches_torch_distributions(clip_mean: str) -> None:
     assert torch.allclose(got, (want - constant) / ((p.flow_steps + 1) * dim), atol=1e-5)
 
 
-def test_ratio_is_one_at_equal_parameters_and_biased_with_the_released_clip() -> None:
+def test_chain_log_prob_equals_the_sampler_s_at_equal_parameters() -> None:
     agent, args = small_agent(noise_std=0.3)
     perturbed(agent.actor, 0.3)
     agent.actor_ema.load_state_dict(agent.actor.state_dict())
     obs, noise = torch.randn(256, 5), torch.randn(256, args.policy.flow_steps + 1, 8)
     chain, old = og.sample_chain(agent.actor_ema, obs, noise, args.policy)
+    assert chain[:, -1].abs().max() > 1  # the last state is kept unclipped
     ratio = (og.chain_log_prob(agent.actor, obs, chain, args.policy) - old).exp()
     assert torch.allclose(ratio, torch.ones(256), atol=1e-5)
-    released = replace(args.policy, clip_chain_end=True)
-    chain, old = og.sample_chain(agent.actor_ema, obs, noise, released)
-    assert chain[:, -1].abs().max() <= 1
-    ratio = (og.chain_log_prob(agent.actor, obs, chain, released) - old).exp()
-    assert (ratio > 1 + 1e-4).any() and ratio.mean() > 1.001
 
 
-def test_noise_clip_bounds_every_step() -> None:
+def test_sample_chain_clips_the_noise_of_every_step() -> None:
     agent, args = small_agent()
     p = replace(args.policy, noise_clip=0.5)
     noise = torch.randn(64, p.flow_steps + 1, 8)
     chain, _ = og.sample_chain(agent.actor, torch.zeros(64, 5), noise, p)
-    times, sigmas, bounds = og.flow_schedule(p, torch.device("cpu"))
+    times, sigmas = og.flow_schedule(p, torch.device("cpu"))
     for k in range(p.flow_steps):
         v = agent.actor(torch.zeros(64, 5), chain[:, k], agent.actor.embed(times[k]))
-        step = chain[:, k + 1] - og.chain_mean(chain[:, k], v, times[k], bounds[k], p)
+        mean = og.step_mean(chain[:, k], v, times[k], p)
+        step = chain[:, k + 1] - (mean.clamp(-1, 1) if k == p.flow_steps - 1 else mean)
         assert step.abs().max() <= 0.5 * sigmas[k] + 1e-5
 
 
 # --- advantages and the policy loss -----------------------------------------------------------------------------------
 
 
-def test_conservative_gate_on_hand_made_ensembles() -> None:
+def test_group_advantage_on_hand_made_ensembles() -> None:
     # one state, three chains, three heads; group means are 0 for every head
     q = torch.tensor([[[3.0, -1.0, -2.0]], [[1.0, -3.0, 2.0]], [[2.0, -2.0, 0.0]]])
     assert og.group_advantage(q, "conservative").tolist() == [[1.0, -1.0, 0.0]]
-    assert og.group_advantage(q, "penultimate").tolist() == [[2.0, -2.0, 0.0]]
     assert torch.allclose(og.group_advantage(q, "vanilla"), torch.tensor([[2.0, -2.0, 0.0]]))
-    assert torch.allclose(og.group_advantage(q, "positive"), torch.tensor([[2.0, 0.0, 0.0]]))
-    assert torch.allclose(og.group_advantage(q, "grpo"), torch.tensor([[1.0, -1.0, 0.0]]))  # deviation 2
     # a constant per head and state changes nothing
     shift = torch.tensor([5.0, -7.0, 100.0])[:, None, None]
     assert torch.allclose(
@@ -162,17 +154,16 @@ def test_conservative_gate_on_hand_made_ensembles() -> None:
     )
 
 
-def test_conservative_gate_against_enumeration() -> None:
+def test_group_advantage_conservative_against_enumeration() -> None:
     q = torch.randn(4, 6, 5)
-    got, second = og.group_advantage(q, "conservative"), og.group_advantage(q, "penultimate")
+    got = og.group_advantage(q, "conservative")
     for b, g in itertools.product(range(6), range(5)):
         heads = sorted((q[m, b, g] - q[m, b].mean() for m in range(4)), key=abs)
         agree = all(h > 0 for h in heads) or all(h < 0 for h in heads)
         assert got[b, g].item() == pytest.approx(heads[0].item() if agree else 0.0, abs=1e-6)
-        assert second[b, g].item() == pytest.approx(heads[1].item() if agree else 0.0, abs=1e-6)
 
 
-def test_vanilla_advantages_sum_to_zero_in_each_group_and_keep_their_scale() -> None:
+def test_group_advantage_vanilla_sums_to_zero_in_each_group_and_keeps_its_scale() -> None:
     q = torch.randn(5, 7, 6)
     a = og.group_advantage(q, "vanilla")
     assert torch.allclose(a.sum(-1), torch.zeros(7), atol=1e-5)
@@ -184,29 +175,38 @@ def test_ppo_loss_values_and_gradients() -> None:
     ratios = torch.tensor([1.005, 1.05, 1.05, 0.9])
     adv = torch.tensor([2.0, 2.0, -2.0, 0.0])
     log_prob = ratios.log().requires_grad_()
-    loss, info = og.ppo_loss(log_prob, torch.zeros(4), adv, 0.01)
-    assert loss.item() == pytest.approx(-(1.005 * 2 + 1.01 * 2 - 1.05 * 2 + 0), rel=1e-6)
+    loss, info = og.ppo_loss(log_prob, torch.zeros(4), adv, 0.01, 8)
+    assert loss.item() == pytest.approx(-(1.005 * 2 + 1.01 * 2 - 1.05 * 2 + 0) / 8, rel=1e-6)
     loss.backward()
-    assert torch.allclose(log_prob.grad, torch.tensor([-2.01, 0.0, 2.10, 0.0]), atol=1e-5)
-    assert info["clipped"].item() == 3
+    assert torch.allclose(8 * log_prob.grad, torch.tensor([-2.01, 0.0, 2.10, 0.0]), atol=1e-5)
+    assert info["clipped"].item() == 3 / 8
 
 
-def test_skipping_zero_advantage_chains_is_exact() -> None:
-    """Same draws with and without skipping, over several micro-batches: equal gradients, up to summation order."""
-    grads, shares = [], []
-    for skip in (False, True):
-        agent, args = small_agent(skip_zero=skip)
-        perturbed(agent.critic_ema, 0.3)
-        perturbed(agent.actor, 0.02)
-        agent.actor_opt.step = lambda: None
-        info = og.update_actor(
-            agent, torch.randn(8, 5, generator=torch.Generator().manual_seed(3)), None, args, Stopwatch()
-        )
-        grads.append(torch.cat([p.grad.flatten() for p in agent.actor.parameters()]))
-        shares.append(info["nonzero"].item())
-    assert 0 < shares[0] < 1 and shares[0] == shares[1]
-    assert grads[0].abs().max() > 0
-    assert torch.allclose(grads[0], grads[1], rtol=1e-4, atol=1e-8)
+def test_update_actor_leaves_out_chains_without_advantage_exactly() -> None:
+    """The gradient equals that of the objective over all chains, drawn again with the same noise."""
+    agent, args = small_agent()
+    perturbed(agent.critic_ema, 0.3)
+    perturbed(agent.actor, 0.02)
+    agent.actor_opt.step = lambda: None
+    obs, drawn = torch.randn(8, 5, generator=torch.Generator().manual_seed(3)), agent.rng.state_dict()
+    info = og.update_actor(agent, obs, None, args)
+    got = torch.cat([p.grad.flatten() for p in agent.actor.parameters()])
+    small, args = small_agent()
+    perturbed(small.critic_ema, 0.3)
+    perturbed(small.actor, 0.02)
+    small.rng.load_state_dict(drawn)
+    rows = obs.repeat_interleave(args.actor.group, 0)
+    noise = small.rng.randn(len(rows), args.policy.flow_steps + 1, 8)
+    chain, old = og.sample_chain(small.actor_ema, rows, noise, args.policy)
+    q = small.critic_ema(rows, chain[:, -1].clamp(-1, 1)).unflatten(1, (-1, args.actor.group))
+    advantage = og.group_advantage(q, "conservative").flatten()
+    log_prob = og.chain_log_prob(small.actor, rows, chain, args.policy)
+    og.ppo_loss(log_prob, old, advantage, args.actor.clip, len(rows))[0].backward()
+    want = torch.cat([p.grad.flatten() for p in small.actor.parameters()])
+    share = (advantage != 0).float().mean().item()
+    assert 0 < share < 1 and info["nonzero"].item() == pytest.approx(share)
+    assert want.abs().max() > 0
+    assert torch.allclose(got, want, rtol=1e-4, atol=1e-8)
 
 
 # --- critic -----------------------------------------------------------------------------------------------------------
@@ -221,18 +221,7 @@ def test_td_target_on_a_hand_solved_chain() -> None:
     assert og.td_target(rewards, terminated, q_next, 0.5).tolist() == pytest.approx(want)
 
 
-def test_variance_reduction_on_hand_values() -> None:
-    """Two heads, one state, eight next actions: mean, mean of the middle two, mean of the middle four."""
-    q = torch.tensor([[[8.0, 1.0, 2.0, 3.0, 100.0, 4.0, 5.0, -3.0]], [[0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 8.0]]])
-    for how, want in (("mean", [15.0, 1.0]), ("median", [3.5, 0.0]), ("trimmed", [3.5, 0.0])):
-        assert og.reduce_samples(q, how)[:, 0].tolist() == want
-    q[0, 0, 2] = 2.5  # inside the middle half, beside the median
-    assert og.reduce_samples(q, "trimmed")[0, 0].item() == pytest.approx((2.5 + 3 + 4 + 5) / 4)
-    assert og.reduce_samples(q, "median")[0, 0].item() == 3.5
-    assert torch.equal(og.reduce_samples(q[..., :1], "median"), q[..., 0])
-
-
-def test_variance_reduction_keeps_the_mean_of_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_update_critic_averages_next_actions_without_moving_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
     """Several next actions: the same expected target, a smaller spread from one draw to the next."""
     batch = Batch(
         obs=torch.zeros(64, 5),
@@ -256,13 +245,13 @@ def test_variance_reduction_keeps_the_mean_of_the_target(monkeypatch: pytest.Mon
     assert spread[16].mean().item() == pytest.approx(spread[1].mean().item(), abs=0.1 * spread[1].std().item())
 
 
-def test_critic_heads_are_independent_and_equal_their_single_nets() -> None:
+def test_critic_ensemble_heads_are_independent_and_equal_their_single_nets() -> None:
     agent, _ = small_agent()
     perturbed(agent.critic, 0.2)
     obs, action = torch.randn(6, 5), torch.randn(6, 8)
     q = agent.critic(obs, action)
     for m in range(3):
-        h = torch.cat([obs, action], -1)
+        h = torch.cat([(obs - agent.critic.obs_mean) / agent.critic.obs_std, action], -1)
         c = agent.critic
         for w, b, g, s in zip(c.weights, c.biases, c.scales, c.shifts, strict=False):
             h = h @ w[m] + b[m, 0]
@@ -270,6 +259,8 @@ def test_critic_heads_are_independent_and_equal_their_single_nets() -> None:
             h = torch.nn.functional.gelu(h)
         h = h @ c.weights[-1][m] + c.biases[-1][m, 0]
         assert torch.allclose(q[m], h[:, 0], atol=1e-5)
+    with torch.no_grad():  # head by head, on a CPU
+        assert torch.allclose(agent.critic(obs, action), q, atol=1e-5)
     q[1].sum().backward()
     assert all(p.grad[0].abs().sum() == 0 and p.grad[2].abs().sum() == 0 for p in agent.critic.parameters())
 
@@ -281,20 +272,17 @@ def test_critic_loss_is_the_mean_squared_error_of_every_head() -> None:
     assert loss.item() == pytest.approx(((agent.critic(obs, action) - y) ** 2).mean().item(), rel=1e-5)
 
 
-def test_pessimistic_critics_start_at_the_value_of_never_succeeding() -> None:
+def test_agent_critics_start_at_the_value_of_never_succeeding() -> None:
     """That value is the fixed point of the target when no chunk ever succeeds; unseen actions do not look better."""
     obs, action = torch.randn(500, 5), torch.rand(500, 8) * 2 - 1
-    for pessimistic, centre in ((True, -50.0), (False, 0.0)):
-        agent, args = small_agent(pessimistic_init=pessimistic, gamma=0.98, reward_offset=-1.0)
-        q = agent.critic_ema(obs, action)
-        assert q.mean(1) == pytest.approx(centre, abs=1.5)
-        if pessimistic:
-            failing = torch.full((500, 4), args.critic.reward_offset)
-            fixed = og.td_target(failing, torch.zeros(500), torch.full((4, 500), -50.0), 0.98)
-            torch.testing.assert_close(fixed, torch.full((500,), -50.0))
+    agent, args = small_agent(gamma=0.98, reward_offset=-1.0)
+    assert agent.critic_ema(obs, action).mean(1) == pytest.approx(-50.0, abs=1.5)
+    failing = torch.full((500, 4), args.critic.reward_offset)
+    fixed = og.td_target(failing, torch.zeros(500), torch.full((4, 500), -50.0), 0.98)
+    torch.testing.assert_close(fixed, torch.full((500,), -50.0))
 
 
-def test_critic_learns_the_values_of_a_two_state_mdp() -> None:
+def test_update_critic_learns_the_values_of_a_two_state_mdp() -> None:
     """State 0 -> state 1 -> end, reward -1 a step, chunks of 1: Q(0) = -1 - gamma, Q(1) = -1."""
     agent, args = small_agent(chunk=1, gamma=0.9, critic_lr=3e-3, critic_ema=0.1, noise_std=0.1)
     states = torch.eye(5)[:2]
@@ -353,63 +341,58 @@ def test_best_of_n_against_enumeration() -> None:
     assert torch.equal(og.best_of_n(q, draws, 0), q.mean(0).argmax(-1))
 
 
-def test_acting_picks_the_candidate_its_critics_prefer() -> None:
+def test_act_best_of_n_picks_the_candidate_its_critics_prefer() -> None:
     """A critic that values only the first coordinate: best-of-N acts with a larger one than a single sample."""
     agent, args = small_agent(noise_std=0.5, best_of_n=16)
-    agent.choosing = True
+    agent.best_of_n_on = True
 
     class First(torch.nn.Module):
         def forward(self, obs, action):
             return action[:, 0].expand(3, -1)
 
     agent.critic_ema = First()
-    obs = np.zeros((200, 5), np.float32)
-    many = og.act_best_of_n(agent, obs, args, torch.Generator().manual_seed(0))
-    one = og.act_best_of_n(agent, obs, cli.override(args, {"best_of_n": 1}), torch.Generator().manual_seed(0))
+    obs, cpu = torch.zeros(200, 5), torch.device("cpu")
+    many = og.act_best_of_n(agent, args, obs, Rng(0, cpu))
+    one = og.act_best_of_n(agent, cli.override(args, {"best_of_n": 1}), obs, Rng(0, cpu))
     assert many.shape == one.shape == (200, 4, 2)
     assert many[:, 0, 0].mean() > one[:, 0, 0].mean() + 0.3
 
 
-def test_best_of_n_waits_for_a_success_and_the_actor_for_more() -> None:
-    """Before: single samples; no policy gradient, frozen or cloned actor."""
-    obs = np.random.default_rng(0).normal(size=(4, 5)).astype(np.float32)
+def test_update_best_of_n_waits_for_a_success_and_the_actor_for_more() -> None:
+    """Before: single samples; no policy gradient, the actor stays."""
+    obs = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     buffer = ReplayBuffer(500, 5, 2, 4)
     rng = np.random.default_rng(0)
+    agent, args = small_agent(critic_warmup=3, choose_successes=1, critic_successes=2, success_min=8)
 
     def episode(success: bool) -> None:
         actions = rng.uniform(-1, 1, (20, 2)).astype(np.float32)
         buffer.add_episode(rng.normal(size=(21, 5)).astype(np.float32), actions, -np.ones(20), success, success)
 
-    for fallback in (False, True):
-        changes = dict(critic_warmup=3, choose_successes=1, critic_successes=2, success_min=8, bc_fallback=fallback)
-        agent, args = small_agent(**changes)
+    def acts_by_single_samples() -> bool:
+        one = cli.override(args, {"best_of_n": 1})
+        return torch.equal(*(og.act_best_of_n(agent, a, obs, Rng(0, torch.device("cpu"))) for a in (args, one)))
 
-        def acts_by_single_samples(agent: og.Agent = agent, args: og.Args = args) -> bool:
-            one = cli.override(args, {"best_of_n": 1})
-            rngs = (torch.Generator().manual_seed(0) for _ in range(2))
-            return np.array_equal(*(og.act_best_of_n(agent, obs, a, g) for a, g in zip((args, one), rngs, strict=True)))
-
-        episode(False), episode(False)
-        for _ in range(4):
-            og.update(agent, buffer, args, rng, Stopwatch())
-            assert acts_by_single_samples()
-        agent.updates = 0
-        episode(True)
-        before = [p.clone() for p in agent.actor.parameters()]
-        for k in range(5):
-            assert acts_by_single_samples() == (k < 3)
-            info = og.update(agent, buffer, args, rng, Stopwatch())
-            assert "nonzero" not in info and "td_loss" in info and ("bc_loss" in info) == fallback
-        moved = any(not torch.equal(p, q) for p, q in zip(before, agent.actor.parameters(), strict=True))
-        assert moved == fallback and not agent.trusted
-        episode(True)
-        info = og.update(agent, buffer, args, rng, Stopwatch())
-        assert agent.trusted and "nonzero" in info and "bc_loss" in info
-        assert not acts_by_single_samples()
-        buffer = ReplayBuffer(500, 5, 2, 4)
+    episode(False), episode(False)
+    for _ in range(4):
+        og.update(agent, buffer, args, rng)
+        assert acts_by_single_samples()
+    agent.updates = 0
+    episode(True)
+    before = [p.clone() for p in agent.actor.parameters()]
+    for k in range(5):
+        assert acts_by_single_samples() == (k < 3)
+        info = og.update(agent, buffer, args, rng)
+        assert "nonzero" not in info and "bc_loss" not in info and "td_loss" in info
+    assert all(torch.equal(p, q) for p, q in zip(before, agent.actor.parameters(), strict=True))
+    assert not agent.policy_gradient_on
+    episode(True)
+    info = og.update(agent, buffer, args, rng)
+    assert agent.policy_gradient_on and "nonzero" in info and "bc_loss" in info
+    assert not acts_by_single_samples()
 
 
-def test_learning_rate_counts_the_actors_own_updates() -> None:
+def test_update_learning_rate_counts_the_actors_own_updates() -> None:
     """The warm-up begins with the first step along the critics, however long they were trained before it."""
     rng = np.random.default_rng(0)
     buffer = ReplayBuffer(500, 5, 2, 4)
@@ -423,7 +406,7 @@ def test_learning_rate_counts_the_actors_own_updates() -> None:
     )  # fmt: skip
     before = [p.clone() for p in agent.actor.parameters()]
     for k in range(6):
-        og.update(agent, buffer, args, rng, Stopwatch())
+        og.update(agent, buffer, args, rng)
         assert agent.updates == k + 1 and agent.actor_updates == max(0, k - 2)
         if k >= 3:
             assert agent.actor_opt.param_groups[0]["lr"] == pytest.approx(1e-3 * (k - 3) / 4)
@@ -431,7 +414,7 @@ def test_learning_rate_counts_the_actors_own_updates() -> None:
         assert moved == (k > 3)  # its first step has length zero
 
 
-def test_demo_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> None:
+def test_demos_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> None:
     demos = Demos(
         obs=np.arange(5, dtype=np.float32)[:, None],
         actions=np.arange(5, dtype=np.float32)[:, None],
@@ -446,41 +429,51 @@ def test_demo_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> N
 # --- schedules, presets, flags ----------------------------------------------------------------------------------------
 
 
-def test_periodic_learning_rate() -> None:
-    lr = lambda step: og.periodic_lr(step, 4.5e-5, 2e-5, 2_000, 50_000)  # noqa: E731
-    assert lr(0) == 2e-5 and lr(2_000) == pytest.approx(4.5e-5)
-    assert lr(1_000) == pytest.approx(3.25e-5) and lr(26_000) == pytest.approx(3.25e-5)
-    assert lr(49_999) == pytest.approx(2e-5, rel=1e-4) and lr(50_000) == 2e-5
-    assert og.periodic_lr(123, 1e-3, 0.0, 10, 0) == 1e-3
+def test_periodic_lr_warms_up_decays_and_repeats() -> None:
+    a = og.ActorArgs(actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000)
+    assert og.periodic_lr(0, a) == 2e-5 and og.periodic_lr(2_000, a) == pytest.approx(4.5e-5)
+    assert og.periodic_lr(1_000, a) == pytest.approx(3.25e-5) and og.periodic_lr(26_000, a) == pytest.approx(3.25e-5)
+    assert og.periodic_lr(49_999, a) == pytest.approx(2e-5, rel=1e-4) and og.periodic_lr(50_000, a) == 2e-5
+    assert og.periodic_lr(123, replace(a, actor_lr_period=0)) == 4.5e-5
 
 
-def test_paper_preset_is_the_released_table() -> None:
-    """Generation 3 of the released run scripts, Square column."""
+def test_default_args_paper_preset_has_the_paper_s_sizes_and_schedule() -> None:
+    """Generation 3 of the released run scripts, Square column; our corrections stay on."""
     a = cli.flatten(og.default_args("lift", "paper", "ogpo+ca"))
     want = dict(
         chunk=4, gamma=0.99, flow_steps=10, critic_ema=0.05, actor_ema=0.005, noise_std=0.05, bc_coef=1.0,
-        advantage="conservative", success_critic=True, actor_hidden=(512,) * 4, critic_hidden=(512,) * 4,
+        advantage="conservative", actor_hidden=(512,) * 4, critic_hidden=(512,) * 4,
         bc_steps=500_000, bc_stop_success=0.45, start_training=10_000, total_steps=2_000_000, eval_every=10_000,
         critic_batch=256, states=256, success_batch=256, group=32, clip=0.01, heads=10, update_every=1,
-        replay_size=2_000_000, best_of_n=8, best_of_n_heads=2, noise_clip=3.0, max_grad_norm=1_000.0,
-        normalize_obs=False, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000,
-        critic_lr=4.5e-5, actor_weight_decay=0.0, critic_weight_decay=1e-5, bc_lr=3e-4, bc_batch=256,
-        reward_offset=-1.0, success_bonus=5.0, eval_interval_episodes=64, bc_eval_episodes=64,
-        score_correction="released", clip_mean="all", clip_chain_end=True, bc_fallback=True, horizon=300,
-        critic_warmup=0, choose_successes=0, critic_successes=0, pessimistic_init=False,
+        replay_size=2_000_000, best_of_n=8, best_of_n_heads=2, noise_clip=3.0,
+        actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000,
+        critic_lr=4.5e-5, bc_lr=3e-4, bc_batch=256, reward_offset=-1.0, success_bonus=5.0,
+        eval_interval_episodes=64, bc_eval_episodes=64, horizon=300,
     )  # fmt: skip
     assert {k: a[k] for k in want} == want
+    ours = cli.flatten(og.Args())
+    for name in ("critic_warmup", "choose_successes", "critic_successes"):
+        assert a[name] == ours[name] > 0
 
 
-def test_variants_differ_only_in_their_stabilizers() -> None:
-    full, plus, plain = (cli.flatten(og.default_args("lift", "cpu", v)) for v in ("ogpo+ca", "ogpo+", "ogpo"))
+@pytest.mark.parametrize("module", SCRIPTS)
+def test_default_args_are_the_same_whatever_the_device(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [*TASKS, "mine:Env-v0"] if module is og else ["toy", "lift"]
+    without = [module.default_args(name, *flags) for name in names for flags in ((), ("paper",))]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert [module.default_args(name, *flags) for name in names for flags in ((), ("paper",))] == without
+    assert module.default_args().run.preset == "laptop"
+
+
+def test_default_args_variants_differ_only_in_their_stabilizers() -> None:
+    full, plus, plain = (cli.flatten(og.default_args("lift", "laptop", v)) for v in ("ogpo+ca", "ogpo+", "ogpo"))
     changed = lambda other: {k for k in full if full[k] != other[k]} - {"variant"}  # noqa: E731
     assert changed(plus) == {"advantage"} and plus["advantage"] == "vanilla"
     assert changed(plain) == {"advantage", "bc_coef", "best_of_n"}
     assert (plain["bc_coef"], plain["best_of_n"], full["best_of_n"], full["bc_coef"]) == (0.0, 1, 8, 1.0)
 
 
-def test_a_flag_wins_over_preset_task_and_variant() -> None:
+def test_parse_a_flag_wins_over_preset_task_and_variant() -> None:
     default = og.default_args("toy", "paper", "ogpo")
     args = cli.parse(default, ["--env", "toy", "--flow-steps", "7", "--best-of-n", "3", "--horizon", "9"], "")
     assert (args.policy.flow_steps, args.policy.best_of_n, args.task.horizon) == (7, 3, 9)
@@ -488,24 +481,21 @@ def test_a_flag_wins_over_preset_task_and_variant() -> None:
 
 
 @pytest.mark.parametrize("module", SCRIPTS)
-def test_every_flag_is_documented_and_read(module: ModuleType) -> None:
-    """In the script, in common/run.py (as a.NAME), or by name where a run starts."""
+def test_args_every_flag_is_in_the_script_documented_and_read(module: ModuleType) -> None:
+    """Read in the script, or by name where a run starts."""
     script, common = Path(module.__file__), Path(og.__file__).parent / "common"
-    flags, reads, documented = cli.flatten(module.Args()), set(), {}
-    start = ast.parse((common / "start.py").read_text())
-    reads |= {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)}
-    for path in (script, common / "run.py"):
-        tree, lines = ast.parse(path.read_text()), path.read_text().splitlines()
-        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)]
-        reads |= {n.attr for n in nodes if path == script or ast.unparse(n.value) in ("a", "self.a")}
-        fields = [
-            n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args") and c.name != "Args"
-            for n in c.body if isinstance(n, ast.AnnAssign)
-        ]  # fmt: skip
-        documented |= {n.target.id: "  # " in lines[n.end_lineno - 1] for n in fields}
-    reads |= {"env", "preset", "variant"}  # they choose the defaults
+    flags, start = cli.flatten(module.Args()), ast.parse((common / "start.py").read_text())
+    tree, lines = ast.parse(script.read_text()), script.read_text().splitlines()
+    reads = {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)} | {"env", "preset", "variant"}
+    reads |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    fields = [
+        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args") and c.name != "Args"
+        for n in c.body if isinstance(n, ast.AnnAssign)
+    ]  # fmt: skip
+    documented = {n.target.id: "  # " in lines[n.end_lineno - 1] for n in fields}
     assert [f for f in flags if f not in reads] == []
     assert documented.keys() == set(flags) and all(documented.values())
+    assert module is not og or len(flags) <= 72
 
 
 # --- replay -----------------------------------------------------------------------------------------------------------
@@ -517,7 +507,7 @@ def fill(buffer: ReplayBuffer, length: int, first: int, terminated: bool, succes
     buffer.add_episode(first + t[:, None], 10 * (first + t[:-1, None]), t[:-1], terminated, success)
 
 
-def test_replay_chunks_never_cross_an_episode_end() -> None:
+def test_replay_buffer_chunks_never_cross_an_episode_end() -> None:
     buffer = ReplayBuffer(100, 1, 1, 3)
     fill(buffer, 5, 0, True, True)
     fill(buffer, 2, 50, False, False)  # shorter than a chunk: no start
@@ -533,7 +523,7 @@ def test_replay_chunks_never_cross_an_episode_end() -> None:
     assert set(good.obs[:, 0].tolist()) == {0, 1, 2}
 
 
-def test_replay_drops_whole_old_episodes_and_survives_a_round_trip() -> None:
+def test_replay_buffer_drops_whole_old_episodes_and_survives_a_round_trip() -> None:
     buffer = ReplayBuffer(40, 1, 1, 2)
     rng = np.random.default_rng(0)
     for e in range(60):

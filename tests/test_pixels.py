@@ -1,9 +1,10 @@
 """ogpo_pixels.py and what it stands on: encoders, images once a chunk, chunk rows, demonstrations with images."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import MagicMock
 
 import gymnasium as gym
 import h5py
@@ -14,34 +15,36 @@ import torch
 import ogpo_pixels as op
 import ogpo_state as og
 from common import checkpoint, cli
-from common.collect import Collector
-from common.demos import get_demos
+from common.backbone import Backbone
+from common.demos import Demos, get_demos
 from common.demos.robomimic import draw_images, read_images
 from common.envs import ChunkStep, Pixels, make_env, resolve
+from common.episodes import Episodes
 from common.errors import UserError
 from common.replay import ReplayBuffer
-from common.run import Run
+from common.rng import Rng
 from common.runlog import read_metrics
 from tests.helpers import definitions, differing
 from variants import ogpo_pixels_reference, ogpo_reference
 
 TOP = Pixels(("top",), 32)
+PATIENCE = 3_600  # seconds after which a process that hangs is given up
 # What ogpo_pixels.py defines in its own words; all else is the text of ogpo_state.py.
 OWN = {
-    *("PixelArgs", "Args", "default_args", "Encoder", "Backbone", "TwoTier", "VelocityNet", "CriticEnsemble"),
-    *("random_shift", "Agent", "make_encoder", "make_agent", "encode", "pretrain", "main"),
+    *("PixelArgs", "Args", "default_args", "Encoder", "TwoTier", "VelocityNet", "CriticEnsemble", "random_shift"),
+    *("Agent", "encode", "pretrain", "train", "main"),
 }
 
 
-def test_what_both_scripts_share_is_the_same_text() -> None:
-    assert differing(og, op) == OWN
+def test_ogpo_pixels_shares_the_text_of_ogpo_state() -> None:
+    assert differing(og, op) == OWN, "carry a change over with: python tools/carry.py ogpo_state.py"
     assert definitions(og).keys() <= definitions(op).keys()
 
 
-def test_the_slow_reference_is_the_same_change_to_both_scripts() -> None:
+def test_ogpo_pixels_reference_is_the_same_change_as_ogpo_reference() -> None:
     state, pixels = definitions(ogpo_reference), definitions(ogpo_pixels_reference)
     changed = differing(og, ogpo_reference)
-    assert differing(op, ogpo_pixels_reference) == changed
+    assert differing(op, ogpo_pixels_reference) == changed, "python tools/carry.py ogpo_pixels.py"
     for name in changed - OWN:
         assert pixels[name] == state[name]
     command = ["diff", op.__file__, ogpo_pixels_reference.__file__]
@@ -51,7 +54,7 @@ def test_the_slow_reference_is_the_same_change_to_both_scripts() -> None:
 # --- encoders ---------------------------------------------------------------------------------------------------------
 
 
-def test_features_are_the_places_of_patterns() -> None:
+def test_encoder_features_are_the_places_of_patterns() -> None:
     """One camera sees a red spot, the other a green one; each camera's first pattern is "much red"."""
     encoder = op.Encoder(op.PixelArgs(cameras=("a", "b"), channels=2))
     look = torch.nn.Conv2d(6, 4, 1, groups=2, bias=False)
@@ -71,7 +74,7 @@ def test_features_are_the_places_of_patterns() -> None:
     assert torch.allclose(rows[1:], torch.zeros(3), atol=1e-5)
 
 
-def test_cameras_have_networks_of_their_own() -> None:
+def test_encoder_cameras_have_networks_of_their_own() -> None:
     encoder = op.Encoder(op.PixelArgs(cameras=("a", "b"), channels=4))
     images = torch.randint(0, 255, (3, 2, 32, 32, 3), dtype=torch.uint8)
     other = images.clone()
@@ -90,7 +93,7 @@ def test_random_shift_moves_whole_pixels_and_repeats_edges() -> None:
     assert torch.equal(moved[1, 0], images[1, 0, :, 3:].expand(4, 4, 3))
 
 
-def test_two_tiers_are_a_layer_each_and_heads_are_independent() -> None:
+def test_two_tier_is_a_layer_each_and_heads_are_independent() -> None:
     torch.manual_seed(0)
     tier = op.TwoTier(3, 5, 2, 8)
     obs = torch.randn(4, 7)
@@ -104,7 +107,7 @@ def test_two_tiers_are_a_layer_each_and_heads_are_independent() -> None:
     assert all(p.grad[0].abs().sum() == 0 and p.grad[2].abs().sum() == 0 for p in tier.parameters())
 
 
-def test_a_frozen_backbone_gives_features_of_length_one_and_stays_out_of_checkpoints(tmp_path: Path) -> None:
+def test_backbone_gives_features_of_length_one_and_stays_out_of_checkpoints(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     config = transformers.Dinov2Config(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
@@ -112,7 +115,7 @@ def test_a_frozen_backbone_gives_features_of_length_one_and_stays_out_of_checkpo
     transformers.Dinov2Model(config).save_pretrained(tmp_path)
     size = {"height": 28, "width": 28}
     transformers.BitImageProcessor(size={"shortest_edge": 28}, crop_size=size).save_pretrained(tmp_path)
-    backbone = op.Backbone(op.PixelArgs(cameras=("a", "b"), backbone=str(tmp_path)))
+    backbone = Backbone(str(tmp_path), "", 2, 84)
     images = torch.randint(0, 255, (3, 2, 40, 40, 3), dtype=torch.uint8)
     features = backbone(images)
     assert features.shape == (3, 32) and backbone.features == 32
@@ -125,7 +128,7 @@ def test_a_frozen_backbone_gives_features_of_length_one_and_stays_out_of_checkpo
     assert run.returncode == 0, run.stdout + run.stderr
 
 
-def test_a_backbone_with_a_prompt_reads_it(tmp_path: Path) -> None:
+def test_backbone_with_a_prompt_reads_it(tmp_path: Path) -> None:
     """A random PaliGemma of a few hundred numbers with a vocabulary of seven words."""
     transformers = pytest.importorskip("transformers")
     from tokenizers import Tokenizer, models, pre_tokenizers
@@ -153,28 +156,29 @@ def test_a_backbone_with_a_prompt_reads_it(tmp_path: Path) -> None:
     processor.save_pretrained(tmp_path)
     seen = torch.randint(0, 255, (2, 2, 40, 40, 3), dtype=torch.uint8)
     features = [
-        op.Backbone(op.PixelArgs(cameras=("a", "b"), backbone=str(tmp_path), prompt=prompt))(seen)
-        for prompt in ("lift the cube", "lift the cube", "the cube")
+        Backbone(str(tmp_path), prompt, 2, 84)(seen) for prompt in ("lift the cube", "lift the cube", "the cube")
     ]
     assert features[0].shape == (2, 48)
     assert torch.equal(features[0], features[1]) and not torch.allclose(features[0], features[2], atol=1e-4)
 
 
-def test_a_missing_backbone_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backbone_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # asking the hub again takes half a minute
     with pytest.raises(UserError, match="--backbone no/where"):
-        op.Backbone(op.PixelArgs(backbone="no/where"))
+        Backbone("no/where", "", 2, 84)
 
 
-def test_policy_and_critics_on_features_broadcast_as_from_state() -> None:
-    args = cli.override(op.default_args("toy", "cpu", "ogpo+ca"), dict(actor_hidden=(32, 32), critic_hidden=(32, 32)))
-    encoder = op.make_encoder(args)
-    felt = torch.randn(50, 4) * 3 + 1
-    agent = op.make_agent(args, encoder, 4, 2, torch.device("cpu"), (felt.mean(0), felt.std(0)))
-    assert agent.actor.obs_mean[: encoder.features].abs().sum() == 0
-    torch.testing.assert_close(agent.actor.obs_mean[encoder.features :], felt.mean(0))
-    obs = torch.randn(6, encoder.features + 4)
+def test_agent_policy_and_critics_on_features_broadcast_as_from_state() -> None:
+    changes = dict(actor_hidden=(32, 32), critic_hidden=(32, 32))
+    args = cli.override(op.default_args("toy", "laptop", "ogpo+ca"), changes)
+    felt = np.random.default_rng(0).normal(1, 3, (50, 4)).astype(np.float32)
+    demos = Demos(felt, np.zeros((50, 2), np.float32), np.array([50]), "fifty steps")
+    agent = op.Agent(args, 4, 2, torch.device("cpu"), demos)
+    features = agent.encoder.features
+    assert agent.actor.obs_mean[:features].abs().sum() == 0
+    torch.testing.assert_close(agent.actor.obs_mean[features:], torch.from_numpy(felt.mean(0)))
+    obs = torch.randn(6, features + 4)
     chain, old = op.sample_chain(agent.actor, obs, torch.randn(6, 5, 8), args.policy)
     torch.testing.assert_close(op.chain_log_prob(agent.actor, obs, chain, args.policy), old, rtol=1e-4, atol=1e-5)
     q = agent.critic(obs, chain[:, -1])
@@ -185,7 +189,7 @@ def test_policy_and_critics_on_features_broadcast_as_from_state() -> None:
 # --- images once a chunk ----------------------------------------------------------------------------------------------
 
 
-def test_images_are_drawn_once_a_chunk_and_what_is_felt_is_the_state_s() -> None:
+def test_pixel_env_draws_once_a_chunk_and_what_is_felt_is_the_state_s() -> None:
     env, plain = make_env("toy", chunk=4, pixels=TOP), make_env("toy")
     drawn = []
     real = env.unwrapped.images
@@ -203,7 +207,7 @@ def test_images_are_drawn_once_a_chunk_and_what_is_felt_is_the_state_s() -> None
     assert (shown["images"][0] == (40, 90, 220)).all(-1).any() and (shown["images"][0] == (40, 170, 70)).all(-1).any()
 
 
-def test_bad_cameras_are_user_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_make_env_bad_cameras_are_user_errors(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no camera 'side'; the toy task has top"):
         make_env("toy", pixels=Pixels(("side",), 32)).reset(seed=0)
     with pytest.raises(UserError, match="pen has no cameras here; use one of toy, lift, can"):
@@ -235,27 +239,39 @@ class Scripted(gym.Env):
         return np.full(1, self.count, np.float32), float(self.count), success, truncated, {"success": success}
 
 
-@pytest.mark.parametrize(("success_at", "rows"), [(6, 2), (8, 2), (99, 2)])
-def test_rows_are_chunks_with_the_rewards_of_their_steps(success_at: int, rows: int) -> None:
-    """Chunks of 4: a success in the middle of one ends its rewards, a time limit of 10 leaves the third chunk out."""
-
+def trained(monkeypatch: pytest.MonkeyPatch, success_at: int, horizon: int) -> tuple[MagicMock, ReplayBuffer, Episodes]:
+    """What `train` leaves of one episode of Scripted, with actions from -1 to 1 in every chunk and no update."""
     vector = gym.vector.SyncVectorEnv(
-        [lambda: ChunkStep(Scripted(success_at, 10), 4)], autoreset_mode=gym.vector.AutoresetMode.DISABLED
+        [lambda: ChunkStep(Scripted(success_at, horizon), 4)], autoreset_mode=gym.vector.AutoresetMode.DISABLED
     )
-    buffer = ReplayBuffer(100, 1, 4, 1, rewards=4)
-    collector = Collector(vector, buffer, lambda raw, success: raw + 100 * success, seed=1)
-    collector.start()
-    steps, actions = 0, np.linspace(-1, 1, 4, dtype=np.float32).reshape(1, 4, 1)
-    while not buffer.episodes:
-        steps += collector.step(lambda obs: actions)
+    monkeypatch.setattr(op, "make_vec_env", lambda *args, **kwargs: vector)
+    monkeypatch.setattr(op, "encode", lambda agent, shown: shown)
+    actions = torch.linspace(-1, 1, 4).view(1, 4, 1)
+    monkeypatch.setattr(op, "act_best_of_n", lambda *args: actions)
+    run = MagicMock(step=0, obs_dim=1, act_dim=1)
+    run.stop.requested, run.closing = False, lambda envs: envs
+    kept = {}
+    run.track = lambda **parts: kept.update(parts)
+    agent = SimpleNamespace(encoder=SimpleNamespace(features=0), rng=Rng(0, torch.device("cpu")))
+    changes = dict(total_steps=min(success_at, horizon), start_training=10**9, success_bonus=100.0, reward_offset=0.0)
+    op.train(run, agent, cli.override(op.default_args("toy"), changes | dict(replay_size=100)))
+    return run, kept["buffer"], kept["episodes"]
+
+
+@pytest.mark.parametrize(("success_at", "rows"), [(6, 2), (8, 2), (99, 2)])
+def test_train_rows_are_chunks_with_the_rewards_of_their_steps(
+    success_at: int, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Chunks of 4: a success in the middle of one ends its rewards, a time limit of 10 leaves the third chunk out."""
+    run, buffer, episodes = trained(monkeypatch, success_at, 10)
     (lo, hi, success) = buffer.episodes[0]
     assert hi - lo == rows + 1 and success == (success_at < 99)
-    assert steps == collector.lengths[0] == min(success_at, 10)
+    assert run.step == episodes.lengths[0] == min(success_at, 10)
     want = [[1, 2, 3, 4], [5, 106, 0, 0] if success_at == 6 else [5, 6, 7, 108 if success_at == 8 else 8]]
     assert buffer.rewards[lo : lo + 2].tolist() == want
     assert buffer.obs[lo:hi, 0].tolist() == [0, 4, 6 if success_at == 6 else 8]
     assert buffer.terminated[lo : lo + 2].tolist() == [0, float(success_at < 99)]
-    assert (buffer.actions[lo : lo + 2] == actions.reshape(1, 4)).all()
+    assert (buffer.actions[lo : lo + 2] == torch.linspace(-1, 1, 4).numpy()).all()
     batch = buffer.sample(64, np.random.default_rng(0), torch.device("cpu"))
     assert batch.rewards.shape == (64, 4) and batch.actions.shape == (64, 1, 4)
     second = batch.obs[:, 0] == 4
@@ -266,21 +282,15 @@ def test_rows_are_chunks_with_the_rewards_of_their_steps(success_at: int, rows: 
         assert target == pytest.approx(5 + 6 / 2 + 7 / 4 + 8 / 8 + 1000 / 16)
 
 
-def test_an_episode_shorter_than_a_chunk_leaves_no_row() -> None:
-    vector = gym.vector.SyncVectorEnv(
-        [lambda: ChunkStep(Scripted(99, 3), 4)], autoreset_mode=gym.vector.AutoresetMode.DISABLED
-    )
-    buffer = ReplayBuffer(100, 1, 4, 1, rewards=4)
-    collector = Collector(vector, buffer, lambda raw, success: raw, seed=1)
-    collector.start()
-    assert collector.step(lambda obs: np.zeros((1, 4, 1), np.float32)) == 3
-    assert not buffer.episodes and collector.finished == 1 and collector.lengths[0] == 3
+def test_train_an_episode_shorter_than_a_chunk_leaves_no_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, buffer, episodes = trained(monkeypatch, 99, 3)
+    assert run.step == 3 and not buffer.episodes and episodes.finished == 1 and episodes.lengths[0] == 3
 
 
 # --- demonstrations ---------------------------------------------------------------------------------------------------
 
 
-def test_demonstrations_come_with_the_images_of_their_steps(tmp_path: Path) -> None:
+def test_get_demos_come_with_the_images_of_their_steps(tmp_path: Path) -> None:
     demos = get_demos("toy", "scripted", 3, 0.1, tmp_path, pixels=TOP)
     plain = get_demos("toy", "scripted", 3, 0.1, tmp_path)
     np.testing.assert_array_equal(demos.actions, plain.actions)
@@ -298,7 +308,7 @@ def test_demonstrations_come_with_the_images_of_their_steps(tmp_path: Path) -> N
             get_demos("toy", str(path), 0, 0, tmp_path, pixels=wrong)
 
 
-def test_images_drawn_from_states_are_those_of_the_recording(tmp_path: Path) -> None:
+def test_draw_images_from_states_are_those_of_the_recording(tmp_path: Path) -> None:
     """A file with states and models, as robomimic's: its images are drawn, and equal the ones seen while recording."""
     pixels = Pixels(("agentview", "robot0_eye_in_hand"), 32)
     seen = get_demos("lift", "scripted", 1, 0.1, tmp_path, pixels=pixels)
@@ -327,22 +337,22 @@ def test_images_drawn_from_states_are_those_of_the_recording(tmp_path: Path) -> 
 # --- the script -------------------------------------------------------------------------------------------------------
 
 SMALL = [
-    *("--preset", "cpu", "--no-video", "--num-demos", "6", "--bc-steps", "20", "--bc-eval-every", "20"),
+    *("--preset", "laptop", "--no-video", "--num-demos", "6", "--bc-steps", "20", "--bc-eval-every", "20"),
     *("--bc-eval-episodes", "2", "--eval-episodes", "2", "--eval-interval-episodes", "2", "--eval-every", "200"),
     *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--states", "8", "--start-training", "120"),
-    *("--critic-successes", "0", "--critic-warmup", "3", "--success-min", "1", "--bc-fallback", "--critic-batch", "32"),
+    *("--critic-successes", "0", "--critic-warmup", "3", "--success-min", "1", "--critic-batch", "32"),
     *("--image-size", "24", "--channels", "4", "--success-batch", "8", "--checkpoint-every", "100"),
 ]  # fmt: skip
 
 
 def command(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
     script = [sys.executable, op.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path), *flags]
-    return subprocess.run(script, capture_output=True, text=True, timeout=300)
+    return subprocess.run(script, capture_output=True, text=True, timeout=PATIENCE)
 
 
-def test_a_resumed_run_from_pixels_is_the_uninterrupted_one(tmp_path: Path) -> None:
+def test_main_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     for name, steps in (("whole", "500"), ("parts", "300")):
-        done = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", steps, "--run-name", name, "--keep-images")
+        done = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", steps, "--run-name", name)
         assert done.returncode == 0, done.stdout + done.stderr
     done = command(tmp_path, "--resume", str(tmp_path / "parts"), "--total-steps", "500")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -352,51 +362,25 @@ def test_a_resumed_run_from_pixels_is_the_uninterrupted_one(tmp_path: Path) -> N
     strip = [[{k: v for k, v in row.items() if not k.startswith("time/")} for row in rows] for rows in (whole, parts)]
     assert strip[0] == strip[1]
     states = [checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts")]
-    kept = [state["buffer"]["images"] for state in states]
-    assert torch.equal(*kept) and torch.equal(states[0]["buffer"]["obs"], states[1]["buffer"]["obs"])
-    args = cli.override(op.Args(), states[0]["args"])
-    encoder = op.make_encoder(args)
-    encoder.load_state_dict(states[0]["agent"]["encoder"])
-    row = states[0]["buffer"]["obs"][7, : encoder.features]  # what is kept is what the features are of
-    torch.testing.assert_close(encoder(kept[0][7:8])[0], row, rtol=1e-4, atol=1e-5)
+    assert torch.equal(states[0]["buffer"]["obs"], states[1]["buffer"]["obs"])
     variant = [sys.executable, ogpo_pixels_reference.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path)]
     done = subprocess.run(
-        [*variant, "--env", "toy", *SMALL, "--total-steps", "200"], capture_output=True, text=True, timeout=300
+        [*variant, "--env", "toy", *SMALL, "--total-steps", "200"], capture_output=True, text=True, timeout=PATIENCE
     )
     assert done.returncode == 0, done.stdout + done.stderr
     done = command(tmp_path, "--eval", str(tmp_path / "whole"))
     assert done.returncode == 0 and "best-of-N policy: success" in done.stdout
 
 
-def test_kept_images_count_when_the_disk_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Checked(Exception):
-        pass
-
-    def check(path: Path, need_bytes: int) -> None:
-        needed.append(need_bytes)
-        if need_bytes > 2**20:  # the small one comes before the environments are made
-            raise Checked
-
-    needed: list[int] = []
-    monkeypatch.setattr(checkpoint, "check_run_dir", check)
-    for keep in (False, True):
-        changed = {"total_steps": 4_000, "eval_envs": 1, "keep_images": keep}
-        args = cli.override(op.default_args("toy", "cpu", "ogpo+ca"), changed)
-        with checkpoint.StopSignal() as stop, pytest.raises(Checked):
-            Run(cli.flatten(args), tmp_path, stop, None, lambda r, s: r, True, Pixels(("top",), 48), 64)
-    rows = 2 * 4_000 // args.policy.chunk  # three times: two checkpoints, and the one being written
-    assert needed[3] - needed[1] == 3 * rows * 48 * 48 * 3
-
-
-def test_a_changed_camera_does_not_fit_a_checkpoint(tmp_path: Path) -> None:
+def test_start_a_changed_camera_does_not_fit_a_checkpoint(tmp_path: Path) -> None:
     done = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", "130", "--run-name", "a")
     assert done.returncode == 0, done.stdout + done.stderr
     done = command(tmp_path, "--resume", str(tmp_path / "a"), "--image-size", "32")
     assert done.returncode == 2 and "--image-size: the run was started with 24" in done.stderr
 
 
-def test_render_check_writes_what_cameras_see(tmp_path: Path) -> None:
-    done = command(tmp_path, "--env", "toy", "--preset", "cpu", "--render-check", "--run-name", "look")
+def test_write_views_writes_what_cameras_see(tmp_path: Path) -> None:
+    done = command(tmp_path, "--env", "toy", "--preset", "laptop", "--render-check", "--run-name", "look")
     assert done.returncode == 0, done.stdout + done.stderr
     import imageio.v3 as imageio
 
@@ -404,13 +388,10 @@ def test_render_check_writes_what_cameras_see(tmp_path: Path) -> None:
     assert image.shape == (48, 48, 3) and image.std() > 10
 
 
-def test_learns_the_toy_task_from_pixels(tmp_path: Path) -> None:
-    """From a cloned policy that fails about every second time to above 0.9, in less than two minutes of one core."""
-    start = os.times().children_user
-    done = command(tmp_path, "--env", "toy", "--preset", "cpu", "--no-video", "--run-name", "toy")
+def test_main_learns_the_toy_task_from_pixels(tmp_path: Path) -> None:
+    """From a cloned policy that fails about every second time to above 0.9."""
+    done = command(tmp_path, "--env", "toy", "--no-video", "--run-name", "toy")
     assert done.returncode == 0, done.stdout + done.stderr
-    seconds = os.times().children_user - start
     rows = read_metrics(tmp_path / "toy")
     assert next(row["eval/ode_success"] for row in rows if "eval/ode_success" in row) < 0.6
     assert rows[-1]["final/bon_success"] > 0.9 and rows[-1]["final/ode_success"] > 0.9
-    assert seconds < 120

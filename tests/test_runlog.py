@@ -31,7 +31,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_each_log_call_is_one_json_line_at_once(tmp_path):
+def test_run_log_each_call_is_one_json_line_at_once(tmp_path):
     log = RunLog(tmp_path / "run", total_steps=10, args={})
     log.log(0, {"a": 1, "time/wall": 0.5})
     log.log(5, {"a": np.float32(0.25), "bad": float("nan"), "worse": -math.inf})
@@ -48,7 +48,7 @@ def test_each_log_call_is_one_json_line_at_once(tmp_path):
     log.close()
 
 
-def test_args_json_tells_how_to_repeat_the_run(tmp_path):
+def test_run_log_args_json_tells_how_to_repeat_the_run(tmp_path):
     RunLog(tmp_path, total_steps=1, args={"seed": 3, "path": Path("a/b"), "lr": 1e-3}).close()
     record = json.loads((tmp_path / "args.json").read_text())
     assert record["args"] == {"seed": 3, "path": "a/b", "lr": 1e-3}
@@ -58,7 +58,7 @@ def test_args_json_tells_how_to_repeat_the_run(tmp_path):
     assert record["cpu"] and {"git", "gpu", "started"} <= record.keys()
 
 
-def test_killed_and_resumed_equals_uninterrupted(tmp_path):
+def test_run_log_killed_and_resumed_equals_uninterrupted(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     log = RunLog(whole, total_steps=10, args={"seed": 1})
     for step in range(10):
@@ -84,7 +84,7 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path):
     assert (cut / "args.json").read_bytes() == args
 
 
-def test_resume_with_lost_lines_goes_on_with_a_note(tmp_path, capsys):
+def test_run_log_resume_with_lost_lines_goes_on_with_a_note(tmp_path, capsys):
     log = RunLog(tmp_path, total_steps=10, args={})
     log.log(0, {"x": 1.0})
     log.log(1, {"x": 2.0})
@@ -110,7 +110,7 @@ def test_new_run_dir_refuses_an_existing_run(tmp_path):
             new_run_dir(tmp_path, name)
 
 
-def test_plain_progress_every_15_seconds_with_measured_eta(tmp_path, capsys, monkeypatch):
+def test_progress_plain_every_15_seconds_with_measured_eta(tmp_path, capsys, monkeypatch):
     clock = Clock(monkeypatch)
     log = RunLog(tmp_path, total_steps=1000, args={})
     for second in range(31):  # 10 steps/s
@@ -124,7 +124,7 @@ def test_plain_progress_every_15_seconds_with_measured_eta(tmp_path, capsys, mon
     ]
 
 
-def test_eta_follows_a_change_of_speed_and_ignores_steps_before_a_resume(tmp_path, capsys, monkeypatch):
+def test_progress_eta_follows_a_change_of_speed_and_ignores_steps_before_a_resume(tmp_path, capsys, monkeypatch):
     clock = Clock(monkeypatch)
     log = RunLog(tmp_path, total_steps=10_000, resume_bytes=0, args={})
     step = 5000
@@ -137,7 +137,7 @@ def test_eta_follows_a_change_of_speed_and_ignores_steps_before_a_resume(tmp_pat
     assert "  1 steps/s  " in lines[-1]
 
 
-def test_live_progress_is_one_line_at_most_5_hz(tmp_path, monkeypatch):
+def test_progress_live_is_one_line_at_most_5_hz(tmp_path, monkeypatch):
     clock, terminal = Clock(monkeypatch), Terminal()
     monkeypatch.setattr(sys, "stdout", terminal)
     monkeypatch.setenv("COLUMNS", "40")
@@ -153,7 +153,7 @@ def test_live_progress_is_one_line_at_most_5_hz(tmp_path, monkeypatch):
     assert "\r\x1b[Khello\n" in terminal.getvalue() and terminal.getvalue().endswith("\n")
 
 
-def test_missing_packages_are_user_errors_and_leave_no_folder(tmp_path, monkeypatch):
+def test_run_log_missing_packages_are_user_errors_and_leave_no_folder(tmp_path, monkeypatch):
     for name in ("torch.utils.tensorboard", "wandb"):
         monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(UserError, match="pip install tensorboard"):
@@ -163,7 +163,7 @@ def test_missing_packages_are_user_errors_and_leave_no_folder(tmp_path, monkeypa
     assert not (tmp_path / "run").exists()
 
 
-def test_tensorboard_gets_the_same_numbers(tmp_path):
+def test_run_log_tensorboard_gets_the_same_numbers(tmp_path):
     pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is optional")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -204,7 +204,7 @@ class FakeWandb(types.ModuleType):
         self.finished = True
 
 
-def test_wandb_gets_the_numbers_and_the_run_goes_on_when_resumed(tmp_path, monkeypatch):
+def test_run_log_wandb_gets_the_numbers_and_the_run_goes_on_when_resumed(tmp_path, monkeypatch):
     fake = FakeWandb(up=99)
     monkeypatch.setitem(sys.modules, "wandb", fake)
     log = RunLog(tmp_path, total_steps=10, wandb_project="p", args={"seed": 1})
@@ -218,7 +218,7 @@ def test_wandb_gets_the_numbers_and_the_run_goes_on_when_resumed(tmp_path, monke
 
 
 @pytest.mark.parametrize("up", [0, 1, 2])
-def test_wandb_failure_costs_one_note_and_no_number(tmp_path, monkeypatch, capsys, up):
+def test_run_log_wandb_failure_costs_one_note_and_no_number(tmp_path, monkeypatch, capsys, up):
     monkeypatch.setitem(sys.modules, "wandb", FakeWandb(up))
     log = RunLog(tmp_path, total_steps=10, wandb_project="p", args={})
     for step in range(4):
@@ -229,7 +229,7 @@ def test_wandb_failure_costs_one_note_and_no_number(tmp_path, monkeypatch, capsy
     assert len(read_metrics(tmp_path)) == 4
 
 
-def test_learning_curve(tmp_path):
+def test_plot_curves_draws_what_was_logged(tmp_path):
     def draw(name, rates):
         log = RunLog(tmp_path / name, total_steps=100, args={})
         for i, rate in enumerate(rates):
@@ -248,7 +248,7 @@ def test_learning_curve(tmp_path):
     assert (low[60:half] != high[60:half]).any()  # below the title, the success panel differs
 
 
-def test_learning_curve_without_metrics_is_a_user_error(tmp_path):
+def test_plot_curves_without_metrics_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="nothing to draw"):
         plot_curves(tmp_path)
 
@@ -261,7 +261,7 @@ def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleType:
     return runs
 
 
-def test_a_benchmark_run_told_to_stop_is_not_finished(runs: types.ModuleType, tmp_path: Path) -> None:
+def test_execute_a_run_told_to_stop_is_not_finished(runs: types.ModuleType, tmp_path: Path) -> None:
     (tmp_path / "name").mkdir()
     (tmp_path / "name" / "checkpoint.pt").touch()  # so that the folder is kept
     script = tmp_path / "script.py"
