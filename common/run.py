@@ -93,10 +93,10 @@ class Run:
         checkpoint.check_run_dir(self.folder, 3 * (buffer_bytes + 2**25))
 
     def track(self, **parts: object) -> None:
-        """What a checkpoint holds, by name; what the run's checkpoint has of it is restored here."""
+        """What a checkpoint holds, by name; what the run's checkpoint has of it is restored here, once."""
         for name, part in parts.items():
             known = self.saved and name in self.saved
-            self.parts[name] = checkpoint.unpack(part, self.saved[name]) if known else part
+            self.parts[name] = checkpoint.unpack(part, self.saved.pop(name)) if known else part
 
     def save(self, name: str = CHECKPOINT) -> None:
         """Write a checkpoint of everything that is tracked."""

@@ -1,9 +1,8 @@
 """OGPO of a diffusion policy over action chunks: DDPM training, DDPM or DDIM chains with Gaussian likelihoods.
 
-Paper: "OGPO: Sample Efficient Full-Finetuning of Generative Control Policies", arXiv 2605.03065 v3 (ICML 2026), whose
-equations reach this file through the project page [S] and the released code [C], generation 3 of its run scripts.
-Tags such as [S 1.4] or [C] name the source of a line; [deviation: why] marks where we differ. docs/ogpo_state.md
-holds the whole list.
+Paper: "OGPO: Sample Efficient Full-Finetuning of Generative Control Policies", arXiv 2605.03065 v4 (ICML 2026). Tags
+name the source of a line: [S n.m] a section of docs/ogpo_state.md, [C] the released code where only it says so;
+[deviation: why] marks where we differ.
 
 A variant of ogpo_state.py: `diff ogpo_state.py variants/ogpo_diffusion.py` shows all of it. The network predicts the
 noise that DDPM training added in 20 steps of a cosine schedule; a chain makes --flow-steps steps over it (20: DDPM;
@@ -24,18 +23,14 @@ Symbols
     Q_m, Q-bar_m     critic, critic_ema          (M, n)        ensemble of M heads
     omega            ratio                       (n,)          one per chain
     A                advantage                   (n,)          from G chains per state
-    D_succ           success batches             marks in the replay buffer
+    D_succ           success                     batches of successful episodes, marked in the replay buffer
 """
-
-import os
-
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # before torch: spinning threads starve small tensors
 
 import copy
 import math
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -46,15 +41,67 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for common/
-from common import checkpoint, cli, settings
+from common import checkpoint, cli
+from common.demos import Demos, get_demos
+from common.envs import make_vec_env
+from common.episodes import Episodes
 from common.errors import UserError
 from common.machine import compile_functions
 from common.replay import Batch, ReplayBuffer
-from common.run import Policy, Run, RunArgs, TaskArgs
-from common.start import start
-from common.stopwatch import Stopwatch
+from common.rng import Rng
+from common.run import Run, due
+from common.runlog import Averages
+from common.start import pick_device, start
+from settings import ogpo as settings
 
-# --- Arguments. Values are the `cpu` preset's; common/settings.py holds what other presets and tasks change. ----------
+Info = dict[str, Tensor]  # scalars to log
+
+# --- Arguments. Values are the `laptop` preset's; settings/ogpo.py holds what other presets and tasks change. ---------
+
+
+@dataclass
+class RunArgs:
+    """What to run, for how long, and where its files go."""
+
+    env: str = "lift"  # a task of docs/tasks.md, or your own Gymnasium environment as package.module:EnvId
+    preset: Literal["laptop", "paper"] = "laptop"  # settings that learn on two CPU cores, or the paper's
+    variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = "ogpo+ca"  # plain; + success buffer, best-of-N; + conservative A
+    seed: int = 1  # seeds networks, noise, batches and environments
+    eval: str = ""  # run folder to evaluate: no training; prints success over --eval-episodes of both policies
+    resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
+    run_name: str = ""  # name of the run folder; default: env, variant, seed and time
+    run_dir: str = "runs"  # folder of all run folders
+    device: str = "auto"  # torch device; auto: cuda if there is one, else cpu. It changes the speed only
+    threads: int = 1  # torch threads on a CPU; networks this small run best with one
+    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler)
+    video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
+    wandb_project: str = ""  # also log to this Weights & Biases project
+    tensorboard: bool = False  # also log to TensorBoard files in the run folder
+    total_steps: int = 20_000  # environment steps
+    start_training: int = 2_000  # environment steps collected before the first update
+    update_every: int = 4  # environment steps per update (one actor and one critic step)
+    replay_size: int = 1_000_000  # replay rows
+    log_every: int = 500  # environment steps between lines of metrics.jsonl
+    checkpoint_every: int = 5_000  # environment steps between checkpoints; the last two are kept
+
+
+@dataclass
+class TaskArgs:
+    """Environment, demonstrations and evaluation protocol."""
+
+    horizon: int = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's
+    collect_horizon: int = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
+    num_envs: int = 1  # environments collecting in parallel processes
+    demos: str = "scripted"  # scripted, robomimic, minari (docs/tasks.md), POLICY.npz to roll out, or FILE.hdf5
+    num_demos: int = 60  # number of demonstrations made by an expert
+    demo_noise: float = 0.5  # noise of that expert's actions, in units of the action range
+    filter_key: str = ""  # only the demonstrations under mask/<key> of the file
+    data_dir: str = "data"  # where demonstrations are cached
+    eval_every: int = 4_000  # environment steps between evaluations during training
+    eval_interval_episodes: int = 20  # episodes of each evaluation during training
+    eval_episodes: int = 100  # episodes of the first and last evaluation and of --eval
+    eval_envs: int = 2  # evaluation processes
+    eval_seed: int = 0  # first of the fixed seeds of the evaluation episodes
 
 
 @dataclass
@@ -64,10 +111,8 @@ class PolicyArgs:
     chunk: int = 4  # H, environment steps per action chunk, all executed
     flow_steps: int = 4  # K, denoising steps
     actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the velocity network
-    normalize_obs: bool = True  # standardise observations with the demonstrations' statistics; released: no
     noise_std: float = 0.05  # least standard deviation of a step, drawn and scored [DPPO: 0.1]
     noise_clip: float = 3.0  # standard normal draws are clipped to this many deviations [C]
-    clip_chain_end: bool = False  # released: the new policy scores the clipped last state; biases the ratio
     best_of_n: int = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
     best_of_n_heads: int = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
     actor_ema: float = 0.02  # step size of the target actor towards the actor
@@ -90,22 +135,17 @@ class PretrainArgs:
 class ActorArgs:
     """Policy extraction [S 1.4-1.6] and success-buffer regularization [S 1.8]."""
 
-    variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = "ogpo+ca"  # plain; + success buffer, best-of-N; + conservative A
-    advantage: Literal["conservative", "vanilla", "penultimate", "positive", "grpo"] = "conservative"  # [S 1.5]
+    advantage: Literal["conservative", "vanilla"] = "conservative"  # over the heads of the critic [S 1.5]
     states: int = 64  # replay states per update
     group: int = 8  # G, chains per state
     clip: float = 0.01  # epsilon of the clipped objective, on the normalised ratio
     bc_coef: float = 1.0  # lambda, weight of the flow-matching loss on successful episodes; 0 turns it off
-    bc_fallback: bool = False  # use any replay chunk for that loss until enough successes exist [C]
     success_batch: int = 256  # chunks per success batch, drawn with replacement
-    success_min: int = 64  # none before this many chunk starts have succeeded; released: 256
+    success_min: int = 64  # none before this many chunk starts have succeeded; paper: 256
     actor_lr: float = 3e-4  # peak learning rate
     actor_lr_min: float = 3e-4  # learning rate at the start and end of each period
     actor_lr_warmup: int = 0  # updates of the actor in the linear warm-up at the start of each period
     actor_lr_period: int = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: constant
-    actor_weight_decay: float = 0.0  # AdamW weight decay of the actor
-    micro_batch: int = 1024  # chains processed at a time: bounds memory, changes nothing else
-    skip_zero: bool = True  # leave chains with zero advantage out of the likelihood pass: exact, saves time
 
 
 @dataclass
@@ -119,26 +159,11 @@ class CriticArgs:
     critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
     critic_batch: int = 256  # chunks per update
     critic_lr: float = 1e-3  # learning rate; Adam moves a value by about this much an update, over a range of 100
-    critic_weight_decay: float = 0.0  # AdamW weight decay of the critics
     critic_ema: float = 0.05  # step size of the target critics
-    next_samples: int = 1  # G', next actions behind a target; several are Q-variance reduction [S 1.9]
-    next_reduce: Literal["mean", "median", "trimmed"] = "mean"  # of their values, per head; trimmed: their middle half
-    pessimistic_init: bool = True  # critics start at the value of never succeeding, not at 0 as released
+    next_samples: int = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
     critic_warmup: int = 250  # updates of the critics alone
     choose_successes: int = 2  # successful episodes, and critic_warmup, before best-of-N acts
     critic_successes: int = 10  # successful episodes, and critic_warmup, before the actor moves
-    success_critic: bool = False  # a second critic step on a success batch [C]
-
-
-@dataclass
-class LoopArgs:
-    """Online loop."""
-
-    total_steps: int = 20_000  # environment steps
-    start_training: int = 2_000  # environment steps collected before the first update
-    update_every: int = 4  # environment steps per update (one actor and one critic step)
-    replay_size: int = 1_000_000  # replay rows
-    max_grad_norm: float = 1_000.0  # gradient-norm clip [C], in practice inactive
 
 
 @dataclass
@@ -149,12 +174,11 @@ class Args:
     pretrain: PretrainArgs = field(default_factory=PretrainArgs)
     actor: ActorArgs = field(default_factory=ActorArgs)
     critic: CriticArgs = field(default_factory=CriticArgs)
-    loop: LoopArgs = field(default_factory=LoopArgs)
 
 
-def default_args(env: str = "lift", preset: str = "auto", variant: str = "ogpo+ca") -> Args:
+def default_args(env: str = "lift", preset: str = "laptop", variant: str = "ogpo+ca") -> Args:
     """Defaults for an environment: dataclass < preset < task < variant. Raises UserError on an unknown name."""
-    return settings.apply(Args(), env, preset, variant, without=("score_correction", "clip_mean"))
+    return settings.apply(Args(), env, preset, variant)
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -163,13 +187,13 @@ def default_args(env: str = "lift", preset: str = "auto", variant: str = "ogpo+c
 class VelocityNet(nn.Module):
     """v_theta(s, x, t): MLP on [observation, noised chunk, time embedding] [C]. No layer norm in the actor."""
 
-    def __init__(self, obs_dim: int, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor) -> None:
+    def __init__(self, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.register_buffer("obs_mean", mean.clone())  # (O,)
         self.register_buffer("obs_std", std.clone())
         self.register_buffer("freqs", torch.exp(torch.arange(16) * (-math.log(10_000) / 15)))  # (16,) 1 ... 1e-4
         self.time = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
-        sizes = (obs_dim + chunk_dim + 32, *hidden)
+        sizes = (len(mean) + chunk_dim + 32, *hidden)
         self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
         self.out = nn.Linear(sizes[-1], chunk_dim)
         for m in self.modules():
@@ -192,22 +216,17 @@ class VelocityNet(nn.Module):
         return self.out(h)
 
 
-Params = Sequence[Tensor]
-
-
 class CriticEnsemble(nn.Module):
     """M independent heads Q_m(s, chunk), linear -> layer norm -> GELU, as batched matrix products [C]."""
 
-    def __init__(
-        self, heads: int, obs_dim: int, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor
-    ) -> None:
+    def __init__(self, heads: int, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor) -> None:
         super().__init__()
         self.register_buffer("obs_mean", mean.clone())
         self.register_buffer("obs_std", std.clone())
-        sizes = (obs_dim + chunk_dim, *hidden, 1)
+        sizes = (len(mean) + chunk_dim, *hidden, 1)
         bounds = [math.sqrt(6 / (i + o)) for i, o in pairwise(sizes)]
         self.weights = nn.ParameterList(
-            torch.empty(heads, i, o).uniform_(-b, b) for i, o, b in zip(sizes[:-1], sizes[1:], bounds, strict=True)
+            torch.empty(heads, i, o).uniform_(-b, b) for (i, o), b in zip(pairwise(sizes), bounds, strict=True)
         )
         self.biases = nn.ParameterList(torch.zeros(heads, 1, o) for o in sizes[1:])
         self.scales = nn.ParameterList(torch.ones(heads, 1, o) for o in hidden)
@@ -215,24 +234,28 @@ class CriticEnsemble(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """obs (n, O), action (n, D) -> (M, n)"""
-        x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)
-        layers = (self.weights, self.biases, self.scales, self.shifts)
-        if x.is_cuda or torch.is_grad_enabled():  # all heads in batched products
-            return self.heads(x.expand(len(self.weights[0]), -1, -1), *layers)
-        heads = zip(*(zip(*(p.unbind() for p in ps), strict=True) for ps in layers), strict=True)
-        return torch.stack([self.heads(x, *head) for head in heads])  # head by head: stays in the CPU's cache
+        x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)  # (n, O+D)
+        if x.is_cuda or torch.is_grad_enabled():
+            return self.mlp(x.expand(len(self.weights[0]), -1, -1), slice(None))
+        return torch.cat([self.mlp(x[None], slice(m, m + 1)) for m in range(len(self.weights[0]))])  # in a CPU's cache
 
-    @staticmethod
-    def heads(h: Tensor, weights: Params, biases: Params, scales: Params, shifts: Params) -> Tensor:
-        """One head, h (n, O+D) -> (n,), or M heads with a leading dimension."""
-        affine = torch.addmm if h.dim() == 2 else torch.baddbmm
-        for w, b, scale, shift in zip(weights, biases, scales, shifts, strict=False):
-            h = affine(b, h, w)
-            h = F.gelu(torch.addcmul(shift, F.layer_norm(h, h.shape[-1:], eps=1e-6), scale))
-        return affine(biases[-1], h, weights[-1]).squeeze(-1)
+    def mlp(self, x: Tensor, part: slice) -> Tensor:
+        """Part of the heads, each on a row of x (heads, n, O+D) -> (heads, n)"""
+        for i in range(len(self.scales)):
+            x = torch.baddbmm(self.biases[i][part], x, self.weights[i][part])
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            x = F.gelu(torch.addcmul(self.shifts[i][part], x, self.scales[i][part]))
+        return torch.baddbmm(self.biases[-1][part], x, self.weights[-1][part]).squeeze(-1)
 
 
-# --- Samplers. Randomness comes in as tensors of standard normal draws, so that each is a pure function. -------------
+# --- Losses and samplers. Randomness comes in as tensors, so that each is a pure function. ---------------------------
+
+
+def bc_loss(net: VelocityNet, obs: Tensor, action: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """DDPM's noise prediction: obs (n, O), action (n, D), x0 (n, D) normal, t (n,) uniform -> scalar."""
+    t = (t * DDPM_STEPS).ceil().clamp(min=1) / DDPM_STEPS  # one of the training steps
+    signal = signal_level(t)[:, None]
+    return (net(obs, signal.sqrt() * action + (1 - signal).sqrt() * x0, net.embed(t)) - x0).square().mean()
 
 
 DDPM_STEPS = 20  # T, steps of the training schedule [DPPO]
@@ -269,45 +292,31 @@ def chain_step(x: Tensor, eps: Tensor, now: Tensor, later: Tensor, eta: float) -
     return later.sqrt() * chunk + (1 - later - sigma**2).clamp(min=0).sqrt() * eps, sigma
 
 
-def normalise(log_prob: Tensor, chunk_dim: int, p: PolicyArgs) -> Tensor:
-    """Per-chain log-probability divided by the number of Gaussian coordinates, (K+1) D [C]."""
-    return log_prob / ((p.flow_steps + 1) * chunk_dim)
-
-
 def sample_chain(net: VelocityNet, obs: Tensor, noise: Tensor, p: PolicyArgs) -> tuple[Tensor, Tensor]:
-    """Stochastic denoising chain and its normalised log-probability, up to a constant [S 1.3, 1.4].
+    """Stochastic denoising chain and its log-probability per Gaussian coordinate, up to a constant [S 1.3, 1.4].
 
     obs (n, O), noise (n, K+1, D) standard normal -> chain (n, K+1, D), log_prob (n,). The action is the clipped last
-    state; the last state itself is kept unclipped, so that old and new policy score the same number
-    [deviation: the released code scores the clipped one under the new policy only, which biases the ratio above 1].
+    state; the last state itself is kept unclipped, so that both policies score the same number.
     """
     times, signal = chain_schedule(p.flow_steps, obs.device)
     t_emb = net.embed(times)  # (K, 32)
     z = noise[:, 1:].clamp(-p.noise_clip, p.noise_clip)  # (n, K, D)
-    x = noise[:, 0]
-    chain = [x]
+    chain = [noise[:, 0]]
     for k in range(p.flow_steps):
-        mean, sigma = chain_step(x, net(obs, x, t_emb[k]), signal[k], signal[k + 1], 1.0)
-        x = mean + sigma.clamp(min=p.noise_std) * z[:, k]
-        chain.append(x)
+        mean, sigma = chain_step(chain[k], net(obs, chain[k], t_emb[k]), signal[k], signal[k + 1], 1.0)
+        chain.append(mean + sigma.clamp(min=p.noise_std) * z[:, k])
     log_prob = -0.5 * (noise[:, 0].square().sum(-1) + z.square().sum((1, 2)))
-    if p.clip_chain_end:
-        chain[-1] = chain[-1].clamp(-1, 1)
-    return torch.stack(chain, 1), normalise(log_prob, noise.shape[-1], p)
+    return torch.stack(chain, 1), log_prob / noise[0].numel()
 
 
 def chain_log_prob(net: VelocityNet, obs: Tensor, chain: Tensor, p: PolicyArgs) -> Tensor:
-    """Normalised log-probability of stored chains, up to the same constant: obs (n, O), chain (n, K+1, D) -> (n,).
-
-    Given the chain its steps are independent: one pass of the network over all n * K states [S 1.4].
-    """
+    """The same of stored chains: obs (n, O), chain (n, K+1, D) -> (n,). One pass over all n K states [S 1.4]."""
     times, signal = chain_schedule(p.flow_steps, obs.device)
     x, x_next = chain[:, :-1], chain[:, 1:]  # (n, K, D)
     eps = net(obs[:, None], x, net.embed(times))
     mean, sigma = chain_step(x, eps, signal[:-1, None], signal[1:, None], 1.0)
     z = (x_next - mean) / sigma.clamp(min=p.noise_std)
-    log_prob = -0.5 * (chain[:, 0].square().sum(-1) + z.square().sum((1, 2)))
-    return normalise(log_prob, chain.shape[-1], p)
+    return -0.5 * (chain[:, 0].square().sum(-1) + z.square().sum((1, 2))) / chain[0].numel()
 
 
 def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Tensor:
@@ -320,24 +329,14 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
-    """Index of the best candidate: q (M, n, N), draws (M, n, N) uniform -> (n,) [S 1.8].
+    """q, uniform draws (M, n, N) -> index (n,) of the candidate with the best minimum of `heads` random heads [S 1.8].
 
-    A candidate's score is the minimum of `heads` heads drawn for it without replacement [C]; 0: the mean of all.
+    Its heads are drawn without replacement [C]; 0: the mean of all.
     """
     if heads == 0:
         return q.mean(0).argmax(-1)
-    picked = draws.argsort(0)[: min(heads, len(q))]
+    picked = draws.argsort(0)[:heads]
     return q.gather(0, picked).amin(0).argmax(-1)
-
-
-# --- Losses ----------------------------------------------------------------------------------------------------------
-
-
-def bc_loss(net: VelocityNet, obs: Tensor, action: Tensor, x0: Tensor, t: Tensor) -> Tensor:
-    """DDPM's noise prediction: obs (n, O), action (n, D), x0 (n, D) normal, t (n,) uniform -> scalar."""
-    t = (t * DDPM_STEPS).ceil().clamp(min=1) / DDPM_STEPS  # one of the training steps
-    signal = signal_level(t)[:, None]
-    return (net(obs, signal.sqrt() * action + (1 - signal).sqrt() * x0, net.embed(t)) - x0).square().mean()
 
 
 def group_advantage(q: Tensor, kind: str) -> Tensor:
@@ -345,43 +344,20 @@ def group_advantage(q: Tensor, kind: str) -> Tensor:
 
     vanilla       mean over heads, minus its group mean
     conservative  per head minus its group mean; the smallest magnitude if all heads agree on the sign, else 0
-    penultimate   the same gate, the second smallest magnitude
-    positive      vanilla, negative values set to 0
-    grpo          vanilla over its group's standard deviation; none of the others is divided by it
     """
     per_head = q - q.mean(-1, keepdim=True)
-    mean = per_head.mean(0)
-    if kind == "grpo":
-        return mean / (mean.std(-1, keepdim=True) + 1e-6)
-    if kind in ("vanilla", "positive"):
-        return mean.clamp(min=0) if kind == "positive" else mean
+    if kind == "vanilla":
+        return per_head.mean(0)
     low, high = per_head.amin(0), per_head.amax(0)
-    if kind == "penultimate" and len(q) > 1:
-        ranked = per_head.sort(0).values
-        return torch.where(low > 0, ranked[1], torch.where(high < 0, ranked[-2], 0.0))
     return torch.where(low > 0, low, torch.where(high < 0, high, 0.0))
 
 
-def ppo_loss(
-    log_prob: Tensor, old_log_prob: Tensor, advantage: Tensor, clip: float
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Clipped objective with one ratio per chain [S 1.6]; all (n,). Returns the sum over chains, to be divided once."""
-    ratio = (log_prob - old_log_prob).exp()
-    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).sum()
-    with torch.no_grad():
-        off = (ratio - 1).abs()
-        info = {"ratio_off": off.sum(), "clipped": (off > clip).float().sum()}
-    return loss, info
-
-
-def reduce_samples(q: Tensor, how: str) -> Tensor:
-    """Q-variance reduction [S 1.9]: values of G' next actions, head by head, q (M, n, G') -> (M, n)."""
-    if how == "median":
-        return q.quantile(0.5, -1)
-    if how == "trimmed":  # the middle half
-        cut = q.shape[-1] // 4
-        q = q.sort(-1).values[..., cut : q.shape[-1] - cut]
-    return q.mean(-1)
+def ppo_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float, chains: int) -> tuple[Tensor, Info]:
+    """Clipped objective, one ratio per chain [S 1.6], all (n,); a mean over `chains`, of which n have an advantage."""
+    ratio = (log_prob - old).exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).sum() / chains
+    off = (ratio.detach() - 1).abs()
+    return loss, {"ratio_off": off.sum() / chains, "clipped": (off > clip).float().sum() / chains}
 
 
 def td_target(rewards: Tensor, terminated: Tensor, q_next: Tensor, gamma: float) -> Tensor:
@@ -389,325 +365,250 @@ def td_target(rewards: Tensor, terminated: Tensor, q_next: Tensor, gamma: float)
 
     sum_i gamma^i r_i + gamma^H (1 - terminated) mean_m Q_m. A truncated episode bootstraps, a terminated one does not.
     """
-    horizon = rewards.shape[1]
-    powers = gamma ** torch.arange(horizon, device=rewards.device)
-    return (rewards * powers).sum(-1) + gamma**horizon * (1 - terminated) * q_next.mean(0)
+    powers = gamma ** torch.arange(rewards.shape[1], device=rewards.device)  # (H,)
+    return (rewards * powers).sum(-1) + gamma ** rewards.shape[1] * (1 - terminated) * q_next.mean(0)
 
 
-def critic_loss(
-    critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Tensor
-) -> tuple[Tensor, dict[str, Tensor]]:
+def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Info]:
     """Every head regresses to the same target [S 1.7]: obs (n, O), action (n, D), target (n,)."""
     q = critic(obs, action)
     return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": q.detach().std(0).mean()}
 
 
-def periodic_lr(step: int, peak: float, low: float, warmup: int, period: int) -> float:
-    """Linear warm-up from low to peak, cosine back to low, repeated every `period` updates; constant if 0 [C]."""
-    if period == 0:
-        return peak
-    step = step % period
+def periodic_lr(step: int, a: ActorArgs) -> float:
+    """Linear warm-up from the least rate to the peak, cosine back, repeated every period; constant if that is 0 [C]."""
+    if a.actor_lr_period == 0:
+        return a.actor_lr
+    step, warmup = step % a.actor_lr_period, a.actor_lr_warmup
     if step < warmup:
-        return low + (peak - low) * step / warmup
-    return low + 0.5 * (peak - low) * (1 + math.cos(math.pi * (step - warmup) / (period - warmup)))
+        return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * step / warmup
+    phase = math.pi * (step - warmup) / (a.actor_lr_period - warmup)
+    return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
 
 
-# --- Agent and updates -----------------------------------------------------------------------------------------------
+# --- Agent and training ----------------------------------------------------------------------------------------------
 
 
-@dataclass
 class Agent:
-    actor: VelocityNet
-    actor_ema: VelocityNet
-    critic: CriticEnsemble
-    critic_ema: CriticEnsemble
-    actor_opt: torch.optim.Optimizer
-    critic_opt: torch.optim.Optimizer
-    rng: torch.Generator  # every random draw of training; evaluation has its own
-    updates: int = 0  # online updates so far
-    actor_updates: int = 0  # those of them that moved the actor along the critics
-    choosing: bool = False  # the critics have seen enough for best-of-N
-    trusted: bool = False  # and for policy gradients
-    bc_step: int = 0
-    bc_done: bool = False
+    """Networks and their slow copies, optimizers, and how far training has come: what a checkpoint holds."""
 
-    def randn(self, *shape: int) -> Tensor:
-        return torch.randn(shape, generator=self.rng, device=self.rng.device)
-
-    def rand(self, *shape: int) -> Tensor:
-        return torch.rand(shape, generator=self.rng, device=self.rng.device)
-
-
-def adamw(net: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
-
-
-def make_agent(args: Args, obs_dim: int, act_dim: int, device: torch.device, stats: Sequence[Tensor] = ()) -> Agent:
-    """stats: mean and deviation (O,) that standardise observations; a checkpoint brings its own."""
-    torch.manual_seed(args.run.seed)
-    p, dim = args.policy, args.policy.chunk * act_dim
-    mean, std = torch.zeros(obs_dim), torch.ones(obs_dim)
-    if p.normalize_obs and stats:
-        mean, std = stats[0], stats[1] + 1e-2  # the floor keeps nearly constant entries from exploding
-    actor = VelocityNet(obs_dim, dim, p.actor_hidden, mean, std).to(device)
-    c = args.critic
-    critic = CriticEnsemble(c.heads, obs_dim, dim, c.critic_hidden, mean, std).to(device)
-    if c.pessimistic_init:
-        nn.init.constant_(critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
-    return Agent(
-        actor=actor,
-        actor_ema=copy.deepcopy(actor).requires_grad_(False),
-        critic=critic,
-        critic_ema=copy.deepcopy(critic).requires_grad_(False),
-        actor_opt=adamw(actor, args.pretrain.bc_lr, args.actor.actor_weight_decay),
-        critic_opt=adamw(critic, args.critic.critic_lr, args.critic.critic_weight_decay),
-        rng=torch.Generator(device).manual_seed(args.run.seed),
-        choosing=c.critic_warmup == 0 and c.choose_successes == 0,
-        trusted=c.critic_warmup == 0 and c.critic_successes == 0,
-    )
+    def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device, demos: Demos | None) -> None:
+        """demos: observations are standardised by their statistics; a checkpoint brings its own."""
+        torch.manual_seed(args.run.seed)
+        p, c, dim = args.policy, args.critic, args.policy.chunk * act_dim
+        mean, std = demos.statistics() if demos else (torch.zeros(obs_dim), torch.ones(obs_dim))
+        std = std + 1e-2  # keeps nearly constant entries from exploding
+        self.actor = VelocityNet(dim, p.actor_hidden, mean, std).to(device)
+        self.actor_ema = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic = CriticEnsemble(c.heads, dim, c.critic_hidden, mean, std).to(device)
+        # The value of never succeeding [deviation: released critics start near 0, above every value of a poor policy].
+        nn.init.constant_(self.critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
+        self.critic_ema = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=args.pretrain.bc_lr, fused=True)
+        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=c.critic_lr, fused=True)
+        self.rng = Rng(args.run.seed, device)  # of training; evaluation has its own
+        self.bc_step = 0  # gradient steps of cloning so far
+        self.bc_below: dict[str, Tensor] | None = None  # newest weights at or below --bc-stop-success
+        self.bc_done = False
+        self.updates = 0  # online updates so far
+        self.actor_updates = 0  # those of them that moved the actor along the critics
+        self.best_of_n_on = c.critic_warmup == 0 and c.choose_successes == 0  # the critics can tell candidates apart
+        self.policy_gradient_on = False  # and may move the actor
 
 
 @torch.no_grad()
-def ema(target: nn.Module, source: nn.Module, rate: float) -> None:
+def act_ode(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
+    """The noise-free policy of the online actor: obs (n, O) -> chunks (n, H, A)."""
+    noise = rng.randn(len(obs), agent.actor.out.out_features)
+    return sample_ode(agent.actor, obs, noise, args.policy.flow_steps).unflatten(1, (args.policy.chunk, -1))
+
+
+@torch.no_grad()
+def act_best_of_n(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
+    """The acting policy: the target critics pick one of N chains of the target actor, once they can tell [S 1.8]."""
+    p, dim = args.policy, agent.actor.out.out_features
+    n = p.best_of_n if agent.best_of_n_on else 1
+    rows = obs.repeat_interleave(n, 0)  # (B N, O)
+    noise = rng.randn(len(rows), p.flow_steps + 1, dim)
+    action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B N, D)
+    if n > 1:
+        q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
+        best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads)
+        action = action.unflatten(0, (-1, n))[torch.arange(len(obs)), best]
+    return action.unflatten(1, (p.chunk, -1))
+
+
+@torch.no_grad()
+def update_ema(target: nn.Module, source: nn.Module, rate: float) -> None:
     torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
 
 
-def update_bc(agent: Agent, obs: Tensor, action: Tensor, args: Args) -> Tensor:
-    """One cloning step: obs (n, O), action (n, D)."""
-    loss = bc_loss(agent.actor, obs, action, agent.randn(*action.shape), agent.rand(len(action)))
-    agent.actor_opt.zero_grad()
-    loss.backward()
-    agent.actor_opt.step()
-    ema(agent.actor_ema, agent.actor, args.policy.actor_ema)
-    return loss.detach()
-
-
-def update_actor(agent: Agent, obs: Tensor, clone: Batch | None, args: Args, watch: Stopwatch) -> dict[str, Tensor]:
-    """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a batch to clone [S 1.8]."""
-    p, a = args.policy, args.actor
-    dim, chains = agent.actor.out.out_features, len(obs) * a.group
+def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -> Info:
+    """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
+    p, a, dim = args.policy, args.actor, agent.actor.out.out_features
     for group in agent.actor_opt.param_groups:
-        group["lr"] = periodic_lr(agent.actor_updates, a.actor_lr, a.actor_lr_min, a.actor_lr_warmup, a.actor_lr_period)
+        group["lr"] = periodic_lr(agent.actor_updates, a)
     agent.actor_opt.zero_grad()
-    parts: list[dict[str, Tensor]] = []
-    for states in obs.split(max(1, a.micro_batch // a.group)):
-        with watch("sample chains"), torch.no_grad():
-            rows = states.repeat_interleave(a.group, 0)  # (n, O), chains of one state side by side
-            chain, old = sample_chain(agent.actor_ema, rows, agent.randn(len(rows), p.flow_steps + 1, dim), p)
-            q = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1))  # (M, n)
-            advantage = group_advantage(q.unflatten(1, (-1, a.group)), a.advantage).flatten()  # (n,)
-            info = {"nonzero": (advantage != 0).float().sum(), "advantage": advantage.abs().sum()}
-            if a.skip_zero:  # a chain without advantage has no gradient
-                keep = advantage.nonzero().squeeze(-1)
-                rows, chain, old, advantage = rows[keep], chain[keep], old[keep], advantage[keep]
-        with watch("actor"):
-            if len(rows):
-                loss, ppo_info = ppo_loss(chain_log_prob(agent.actor, rows, chain, p), old, advantage, a.clip)
-                (loss / chains).backward()
-                info |= {"pg_loss": loss.detach()} | ppo_info
-        parts.append(info)
-    out = {k: torch.stack([i[k] for i in parts if k in i]).sum() / chains for k in set().union(*parts)}
-    with watch("actor"):
-        if clone is not None:
-            action = clone.actions.flatten(1)
-            loss = bc_loss(agent.actor, clone.obs, action, agent.randn(*action.shape), agent.rand(len(action)))
-            (a.bc_coef * loss).backward()
-            out["bc_loss"] = loss.detach()
-        out["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.loop.max_grad_norm)
-        agent.actor_opt.step()
-        agent.actor_updates += 1
-        ema(agent.actor_ema, agent.actor, p.actor_ema)
-    return out
+    with torch.no_grad():
+        rows = obs.repeat_interleave(a.group, 0)  # (B G, O), chains of one state side by side
+        chain, old = sample_chain(agent.actor_ema, rows, agent.rng.randn(len(rows), p.flow_steps + 1, dim), p)
+        q = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1))  # (M, B G)
+        advantage = group_advantage(q.unflatten(1, (-1, a.group)), a.advantage).flatten()  # (B G,)
+        keep = advantage.nonzero().squeeze(-1)  # a chain without advantage has no gradient
+    info = {"nonzero": (advantage != 0).float().mean(), "advantage": advantage.abs().mean()}
+    if len(keep):
+        log_prob = chain_log_prob(agent.actor, rows[keep], chain[keep], p)
+        loss, ppo_info = ppo_loss(log_prob, old[keep], advantage[keep], a.clip, len(rows))
+        loss.backward()
+        info |= {"pg_loss": loss.detach()} | ppo_info
+    if success is not None:
+        action = success.actions.flatten(1)  # (n, D)
+        loss = bc_loss(agent.actor, success.obs, action, agent.rng.randn(*action.shape), agent.rng.rand(len(action)))
+        (a.bc_coef * loss).backward()
+        info["bc_loss"] = loss.detach()
+    info["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), math.inf)  # measured, not clipped
+    agent.actor_opt.step()
+    agent.actor_updates += 1
+    update_ema(agent.actor_ema, agent.actor, p.actor_ema)
+    return info
 
 
-def update_critic(agent: Agent, batch: Batch, args: Args) -> dict[str, Tensor]:
+def update_critic(agent: Agent, batch: Batch, args: Args) -> Info:
     """One critic step [S 1.7]: chains of the target actor at the next state, no best-of-N in the target."""
     p, c = args.policy, args.critic
     action = batch.actions.flatten(1)  # (n, D)
     with torch.no_grad():
         rows = batch.next_obs.repeat_interleave(c.next_samples, 0)  # (n G', O)
-        noise = agent.randn(len(rows), p.flow_steps + 1, action.shape[1])
+        noise = agent.rng.randn(len(rows), p.flow_steps + 1, action.shape[1])
         next_action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)
-        q_next = agent.critic_ema(rows, next_action).unflatten(1, (-1, c.next_samples))  # (M, n, G')
-        q_next = reduce_samples(q_next, c.next_reduce)
+        q_next = agent.critic_ema(rows, next_action).unflatten(1, (-1, c.next_samples)).mean(-1)  # (M, n)
         target = td_target(batch.rewards, batch.terminated, q_next, c.gamma)
     loss, info = critic_loss(agent.critic, batch.obs, action, target)
     agent.critic_opt.zero_grad()
     loss.backward()
-    info["critic_grad"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), args.loop.max_grad_norm)
+    info["critic_grad"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), math.inf)
     agent.critic_opt.step()
-    ema(agent.critic_ema, agent.critic, c.critic_ema)
+    update_ema(agent.critic_ema, agent.critic, c.critic_ema)
     return info | {"td_loss": loss.detach()}
 
 
-def update(
-    agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator, watch: Stopwatch
-) -> dict[str, Tensor]:
+def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator) -> Info:
     """Actor first, then critic, on the same states [C].
 
-    Until the critics are trusted the actor has no policy gradient: Adam would turn the noise of their first opinions
-    into full-sized steps [deviation: the released code trusts an untrained critic].
+    Until the critics have seen enough the actor stays as it is: Adam would turn the noise of their first opinions into
+    full-sized steps [deviation: the released code trusts an untrained critic].
     """
     a, c, device = args.actor, args.critic, agent.rng.device
-    batch = buffer.sample(max(c.critic_batch, a.states), rng, device)
-    if not agent.trusted:
-        agent.trusted = agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
-    enough = agent.trusted and buffer.success_starts.size >= a.success_min
-    success = buffer.sample(a.success_batch, rng, device, success=True) if enough else None
-    clone = None
-    if a.bc_coef > 0:
-        clone = success or (buffer.sample(a.success_batch, rng, device) if a.bc_fallback else None)
-    info = {}
-    if agent.trusted:
-        info = update_actor(agent, batch.obs[: a.states], clone, args, watch)
-    elif clone:
-        info = {"bc_loss": update_bc(agent, clone.obs, clone.actions.flatten(1), args)}
-    with watch("critic"):
-        info |= update_critic(agent, batch, args)
-        if c.success_critic and success:
-            update_critic(agent, success, args)
+    batch, success, info = buffer.sample(max(c.critic_batch, a.states), rng, device), None, {}
+    agent.policy_gradient_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
+    if agent.policy_gradient_on:
+        if a.bc_coef > 0 and buffer.success_starts.size >= a.success_min:
+            success = buffer.sample(a.success_batch, rng, device, success=True)
+        info = update_actor(agent, batch.obs[: a.states], success, args)
+    info |= update_critic(agent, batch, args)
     agent.updates += 1
-    if not agent.choosing:
-        agent.choosing = agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
+    agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
     return info
 
 
-# --- Acting and evaluation -------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def act_ode(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
-    """The noise-free policy of the online actor: obs (n, O) -> chunks (n, H, A)."""
-    s = torch.from_numpy(obs).float().to(rng.device)
-    noise = torch.randn((len(s), agent.actor.out.out_features), generator=rng, device=rng.device)
-    action = sample_ode(agent.actor, s, noise, args.policy.flow_steps)
-    return action.unflatten(1, (args.policy.chunk, -1)).cpu().numpy()
-
-
-@torch.no_grad()
-def act_best_of_n(agent: Agent, obs: np.ndarray, args: Args, rng: torch.Generator) -> np.ndarray:
-    """The acting policy: N noisy chains of the target actor, the target critics pick one [S 1.8].
-
-    A single chain until the critics can choose: what never saw a success ranks chains by nothing.
-    """
-    p, dim = args.policy, agent.actor.out.out_features
-    n = p.best_of_n if agent.choosing else 1
-    rows = torch.from_numpy(obs).float().to(rng.device).repeat_interleave(n, 0)  # (B * N, O)
-    noise = torch.randn((len(rows), p.flow_steps + 1, dim), generator=rng, device=rng.device)
-    action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B * N, D)
-    if n > 1:
-        q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
-        best = best_of_n(q, torch.rand(q.shape, generator=rng, device=rng.device), p.best_of_n_heads)
-        action = action.unflatten(0, (-1, n))[torch.arange(len(obs)), best]
-    return action.unflatten(1, (p.chunk, -1)).cpu().numpy()
-
-
-def policies(agent: Agent, args: Args) -> dict[str, Policy]:
-    return {
-        "ode": lambda obs, rng: act_ode(agent, obs, args, rng),
-        "bon": lambda obs, rng: act_best_of_n(agent, obs, args, rng),
-    }
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
-
-
-def pretrain(run: Run, agent: Agent, args: Args) -> None:
-    """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it.
-
-    The target actor starts RL as a copy [deviation: the released one lags by 1/rate steps, most of a short cloning].
-    """
-    c, state = args.pretrain, run.state
-    ode = {"ode": policies(agent, args)["ode"]}
-    obs, action = (torch.from_numpy(x).to(run.device) for x in run.demos.chunks(args.policy.chunk))
-    if c.cloned:
-        agent.actor.load_state_dict(checkpoint.load(Path(c.cloned) / "cloned.pt"))
-    while not run.stop.requested and not c.cloned:
-        rows = torch.randint(len(obs), (c.bc_batch,), generator=agent.rng, device=run.device)
-        loss = update_bc(agent, obs[rows], action[rows], args)
-        agent.bc_step += 1
-        if agent.bc_step % c.bc_eval_every and agent.bc_step < c.bc_steps:
-            continue
-        run.check_finite({"bc_loss": loss.item()})
-        result = run.evaluate(ode, "bc", c.bc_eval_episodes, log="")["ode"]
-        run.log.log(0, {"bc/step": agent.bc_step, "bc/loss": loss.item(), "bc/success": result.rate})
-        run.log.say(f"cloning step {agent.bc_step}: loss {loss.item():.3f}, {result}")
-        if result.rate <= c.bc_stop_success:
-            state["below"] = copy.deepcopy(agent.actor.state_dict())
-        elif "below" in state:
-            agent.actor.load_state_dict(state["below"])
-        else:
-            run.log.say("note: above --bc-stop-success at the first evaluation; a smaller --bc-eval-every stops lower")
-        if result.rate > c.bc_stop_success or agent.bc_step >= c.bc_steps:
-            break
-        run.save()
-    else:
+def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
+    """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it."""
+    c, success = args.pretrain, 0.0
+    obs, action = (torch.from_numpy(x).to(agent.rng.device) for x in demos.chunks(args.policy.chunk))  # (n, O), (n, D)
+    while not c.cloned and agent.bc_step < c.bc_steps and success <= c.bc_stop_success:
         if run.stop.requested:
             return
-    state.pop("below", None)
-    checkpoint.save(run.dir / "cloned.pt", agent.actor.state_dict())
-    agent.bc_done = True
-    agent.actor_ema.load_state_dict(agent.actor.state_dict())
-    agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # starts afresh [C]
-    run.log.say(f"cloned policy: {run.evaluate(ode, 'final', args.task.eval_episodes)['ode']}")
-    run.video(ode["ode"], "before.mp4")
-    run.collector.start()
+        rows = agent.rng.randint(0, len(obs), c.bc_batch)
+        x0, t = agent.rng.randn(c.bc_batch, action.shape[1]), agent.rng.rand(c.bc_batch)
+        loss = bc_loss(agent.actor, obs[rows], action[rows], x0, t)
+        agent.actor_opt.zero_grad()
+        loss.backward()
+        agent.actor_opt.step()
+        agent.bc_step += 1
+        if agent.bc_step % c.bc_eval_every == 0 or agent.bc_step == c.bc_steps:
+            run.stop_if_not_finite({"bc_loss": loss.item()})
+            label = f"cloning step {agent.bc_step}, loss {loss.item():.3f}"
+            success = run.evaluate("bc", c.bc_eval_episodes, label, only="ode")["ode"].rate
+            run.log.log(0, {"bc/step": agent.bc_step, "bc/loss": loss.item(), "bc/success": success})
+            if success <= c.bc_stop_success:
+                agent.bc_below = copy.deepcopy(agent.actor.state_dict())
+                run.save()
+    cloned = checkpoint.load(Path(c.cloned) / "cloned.pt") if c.cloned else agent.bc_below
+    agent.actor.load_state_dict(cloned or agent.actor.state_dict())
+    agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
+    agent.actor_opt = torch.optim.Adam(agent.actor.parameters(), lr=args.actor.actor_lr, fused=True)  # afresh [C]
+    agent.bc_done, agent.bc_below = True, None
+    checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())
+    run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
+    run.record_video("ode", "before.mp4", args.run.video)
     run.save()
 
 
-def train_online(run: Run, agent: Agent, args: Args) -> None:
-    """Collect with the best-of-N policy into an empty buffer; one update every `update_every` environment steps."""
-    loop, state, watch = args.loop, run.state, run.watch
+def train(run: Run, agent: Agent, args: Args) -> None:
+    """Collect with the best-of-N policy into a buffer that starts empty; update; log, evaluate and save when due."""
+    r, t, c = args.run, args.task, args.critic
+    envs = run.closing(make_vec_env(r.env, t.num_envs, horizon=t.collect_horizon or t.horizon))
+    episodes, buffer = Episodes(envs, r.seed), ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
+    averages, rng = Averages(), np.random.default_rng(r.seed)  # metrics since the last log line; rows of the buffer
+    run.check_disk(2 * r.total_steps * buffer.row_bytes)  # an episode of one step takes two rows
+    run.track(buffer=buffer, episodes=episodes, averages=averages, rng=rng)
+    while run.step < r.total_steps and not run.stop.requested:
+        if (over := episodes.over()).any():
+            obs, _ = envs.reset(seed=episodes.begin(over), options={"reset_mask": over})
+            episodes.see(obs, over)
+        actions = episodes.next_actions(partial(act_best_of_n, agent, args), agent.rng)  # (E, A), chunk after chunk
+        obs, raw, terminated, truncated, info = envs.step(actions)
+        reward = raw + c.reward_offset + c.success_bonus * info["success"]  # (E,) as trained
+        episodes.append(actions, reward, obs, info["success"])
+        before, run.step = run.step, run.step + envs.num_envs
+        for i in np.flatnonzero(terminated | truncated):  # the first success terminates, the horizon truncates
+            done = episodes.finish(i)
+            buffer.add_episode(done.obs, done.actions, done.rewards, terminated[i], done.success)
 
-    def act(obs: np.ndarray) -> np.ndarray:
-        with watch("acting"):
-            return act_best_of_n(agent, obs, args, agent.rng)
+        if run.step >= r.start_training and buffer.starts.size >= c.critic_batch:
+            for _ in range(due(before, run.step, r.update_every)):
+                averages.add(update(agent, buffer, args, rng))
 
-    while state["step"] < loop.total_steps and not run.stop.requested:
-        before = state["step"]
-        with watch("env"):
-            step = state["step"] = before + run.collector.step(act)
-        if step >= loop.start_training and run.buffer.starts.size >= args.critic.critic_batch:
-            for _ in range(step // loop.update_every - before // loop.update_every):
-                run.averages.add(update(agent, run.buffer, args, run.rng, watch))
-        due = run.tick(before, agent.updates)
-        if "eval" in due:
-            with watch("evaluation"):
-                results = run.evaluate(policies(agent, args), "interval", args.task.eval_interval_episodes)
-            run.log.say(f"step {step}: " + "; ".join(f"{k} {r}" for k, r in results.items()))
-        if "save" in due:
+        run.show_progress(episodes)
+        if due(before, run.step, r.log_every):
+            metrics = averages.take()
+            run.stop_if_not_finite(metrics)
+            run.log_training(metrics, episodes)
+        if due(before, run.step, t.eval_every):
+            run.evaluate("interval", t.eval_interval_episodes, f"step {run.step}", log="eval")
+        if due(before, run.step, r.checkpoint_every):
             run.save()
 
 
 def main(argv: list[str]) -> None:
-    args, saved, run_dir = start(
+    args, saved, folder = start(
         argv, default_args, chosen_by=("env", "preset", "variant"), description=__doc__,
         folder_name="{env}__{variant}__s{seed}", fixed=settings.FIXED, at_least=settings.AT_LEAST,
     )  # fmt: skip
-    with checkpoint.StopSignal() as stop:
-        c, training = args.critic, not args.run.eval
-        reward = lambda raw, success: raw + c.reward_offset + c.success_bonus * success  # noqa: E731
-        run = Run(cli.flatten(args), run_dir, stop, saved, reward, training)
-        try:
-            stats = run.demos.statistics() if run.demos else ()
-            agent = make_agent(args, run.obs_dim, run.act_dim, run.device, stats)
-            run.attach(agent)
-            if args.run.compile:
-                compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
-            if training:
-                if not agent.bc_done:
-                    pretrain(run, agent, args)
-                if agent.bc_done:
-                    train_online(run, agent, args)
-                run.save()
-                if stop.requested:
-                    run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
-                    return
-                run.video(policies(agent, args)["bon"], "after.mp4")
-            results = run.evaluate(policies(agent, args), "final", args.task.eval_episodes, "final" if training else "")
-            print(f"ODE policy:       {results['ode']}\nbest-of-N policy: {results['bon']}")
-        finally:
-            run.close()
+    r, t, device = args.run, args.task, pick_device(args.run.device, args.run.threads)
+    if r.compile:
+        compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
+    with checkpoint.StopSignal() as stop, Run(folder, saved, stop, cli.flatten(args), r.env, t.horizon, device) as run:
+        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
+        demos = None
+        if not (r.eval or (saved and saved["agent"]["bc_done"])):
+            demos = get_demos(r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key)
+            demos.check_fit(r.env, run.obs_dim, run.act_dim)
+        agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
+        run.track(agent=agent)
+        run.policies = {"ode": partial(act_ode, agent, args), "bon": partial(act_best_of_n, agent, args)}
+        if not r.eval:
+            run.open_log(r.total_steps, r.wandb_project, r.tensorboard)
+            if not agent.bc_done:
+                pretrain(run, agent, demos, args)
+            if agent.bc_done:
+                train(run, agent, args)
+            run.save()
+            if stop.requested:
+                run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
+                return
+            run.record_video("bon", "after.mp4", r.video)
+        run.evaluate("final", t.eval_episodes, "final", log="" if r.eval else "final")
 
 
 if __name__ == "__main__":

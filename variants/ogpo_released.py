@@ -1,0 +1,633 @@
+"""OGPO as released: the habits of the authors' code that ogpo_state.py corrects, each a switch.
+
+Paper: "OGPO: Sample Efficient Full-Finetuning of Generative Control Policies", arXiv 2605.03065 v4 (ICML 2026). Tags
+name the source of a line: [S n.m] a section of docs/ogpo_state.md, [C] the released code where only it says so;
+[deviation: why] marks where we differ.
+
+A variant of ogpo_state.py: `diff ogpo_state.py variants/ogpo_released.py` shows all of it. The switches' defaults are
+what generation 3 of the released scripts runs; with --preset paper so are sizes and schedule.
+
+    python variants/ogpo_released.py --env square --preset paper
+
+Symbols
+    paper            here                        shape
+    s                obs                         (n, O)
+    a, chunk of H    action                      (n, D), D = H * A, in [-1, 1]
+    a_K ... a_0      chain[:, 0] ... chain[:, K] (n, K+1, D)   the paper counts down, the code counts up
+    t_k              times                       (K,) = 0, 1/K, ..., (K-1)/K
+    v_theta          actor                       (n, D)        velocity network
+    theta-bar        actor_ema                                 acts, proposes chains, is the old policy of the ratio
+    sigma_k          sigmas                      (K,)          noise of each denoising step
+    Q_m, Q-bar_m     critic, critic_ema          (M, n)        ensemble of M heads
+    omega            ratio                       (n,)          one per chain
+    A                advantage                   (n,)          from G chains per state
+    D_succ           success                     batches of successful episodes, marked in the replay buffer
+"""
+
+import copy
+import math
+import sys
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for common/
+from common import checkpoint, cli
+from common.demos import Demos, get_demos
+from common.envs import make_vec_env
+from common.episodes import Episodes
+from common.machine import compile_functions
+from common.replay import Batch, ReplayBuffer
+from common.rng import Rng
+from common.run import Run, due
+from common.runlog import Averages
+from common.start import pick_device, start
+from settings import ogpo as settings
+
+Info = dict[str, Tensor]  # scalars to log
+
+# --- Arguments. Values are the `laptop` preset's; settings/ogpo.py holds what other presets and tasks change. ---------
+
+
+@dataclass
+class RunArgs:
+    """What to run, for how long, and where its files go."""
+
+    env: str = "lift"  # a task of docs/tasks.md, or your own Gymnasium environment as package.module:EnvId
+    preset: Literal["laptop", "paper"] = "laptop"  # settings that learn on two CPU cores, or the paper's
+    variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = "ogpo+ca"  # plain; + success buffer, best-of-N; + conservative A
+    seed: int = 1  # seeds networks, noise, batches and environments
+    eval: str = ""  # run folder to evaluate: no training; prints success over --eval-episodes of both policies
+    resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
+    run_name: str = ""  # name of the run folder; default: env, variant, seed and time
+    run_dir: str = "runs"  # folder of all run folders
+    device: str = "auto"  # torch device; auto: cuda if there is one, else cpu. It changes the speed only
+    threads: int = 1  # torch threads on a CPU; networks this small run best with one
+    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler)
+    video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
+    wandb_project: str = ""  # also log to this Weights & Biases project
+    tensorboard: bool = False  # also log to TensorBoard files in the run folder
+    total_steps: int = 20_000  # environment steps
+    start_training: int = 2_000  # environment steps collected before the first update
+    update_every: int = 4  # environment steps per update (one actor and one critic step)
+    replay_size: int = 1_000_000  # replay rows
+    log_every: int = 500  # environment steps between lines of metrics.jsonl
+    checkpoint_every: int = 5_000  # environment steps between checkpoints; the last two are kept
+
+
+@dataclass
+class TaskArgs:
+    """Environment, demonstrations and evaluation protocol."""
+
+    horizon: int = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's
+    collect_horizon: int = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
+    num_envs: int = 1  # environments collecting in parallel processes
+    demos: str = "scripted"  # scripted, robomimic, minari (docs/tasks.md), POLICY.npz to roll out, or FILE.hdf5
+    num_demos: int = 60  # number of demonstrations made by an expert
+    demo_noise: float = 0.5  # noise of that expert's actions, in units of the action range
+    filter_key: str = ""  # only the demonstrations under mask/<key> of the file
+    data_dir: str = "data"  # where demonstrations are cached
+    eval_every: int = 4_000  # environment steps between evaluations during training
+    eval_interval_episodes: int = 20  # episodes of each evaluation during training
+    eval_episodes: int = 100  # episodes of the first and last evaluation and of --eval
+    eval_envs: int = 2  # evaluation processes
+    eval_seed: int = 0  # first of the fixed seeds of the evaluation episodes
+
+
+@dataclass
+class PolicyArgs:
+    """Flow policy over action chunks [S 1.1-1.3] and how it acts [S 1.8]."""
+
+    chunk: int = 4  # H, environment steps per action chunk, all executed
+    flow_steps: int = 4  # K, denoising steps
+    actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the velocity network
+    noise_std: float = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
+    normalize_obs: bool = False  # standardise observations with the demonstrations' statistics
+    score_correction: Literal["matched", "released"] = "released"  # marginal-keeping drift, or 1/K of it
+    clip_mean: Literal["last", "all"] = "all"  # which denoising means are clipped to [-1, 1]
+    clip_chain_end: bool = True  # the new policy scores the clipped last state: biases the ratio
+    noise_clip: float = 3.0  # standard normal draws are clipped to this many deviations [C]
+    best_of_n: int = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
+    best_of_n_heads: int = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
+    actor_ema: float = 0.02  # step size of the target actor towards the actor
+
+
+@dataclass
+class PretrainArgs:
+    """Behaviour cloning by flow matching [S 1.2], stopped while the policy is still mediocre."""
+
+    cloned: str = ""  # run folder whose cloned policy to start from, instead of cloning again
+    bc_steps: int = 20_000  # most gradient steps
+    bc_lr: float = 3e-4  # learning rate
+    bc_batch: int = 256  # chunks per step
+    bc_stop_success: float = 0.5  # stop at the first evaluation above it, keep the last policy at or below it
+    bc_eval_every: int = 100  # gradient steps between evaluations
+    bc_eval_episodes: int = 32  # episodes of each of them
+
+
+@dataclass
+class ActorArgs:
+    """Policy extraction [S 1.4-1.6] and success-buffer regularization [S 1.8]."""
+
+    advantage: Literal["conservative", "vanilla"] = "conservative"  # over the heads of the critic [S 1.5]
+    states: int = 64  # replay states per update
+    group: int = 8  # G, chains per state
+    clip: float = 0.01  # epsilon of the clipped objective, on the normalised ratio
+    bc_coef: float = 1.0  # lambda, weight of the flow-matching loss on successful episodes; 0 turns it off
+    bc_fallback: bool = True  # use any replay chunk for that loss until enough successes exist
+    actor_weight_decay: float = 0.0  # AdamW weight decay of the actor
+    success_batch: int = 256  # chunks per success batch, drawn with replacement
+    success_min: int = 64  # none before this many chunk starts have succeeded; paper: 256
+    actor_lr: float = 3e-4  # peak learning rate
+    actor_lr_min: float = 3e-4  # learning rate at the start and end of each period
+    actor_lr_warmup: int = 0  # updates of the actor in the linear warm-up at the start of each period
+    actor_lr_period: int = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: constant
+
+
+@dataclass
+class CriticArgs:
+    """Critic ensemble on chunked temporal-difference targets [S 1.7]."""
+
+    reward_offset: float = -1.0  # added to every raw reward: -1 per step makes speed count [C]
+    success_bonus: float = 5.0  # added on the step that succeeds [C]
+    gamma: float = 0.99  # discount per environment step
+    heads: int = 4  # M, independent critics
+    critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
+    critic_batch: int = 256  # chunks per update
+    critic_lr: float = 1e-3  # learning rate; Adam moves a value by about this much an update, over a range of 100
+    pessimistic_init: bool = False  # critics start at the value of never succeeding, or near 0
+    success_critic: bool = True  # a second critic step on a success batch
+    critic_weight_decay: float = 1e-5  # AdamW weight decay of the critics
+    max_grad_norm: float = 1_000.0  # gradient-norm clip, in practice inactive
+    critic_ema: float = 0.05  # step size of the target critics
+    next_samples: int = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
+    critic_warmup: int = 250  # updates of the critics alone
+    choose_successes: int = 2  # successful episodes, and critic_warmup, before best-of-N acts
+    critic_successes: int = 10  # successful episodes, and critic_warmup, before the actor moves
+
+
+@dataclass
+class Args:
+    run: RunArgs = field(default_factory=RunArgs)
+    task: TaskArgs = field(default_factory=TaskArgs)
+    policy: PolicyArgs = field(default_factory=PolicyArgs)
+    pretrain: PretrainArgs = field(default_factory=PretrainArgs)
+    actor: ActorArgs = field(default_factory=ActorArgs)
+    critic: CriticArgs = field(default_factory=CriticArgs)
+
+
+def default_args(env: str = "lift", preset: str = "laptop", variant: str = "ogpo+ca") -> Args:
+    """Defaults for an environment: dataclass < preset < task < variant. Raises UserError on an unknown name."""
+    args = settings.apply(Args(), env, preset, variant, tables=(settings.SETTINGS, settings.RELEASED))
+    return cli.override(args, dict(success_critic=False)) if variant == "ogpo" else args
+
+
+# --- Networks --------------------------------------------------------------------------------------------------------
+
+
+class VelocityNet(nn.Module):
+    """v_theta(s, x, t): MLP on [observation, noised chunk, time embedding] [C]. No layer norm in the actor."""
+
+    def __init__(self, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("obs_mean", mean.clone())  # (O,)
+        self.register_buffer("obs_std", std.clone())
+        self.register_buffer("freqs", torch.exp(torch.arange(16) * (-math.log(10_000) / 15)))  # (16,) 1 ... 1e-4
+        self.time = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.Linear(64, 32))
+        sizes = (len(mean) + chunk_dim + 32, *hidden)
+        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in pairwise(sizes))
+        self.out = nn.Linear(sizes[-1], chunk_dim)
+        for m in self.modules():
+            if isinstance(m, nn.Linear):  # variance scaling (1, fan_avg, uniform), zero biases [C]
+                nn.init.xavier_uniform_(m.weight)
+                nn.init.zeros_(m.bias)
+
+    def embed(self, t: Tensor) -> Tensor:
+        """t (...,) in [0, 1] -> (..., 32)"""
+        angle = t[..., None] * self.freqs
+        return self.time(torch.cat([angle.sin(), angle.cos()], -1))
+
+    def forward(self, obs: Tensor, x: Tensor, t_emb: Tensor) -> Tensor:
+        """obs (..., O), x (..., D), t_emb (..., 32), broadcastable -> velocity (..., D)"""
+        lead = torch.broadcast_shapes(obs.shape[:-1], x.shape[:-1], t_emb.shape[:-1])
+        obs = (obs - self.obs_mean) / self.obs_std
+        h = torch.cat([z.expand(*lead, -1) for z in (obs, x, t_emb)], -1)
+        for layer in self.layers:
+            h = F.gelu(layer(h))
+        return self.out(h)
+
+
+class CriticEnsemble(nn.Module):
+    """M independent heads Q_m(s, chunk), linear -> layer norm -> GELU, as batched matrix products [C]."""
+
+    def __init__(self, heads: int, chunk_dim: int, hidden: tuple[int, ...], mean: Tensor, std: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("obs_mean", mean.clone())
+        self.register_buffer("obs_std", std.clone())
+        sizes = (len(mean) + chunk_dim, *hidden, 1)
+        bounds = [math.sqrt(6 / (i + o)) for i, o in pairwise(sizes)]
+        self.weights = nn.ParameterList(
+            torch.empty(heads, i, o).uniform_(-b, b) for (i, o), b in zip(pairwise(sizes), bounds, strict=True)
+        )
+        self.biases = nn.ParameterList(torch.zeros(heads, 1, o) for o in sizes[1:])
+        self.scales = nn.ParameterList(torch.ones(heads, 1, o) for o in hidden)
+        self.shifts = nn.ParameterList(torch.zeros(heads, 1, o) for o in hidden)
+
+    def forward(self, obs: Tensor, action: Tensor) -> Tensor:
+        """obs (n, O), action (n, D) -> (M, n)"""
+        x = torch.cat([(obs - self.obs_mean) / self.obs_std, action], -1)  # (n, O+D)
+        if x.is_cuda or torch.is_grad_enabled():
+            return self.mlp(x.expand(len(self.weights[0]), -1, -1), slice(None))
+        return torch.cat([self.mlp(x[None], slice(m, m + 1)) for m in range(len(self.weights[0]))])  # in a CPU's cache
+
+    def mlp(self, x: Tensor, part: slice) -> Tensor:
+        """Part of the heads, each on a row of x (heads, n, O+D) -> (heads, n)"""
+        for i in range(len(self.scales)):
+            x = torch.baddbmm(self.biases[i][part], x, self.weights[i][part])
+            x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
+            x = F.gelu(torch.addcmul(self.shifts[i][part], x, self.scales[i][part]))
+        return torch.baddbmm(self.biases[-1][part], x, self.weights[-1][part]).squeeze(-1)
+
+
+# --- Losses and samplers. Randomness comes in as tensors, so that each is a pure function. ---------------------------
+
+
+def bc_loss(net: VelocityNet, obs: Tensor, action: Tensor, x0: Tensor, t: Tensor) -> Tensor:
+    """Flow matching [S 1.2]: obs (n, O), action (n, D), x0 (n, D) normal, t (n,) uniform -> scalar."""
+    x_t = (1 - t[:, None]) * x0 + t[:, None] * action
+    return (net(obs, x_t, net.embed(t)) - (action - x0)).square().mean()
+
+
+def flow_schedule(p: PolicyArgs, device: torch.device) -> tuple[Tensor, Tensor]:
+    """times t_k = k/K and sigmas c * sqrt(1 - t_k), each (K,) [C: tapered noise]"""
+    times = torch.arange(p.flow_steps, device=device) / p.flow_steps
+    return times, p.noise_std * (1 - times).sqrt()
+
+
+def step_mean(x: Tensor, v: Tensor, t: Tensor, p: PolicyArgs) -> Tensor:
+    """Mean of the next chain state: an Euler step along v plus the score correction [S 1.3].
+
+    On the linear path the score is (t v - x) / (1 - t). Noise c sqrt(1-t) a step is a diffusion with g^2 = c^2 (1-t) K,
+    which keeps the flow's marginals if its drift gains g^2 / 2 times the score [deviation: released without the K].
+    """
+    gain = 0.5 * p.noise_std**2 * (p.flow_steps if p.score_correction == "matched" else 1)
+    return x + (v + gain * (t * v - x)) / p.flow_steps
+
+
+def sample_chain(net: VelocityNet, obs: Tensor, noise: Tensor, p: PolicyArgs) -> tuple[Tensor, Tensor]:
+    """Stochastic denoising chain and its log-probability per Gaussian coordinate, up to a constant [S 1.3, 1.4].
+
+    obs (n, O), noise (n, K+1, D) standard normal -> chain (n, K+1, D), log_prob (n,). The last mean is clipped to the
+    range of actions. The action is the clipped last state; the last state itself is kept unclipped, so that old and new
+    policy score the same number [deviation: the released code clips it under one of them, which biases the ratio].
+    """
+    times, sigmas = flow_schedule(p, obs.device)
+    t_emb = net.embed(times)  # (K, 32)
+    z = noise[:, 1:].clamp(-p.noise_clip, p.noise_clip)  # (n, K, D)
+    chain = [noise[:, 0]]
+    for k in range(p.flow_steps):
+        mean = step_mean(chain[k], net(obs, chain[k], t_emb[k]), times[k], p)
+        if k == p.flow_steps - 1 or p.clip_mean == "all":
+            mean = mean.clamp(-1, 1)
+        chain.append(mean + sigmas[k] * z[:, k])
+    if p.clip_chain_end:
+        chain[-1] = chain[-1].clamp(-1, 1)
+    log_prob = -0.5 * (noise[:, 0].square().sum(-1) + z.square().sum((1, 2)))
+    return torch.stack(chain, 1), log_prob / noise[0].numel()
+
+
+def chain_log_prob(net: VelocityNet, obs: Tensor, chain: Tensor, p: PolicyArgs) -> Tensor:
+    """The same of stored chains: obs (n, O), chain (n, K+1, D) -> (n,). One pass over all n K states [S 1.4]."""
+    times, sigmas = (s[:, None] for s in flow_schedule(p, obs.device))  # (K, 1)
+    x, x_next = chain[:, :-1], chain[:, 1:]  # (n, K, D)
+    mean = step_mean(x, net(obs[:, None], x, net.embed(times[:, 0])), times, p)
+    free = p.flow_steps - 1 if p.clip_mean == "last" else 0  # steps whose means are not clipped
+    mean = torch.cat([mean[:, :free], mean[:, free:].clamp(-1, 1)], 1)
+    z = (x_next - mean) / sigmas
+    return -0.5 * (chain[:, 0].square().sum(-1) + z.square().sum((1, 2))) / chain[0].numel()
+
+
+def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Tensor:
+    """Noise-free policy [S 1.2]: obs (n, O), x (n, D) normal -> action (n, D) by K Euler steps and one final clip."""
+    t_emb = net.embed(torch.arange(flow_steps, device=obs.device) / flow_steps)
+    for k in range(flow_steps):
+        x = x + net(obs, x, t_emb[k]) / flow_steps
+    return x.clamp(-1, 1)
+
+
+def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
+    """q, uniform draws (M, n, N) -> index (n,) of the candidate with the best minimum of `heads` random heads [S 1.8].
+
+    Its heads are drawn without replacement [C]; 0: the mean of all.
+    """
+    if heads == 0:
+        return q.mean(0).argmax(-1)
+    picked = draws.argsort(0)[:heads]
+    return q.gather(0, picked).amin(0).argmax(-1)
+
+
+def group_advantage(q: Tensor, kind: str) -> Tensor:
+    """q (M, B, G) of G chains per state -> advantage (B, G) [S 1.5].
+
+    vanilla       mean over heads, minus its group mean
+    conservative  per head minus its group mean; the smallest magnitude if all heads agree on the sign, else 0
+    """
+    per_head = q - q.mean(-1, keepdim=True)
+    if kind == "vanilla":
+        return per_head.mean(0)
+    low, high = per_head.amin(0), per_head.amax(0)
+    return torch.where(low > 0, low, torch.where(high < 0, high, 0.0))
+
+
+def ppo_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float, chains: int) -> tuple[Tensor, Info]:
+    """Clipped objective, one ratio per chain [S 1.6], all (n,); a mean over `chains`, of which n have an advantage."""
+    ratio = (log_prob - old).exp()
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).sum() / chains
+    off = (ratio.detach() - 1).abs()
+    return loss, {"ratio_off": off.sum() / chains, "clipped": (off > clip).float().sum() / chains}
+
+
+def td_target(rewards: Tensor, terminated: Tensor, q_next: Tensor, gamma: float) -> Tensor:
+    """Chunked target [S 1.7]: rewards (n, H), terminated (n,), q_next (M, n) of target heads -> (n,).
+
+    sum_i gamma^i r_i + gamma^H (1 - terminated) mean_m Q_m. A truncated episode bootstraps, a terminated one does not.
+    """
+    powers = gamma ** torch.arange(rewards.shape[1], device=rewards.device)  # (H,)
+    return (rewards * powers).sum(-1) + gamma ** rewards.shape[1] * (1 - terminated) * q_next.mean(0)
+
+
+def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Info]:
+    """Every head regresses to the same target [S 1.7]: obs (n, O), action (n, D), target (n,)."""
+    q = critic(obs, action)
+    return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": q.detach().std(0).mean()}
+
+
+def periodic_lr(step: int, a: ActorArgs) -> float:
+    """Linear warm-up from the least rate to the peak, cosine back, repeated every period; constant if that is 0 [C]."""
+    if a.actor_lr_period == 0:
+        return a.actor_lr
+    step, warmup = step % a.actor_lr_period, a.actor_lr_warmup
+    if step < warmup:
+        return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * step / warmup
+    phase = math.pi * (step - warmup) / (a.actor_lr_period - warmup)
+    return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
+
+
+# --- Agent and training ----------------------------------------------------------------------------------------------
+
+
+def adamw(net: nn.Module, lr: float, weight_decay: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(net.parameters(), lr=lr, weight_decay=weight_decay, fused=True)
+
+
+class Agent:
+    """Networks and their slow copies, optimizers, and how far training has come: what a checkpoint holds."""
+
+    def __init__(self, args: Args, obs_dim: int, act_dim: int, device: torch.device, demos: Demos | None) -> None:
+        """demos: observations are standardised by their statistics; a checkpoint brings its own."""
+        torch.manual_seed(args.run.seed)
+        p, c, dim = args.policy, args.critic, args.policy.chunk * act_dim
+        mean, std = torch.zeros(obs_dim), torch.ones(obs_dim)
+        if p.normalize_obs and demos:
+            mean, std = demos.statistics()
+            std = std + 1e-2  # keeps nearly constant entries from exploding
+        self.actor = VelocityNet(dim, p.actor_hidden, mean, std).to(device)
+        self.actor_ema = copy.deepcopy(self.actor).requires_grad_(False)
+        self.critic = CriticEnsemble(c.heads, dim, c.critic_hidden, mean, std).to(device)
+        if c.pessimistic_init:  # the value of never succeeding; else near 0, above every value of a poor policy
+            nn.init.constant_(self.critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
+        self.critic_ema = copy.deepcopy(self.critic).requires_grad_(False)
+        self.actor_opt = adamw(self.actor, args.pretrain.bc_lr, args.actor.actor_weight_decay)
+        self.critic_opt = adamw(self.critic, c.critic_lr, c.critic_weight_decay)
+        self.rng = Rng(args.run.seed, device)  # of training; evaluation has its own
+        self.bc_step = 0  # gradient steps of cloning so far
+        self.bc_below: dict[str, Tensor] | None = None  # newest weights at or below --bc-stop-success
+        self.bc_done = False
+        self.updates = 0  # online updates so far
+        self.actor_updates = 0  # those of them that moved the actor along the critics
+        self.best_of_n_on = c.critic_warmup == 0 and c.choose_successes == 0  # the critics can tell candidates apart
+        self.policy_gradient_on = False  # and may move the actor
+
+
+@torch.no_grad()
+def act_ode(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
+    """The noise-free policy of the online actor: obs (n, O) -> chunks (n, H, A)."""
+    noise = rng.randn(len(obs), agent.actor.out.out_features)
+    return sample_ode(agent.actor, obs, noise, args.policy.flow_steps).unflatten(1, (args.policy.chunk, -1))
+
+
+@torch.no_grad()
+def act_best_of_n(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
+    """The acting policy: the target critics pick one of N chains of the target actor, once they can tell [S 1.8]."""
+    p, dim = args.policy, agent.actor.out.out_features
+    n = p.best_of_n if agent.best_of_n_on else 1
+    rows = obs.repeat_interleave(n, 0)  # (B N, O)
+    noise = rng.randn(len(rows), p.flow_steps + 1, dim)
+    action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B N, D)
+    if n > 1:
+        q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
+        best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads)
+        action = action.unflatten(0, (-1, n))[torch.arange(len(obs)), best]
+    return action.unflatten(1, (p.chunk, -1))
+
+
+@torch.no_grad()
+def update_ema(target: nn.Module, source: nn.Module, rate: float) -> None:
+    torch._foreach_lerp_(list(target.parameters()), list(source.parameters()), rate)
+
+
+def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -> Info:
+    """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
+    p, a, dim = args.policy, args.actor, agent.actor.out.out_features
+    for group in agent.actor_opt.param_groups:
+        group["lr"] = periodic_lr(agent.actor_updates, a)
+    agent.actor_opt.zero_grad()
+    with torch.no_grad():
+        rows = obs.repeat_interleave(a.group, 0)  # (B G, O), chains of one state side by side
+        chain, old = sample_chain(agent.actor_ema, rows, agent.rng.randn(len(rows), p.flow_steps + 1, dim), p)
+        q = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1))  # (M, B G)
+        advantage = group_advantage(q.unflatten(1, (-1, a.group)), a.advantage).flatten()  # (B G,)
+        keep = advantage.nonzero().squeeze(-1)  # a chain without advantage has no gradient
+    info = {"nonzero": (advantage != 0).float().mean(), "advantage": advantage.abs().mean()}
+    if len(keep):
+        log_prob = chain_log_prob(agent.actor, rows[keep], chain[keep], p)
+        loss, ppo_info = ppo_loss(log_prob, old[keep], advantage[keep], a.clip, len(rows))
+        loss.backward()
+        info |= {"pg_loss": loss.detach()} | ppo_info
+    if success is not None:
+        action = success.actions.flatten(1)  # (n, D)
+        loss = bc_loss(agent.actor, success.obs, action, agent.rng.randn(*action.shape), agent.rng.rand(len(action)))
+        (a.bc_coef * loss).backward()
+        info["bc_loss"] = loss.detach()
+    info["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.critic.max_grad_norm)
+    agent.actor_opt.step()
+    agent.actor_updates += 1
+    update_ema(agent.actor_ema, agent.actor, p.actor_ema)
+    return info
+
+
+def update_bc(agent: Agent, batch: Batch, args: Args) -> Tensor:
+    """A cloning step while the actor has no policy gradient."""
+    action = batch.actions.flatten(1)  # (n, D)
+    loss = bc_loss(agent.actor, batch.obs, action, agent.rng.randn(*action.shape), agent.rng.rand(len(action)))
+    agent.actor_opt.zero_grad()
+    loss.backward()
+    agent.actor_opt.step()
+    update_ema(agent.actor_ema, agent.actor, args.policy.actor_ema)
+    return loss.detach()
+
+
+def update_critic(agent: Agent, batch: Batch, args: Args) -> Info:
+    """One critic step [S 1.7]: chains of the target actor at the next state, no best-of-N in the target."""
+    p, c = args.policy, args.critic
+    action = batch.actions.flatten(1)  # (n, D)
+    with torch.no_grad():
+        rows = batch.next_obs.repeat_interleave(c.next_samples, 0)  # (n G', O)
+        noise = agent.rng.randn(len(rows), p.flow_steps + 1, action.shape[1])
+        next_action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)
+        q_next = agent.critic_ema(rows, next_action).unflatten(1, (-1, c.next_samples)).mean(-1)  # (M, n)
+        target = td_target(batch.rewards, batch.terminated, q_next, c.gamma)
+    loss, info = critic_loss(agent.critic, batch.obs, action, target)
+    agent.critic_opt.zero_grad()
+    loss.backward()
+    info["critic_grad"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), c.max_grad_norm)
+    agent.critic_opt.step()
+    update_ema(agent.critic_ema, agent.critic, c.critic_ema)
+    return info | {"td_loss": loss.detach()}
+
+
+def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator) -> Info:
+    """Actor first, then critic, on the same states [C].
+
+    Until the critics have seen enough the actor stays as it is: Adam would turn the noise of their first opinions into
+    full-sized steps [deviation: the released code trusts an untrained critic].
+    """
+    a, c, device = args.actor, args.critic, agent.rng.device
+    batch, success, info = buffer.sample(max(c.critic_batch, a.states), rng, device), None, {}
+    agent.policy_gradient_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
+    if agent.policy_gradient_on and buffer.success_starts.size >= a.success_min:
+        success = buffer.sample(a.success_batch, rng, device, success=True)
+    imitated = success
+    if success is None and a.bc_fallback and a.bc_coef > 0:
+        imitated = buffer.sample(a.success_batch, rng, device)
+    if agent.policy_gradient_on:
+        info = update_actor(agent, batch.obs[: a.states], imitated if a.bc_coef > 0 else None, args)
+    elif imitated:
+        info = {"bc_loss": update_bc(agent, imitated, args)}
+    info |= update_critic(agent, batch, args)
+    if c.success_critic and success:
+        update_critic(agent, success, args)
+    agent.updates += 1
+    agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
+    return info
+
+
+def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
+    """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it."""
+    c, success = args.pretrain, 0.0
+    obs, action = (torch.from_numpy(x).to(agent.rng.device) for x in demos.chunks(args.policy.chunk))  # (n, O), (n, D)
+    while not c.cloned and agent.bc_step < c.bc_steps and success <= c.bc_stop_success:
+        if run.stop.requested:
+            return
+        rows = agent.rng.randint(0, len(obs), c.bc_batch)
+        x0, t = agent.rng.randn(c.bc_batch, action.shape[1]), agent.rng.rand(c.bc_batch)
+        loss = bc_loss(agent.actor, obs[rows], action[rows], x0, t)
+        agent.actor_opt.zero_grad()
+        loss.backward()
+        agent.actor_opt.step()
+        agent.bc_step += 1
+        if agent.bc_step % c.bc_eval_every == 0 or agent.bc_step == c.bc_steps:
+            run.stop_if_not_finite({"bc_loss": loss.item()})
+            label = f"cloning step {agent.bc_step}, loss {loss.item():.3f}"
+            success = run.evaluate("bc", c.bc_eval_episodes, label, only="ode")["ode"].rate
+            run.log.log(0, {"bc/step": agent.bc_step, "bc/loss": loss.item(), "bc/success": success})
+            if success <= c.bc_stop_success:
+                agent.bc_below = copy.deepcopy(agent.actor.state_dict())
+                run.save()
+    cloned = checkpoint.load(Path(c.cloned) / "cloned.pt") if c.cloned else agent.bc_below
+    agent.actor.load_state_dict(cloned or agent.actor.state_dict())
+    agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
+    agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # afresh [C]
+    agent.bc_done, agent.bc_below = True, None
+    checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())
+    run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
+    run.record_video("ode", "before.mp4", args.run.video)
+    run.save()
+
+
+def train(run: Run, agent: Agent, args: Args) -> None:
+    """Collect with the best-of-N policy into a buffer that starts empty; update; log, evaluate and save when due."""
+    r, t, c = args.run, args.task, args.critic
+    envs = run.closing(make_vec_env(r.env, t.num_envs, horizon=t.collect_horizon or t.horizon))
+    episodes, buffer = Episodes(envs, r.seed), ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
+    averages, rng = Averages(), np.random.default_rng(r.seed)  # metrics since the last log line; rows of the buffer
+    run.check_disk(2 * r.total_steps * buffer.row_bytes)  # an episode of one step takes two rows
+    run.track(buffer=buffer, episodes=episodes, averages=averages, rng=rng)
+    while run.step < r.total_steps and not run.stop.requested:
+        if (over := episodes.over()).any():
+            obs, _ = envs.reset(seed=episodes.begin(over), options={"reset_mask": over})
+            episodes.see(obs, over)
+        actions = episodes.next_actions(partial(act_best_of_n, agent, args), agent.rng)  # (E, A), chunk after chunk
+        obs, raw, terminated, truncated, info = envs.step(actions)
+        reward = raw + c.reward_offset + c.success_bonus * info["success"]  # (E,) as trained
+        episodes.append(actions, reward, obs, info["success"])
+        before, run.step = run.step, run.step + envs.num_envs
+        for i in np.flatnonzero(terminated | truncated):  # the first success terminates, the horizon truncates
+            done = episodes.finish(i)
+            buffer.add_episode(done.obs, done.actions, done.rewards, terminated[i], done.success)
+
+        if run.step >= r.start_training and buffer.starts.size >= c.critic_batch:
+            for _ in range(due(before, run.step, r.update_every)):
+                averages.add(update(agent, buffer, args, rng))
+
+        run.show_progress(episodes)
+        if due(before, run.step, r.log_every):
+            metrics = averages.take()
+            run.stop_if_not_finite(metrics)
+            run.log_training(metrics, episodes)
+        if due(before, run.step, t.eval_every):
+            run.evaluate("interval", t.eval_interval_episodes, f"step {run.step}", log="eval")
+        if due(before, run.step, r.checkpoint_every):
+            run.save()
+
+
+def main(argv: list[str]) -> None:
+    args, saved, folder = start(
+        argv, default_args, chosen_by=("env", "preset", "variant"), description=__doc__,
+        folder_name="{env}__{variant}__s{seed}", fixed=settings.FIXED, at_least=settings.AT_LEAST,
+    )  # fmt: skip
+    r, t, device = args.run, args.task, pick_device(args.run.device, args.run.threads)
+    if r.compile:
+        compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
+    with checkpoint.StopSignal() as stop, Run(folder, saved, stop, cli.flatten(args), r.env, t.horizon, device) as run:
+        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
+        demos = None
+        if not (r.eval or (saved and saved["agent"]["bc_done"])):
+            demos = get_demos(r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key)
+            demos.check_fit(r.env, run.obs_dim, run.act_dim)
+        agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
+        run.track(agent=agent)
+        run.policies = {"ode": partial(act_ode, agent, args), "bon": partial(act_best_of_n, agent, args)}
+        if not r.eval:
+            run.open_log(r.total_steps, r.wandb_project, r.tensorboard)
+            if not agent.bc_done:
+                pretrain(run, agent, demos, args)
+            if agent.bc_done:
+                train(run, agent, args)
+            run.save()
+            if stop.requested:
+                run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
+                return
+            run.record_video("bon", "after.mp4", r.video)
+        run.evaluate("final", t.eval_episodes, "final", log="" if r.eval else "final")
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(sys.argv[1:]))
