@@ -19,7 +19,7 @@ from runs import ROOT, RUNS, Run
 STORE = ROOT / "benchmarks" / "lift"
 SEEDS = (1, 2, 3, 4, 5)
 CONFIGS: dict[str, list[str]] = {
-    "ogpo+ca": ["--profile"],
+    "ogpo+ca": [],
     "hard": [
         *("--horizon", "150", "--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"),
         *("--total-steps", "30000", "--no-video"),
@@ -37,7 +37,7 @@ COLOURS = {**plots.VARIANTS, "hard": plots.OTHERS[0]}
 
 
 def run_flags(config: str, seed: int) -> list[str]:
-    flags = ["--env", "lift", "--preset", "cpu", "--seed", str(seed), *CONFIGS[config]]
+    flags = ["--env", "lift", "--preset", "laptop", "--seed", str(seed), *CONFIGS[config]]
     if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
         flags += ["--cloned", f"runs/lift_ogpo+ca_s{seed}"]
     return flags

@@ -21,7 +21,7 @@ NAMES = ("lift", "can")
 
 
 def run_flags(name: str, seed: int) -> list[str]:
-    return ["--env", name, "--preset", "cpu", "--seed", str(seed)]
+    return ["--env", name, "--preset", "laptop", "--seed", str(seed)]
 
 
 def run_one(name: str, seed: int) -> int:
@@ -46,7 +46,7 @@ def report() -> None:
     text = [
         "# OGPO from pixels: stored results",
         "",
-        "Made by `python benchmarks/pixels.py report`; `cpu` settings, two cameras of 84 x 84 pixels. Columns as in "
+        "Made by `python benchmarks/pixels.py report`; `laptop` settings, two cameras of 84 x 84 pixels. Columns as in "
         "[tasks/results.md](../tasks/results.md), over 50 episodes.",
         "",
         tasks.seeds_table(stored()),

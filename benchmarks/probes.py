@@ -1,11 +1,12 @@
 """What `diagnose.py` asks of an agent: how it does, whether its critics are right, where its actions still vary.
 
-It reads the scripts as a module each, with these names: Args, make_agent, act_best_of_n, act_ode, sample_chain, update
-and main; of an agent, actor, actor_ema, critic_ema and actor_updates.
+It reads the scripts as a module each, with these names: Args, Agent, act_best_of_n, act_ode, sample_chain, update and
+main; of an agent, actor, actor_ema, critic_ema and actor_updates.
 """
 
 import importlib
 import shutil
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,11 +16,13 @@ import torch
 
 from common import checkpoint, cli
 from common.envs import make_env, make_vec_env
-from common.evaluate import evaluate
+from common.evaluate import act_on_arrays, evaluate
+from common.rng import Rng
 from runs import RUNS
 from study_configs import CONFIGS
 from study_stats import DIP_EPISODES
 
+CPU = torch.device("cpu")
 EPISODES, STATES, CHAINS = 20, 200, 64
 SEED = 99 * 10**9 % 2**31  # first of episodes that no run of the study had
 AFTER, DIP_SEED = (1, 4, 16, 64, 250, 500), 300_000  # updates of the actor; not an episode of any run
@@ -38,7 +41,7 @@ def load(script: ModuleType, folder: Path) -> tuple[Any, Any]:
     saved = checkpoint.load(folder / "checkpoint.pt")
     args = cli.override(script.Args(), saved["args"])
     env = make_env(args.run.env, horizon=args.task.horizon)
-    agent = script.make_agent(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
+    agent = script.Agent(args, env.observation_space.shape[0], env.action_space.shape[0], CPU, None)
     checkpoint.unpack(agent, saved["agent"])
     env.close()
     return agent, args
@@ -50,14 +53,14 @@ def rollouts(script: ModuleType, agent: Any, args: Any) -> dict[str, np.ndarray]
     A return is the discounted reward that followed; an episode that the time limit cut goes on with the value of never
     succeeding, a bound from below.
     """
-    c, rng = args.critic, torch.Generator().manual_seed(0)
+    c, rng, act = args.critic, Rng(0, CPU), partial(script.act_best_of_n, agent, args)
     env = make_env(args.run.env, horizon=args.task.horizon)
     found: dict[str, list] = {"obs": [], "q": [], "return": [], "success": []}
     for episode in range(EPISODES):
         obs, _ = env.reset(seed=SEED + episode)
         rewards, decisions, succeeded, done, terminated = [], [], False, False, False
         while not done:
-            chunk = script.act_best_of_n(agent, obs[None], args, rng)  # (1, H, A)
+            chunk = act_on_arrays(act, obs[None], rng)  # (1, H, A)
             decisions.append(len(rewards))
             found["obs"].append(obs)
             with torch.no_grad():
@@ -110,9 +113,9 @@ def spread(script: ModuleType, agent: Any, args: Any, obs: np.ndarray) -> dict[s
 
 def success(script: ModuleType, agent: Any, args: Any) -> float:
     """Of the noise-free policy, with noise of its own: the same weights give the same number."""
-    envs, rng = make_vec_env(args.run.env, 1, horizon=args.task.horizon, chunk=args.policy.chunk), torch.Generator()
-    rng.manual_seed(0)
-    rate = evaluate(envs, lambda obs: script.act_ode(agent, obs, args, rng), DIP_EPISODES, DIP_SEED).rate
+    act, rng = partial(script.act_ode, agent, args), Rng(0, CPU)
+    envs = make_vec_env(args.run.env, 1, horizon=args.task.horizon, chunk=args.policy.chunk)
+    rate = evaluate(envs, lambda obs: act_on_arrays(act, obs, rng), DIP_EPISODES, DIP_SEED).rate
     envs.close()
     return rate
 

@@ -33,7 +33,7 @@ def cloned(task: str, seed: int) -> Path:
 
 
 def common_flags(task: str, seed: int) -> list[str]:
-    return ["--env", task, "--preset", "cpu", "--seed", str(seed), "--no-video"]
+    return ["--env", task, "--preset", "laptop", "--seed", str(seed), "--no-video"]
 
 
 def run_flags(task: str, config: str, seed: int) -> list[str]:

@@ -16,13 +16,21 @@ class Config:
     script: str = "ogpo_state.py"
 
 
-EXTRACTION, CRITIC, REFERENCE = (f"variants/ogpo_{name}.py" for name in ("extraction", "critic", "reference"))
-# Critics from around 0 that act, and an actor that moves, from the first update on; replay cloning until there are
-# successes.
-RELEASED_START = (
+EXTRACTION, CRITIC, REFERENCE, RELEASED = (
+    f"variants/ogpo_{name}.py" for name in ("extraction", "critic", "reference", "released")
+)
+
+# Habits of the released code on our settings: critics from around 0 that act, and an actor that moves, from the first
+# update on, with replay cloning until there are successes; a second critic step on successes.
+_START = (
     *("--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0", "--no-pessimistic-init"),
     "--bc-fallback",
 )
+RELEASED_START: dict[str, Config] = {
+    "success_critic": Config("OGPO+CA, success critic step", ("--success-critic",), RELEASED),
+    "start+ca": Config("OGPO+CA, released start", _START, RELEASED),
+    "start+": Config("OGPO+, released start", ("--variant", "ogpo+", *_START), RELEASED),
+}
 
 CONFIGS: dict[str, Config] = {
     "ogpo+ca": Config("OGPO+CA"),
@@ -32,16 +40,24 @@ CONFIGS: dict[str, Config] = {
     "ogpo_bon": Config("OGPO, best-of-N", ("--variant", "ogpo", "--best-of-n", "8")),
     "no_sb": Config("OGPO+CA - success buffer", ("--bc-coef", "0")),
     "no_bon": Config("OGPO+CA - best-of-N", ("--best-of-n", "1")),
-    "success_critic": Config("OGPO+CA, success critic step", ("--success-critic",)),
-    "grpo": Config("OGPO, GRPO std", ("--variant", "ogpo", "--advantage", "grpo")),
-    "grpo+": Config("OGPO+, GRPO std", ("--variant", "ogpo+", "--advantage", "grpo")),
-    "penultimate": Config("OGPO+, penultimate", ("--variant", "ogpo+", "--advantage", "penultimate")),
-    "positive": Config("OGPO+, no negatives", ("--variant", "ogpo+", "--advantage", "positive")),
+    "grpo": Config("OGPO, GRPO std", ("--variant", "ogpo", "--extraction", "ogpo", "--advantage", "grpo"), EXTRACTION),
+    "grpo+": Config(
+        "OGPO+, GRPO std", ("--variant", "ogpo+", "--extraction", "ogpo", "--advantage", "grpo"), EXTRACTION
+    ),
+    "penultimate": Config(
+        "OGPO+, penultimate", ("--variant", "ogpo+", "--extraction", "ogpo", "--advantage", "penultimate"), EXTRACTION
+    ),
+    "positive": Config(
+        "OGPO+, no negatives", ("--variant", "ogpo+", "--extraction", "ogpo", "--advantage", "positive"), EXTRACTION
+    ),
     "qvr_mean": Config("OGPO+CA, Q-VR mean of 8", ("--next-samples", "8")),
-    "qvr_median": Config("OGPO+CA, Q-VR median", ("--next-samples", "8", "--next-reduce", "median")),
-    "qvr_trimmed": Config("OGPO+CA, Q-VR trimmed", ("--next-samples", "8", "--next-reduce", "trimmed")),
-    "start+ca": Config("OGPO+CA, released start", RELEASED_START),
-    "start+": Config("OGPO+, released start", ("--variant", "ogpo+", *RELEASED_START)),
+    "qvr_median": Config(
+        "OGPO+CA, Q-VR median", ("--calql-steps", "0", "--next-samples", "8", "--next-reduce", "median"), CRITIC
+    ),
+    "qvr_trimmed": Config(
+        "OGPO+CA, Q-VR trimmed", ("--calql-steps", "0", "--next-samples", "8", "--next-reduce", "trimmed"), CRITIC
+    ),
+    **RELEASED_START,
     "wsrl": Config(
         "OGPO+CA, WSRL warm-up",
         ("--start-training", "4000", "--critic-warmup", "1000", "--critic-successes", "0", "--choose-successes", "0"),

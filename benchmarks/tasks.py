@@ -38,7 +38,7 @@ FRAMES = ("can", "peg-insert-side", "hammer")  # one task a family
 
 def run_flags(name: str, seed: int, policies: Path | None) -> list[str]:
     """Raises SystemExit if the task's demonstrations need a trained policy and there is none."""
-    flags = ["--env", name, "--preset", "cpu", "--seed", str(seed)]
+    flags = ["--env", name, "--preset", "laptop", "--seed", str(seed)]
     if TASKS[name].suite == "adroit":
         if policies is None:
             sys.exit(f"{name} has no expert of its own: give --policies DIR with trained policies pol_TASK.npz")
@@ -163,8 +163,8 @@ def report() -> None:
         "",
         summary_table(),
         "",
-        "Made by `python benchmarks/tasks.py report`; `cpu` settings. Success over the last evaluation's episodes with "
-        "Wilson 95 % interval: cloned policy (noise-free), both policies at the end. Steps to 0.8 and 0.9: the "
+        "Made by `python benchmarks/tasks.py report`; `laptop` settings. Success over the last evaluation's episodes "
+        "with Wilson 95 % interval: cloned policy (noise-free), both policies at the end. Steps to 0.8 and 0.9: the "
         "first evaluation during training (best-of-N policy; *look*: its episodes, the same ones each time) at that "
         "level. Wall time: the whole command, two or three runs at a time on two cores.",
         "",
@@ -208,15 +208,15 @@ def frames() -> None:
 
 def settings_table() -> str:
     """The settings of every task as a Markdown table; neighbours with the same ones share a line."""
-    from common.settings import SOURCES
     from ogpo_state import default_args
+    from settings.ogpo import SOURCES
 
     groups: dict[tuple[str, ...], list[str]] = {}
-    for preset in ("cpu", "paper"):
+    for preset in ("laptop", "paper"):
         for name in TASKS:
             args = default_args(name, preset, "ogpo+ca")
             t, p, b = args.task, args.policy, args.pretrain
-            made = TASKS[name].suite == "adroit" and preset == "cpu"
+            made = TASKS[name].suite == "adroit" and preset == "laptop"
             demos = f"{t.num_demos} of a policy file, noise {t.demo_noise:g}" if made else t.demos
             if demos == "scripted":
                 demos = f"{t.num_demos} scripted, noise {t.demo_noise:g}"
@@ -227,8 +227,8 @@ def settings_table() -> str:
                 f"{t.horizon:,}" + (f" ({t.collect_horizon:,})" if t.collect_horizon else ""),
                 f"{args.critic.reward_offset:+g}, {args.critic.success_bonus:+g}", demos,
                 f"{b.bc_stop_success:g}", f"{p.best_of_n}, {f'least of {n}' if (n := p.best_of_n_heads) else 'mean'}",
-                f"{args.actor.actor_lr:g}", f"{args.loop.update_every}",
-                f"{args.loop.total_steps:,}",
+                f"{args.actor.actor_lr:g}", f"{args.run.update_every}",
+                f"{args.run.total_steps:,}",
                 next(text for (s, task), text in SOURCES.items() if s == preset and fnmatch(name, task)),
             )  # fmt: skip
             groups.setdefault(cells, []).append(name)
