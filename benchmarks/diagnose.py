@@ -16,40 +16,22 @@ noise-free policy over 50 episodes, always the same. `study.py report` judges th
 """
 
 import argparse
-import importlib
-import json
 import os
 import shutil
 import sys
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import numpy as np
-import torch
+from matplotlib.figure import Figure
 
-from runs import ROOT, RUNS, execute, keep
-from study import ALONE, CONFIGS, DIP_EPISODES, SEEDS, STORE, cloned, common_flags, dip_file
-
-sys.path.insert(0, str(ROOT))
-from common import checkpoint, cli
-from common.collect import Collector
-from common.envs import make_env, make_vec_env
-from common.evaluate import evaluate
-from common.replay import ReplayBuffer
-from variants.ogpo_critic import returns_to_go
+import plots
+import runs
+import study_stats as stats
+from common.runlog import write_json
+from runs import ROOT, RUNS, Run
+from study import cloned, common_flags
+from study_configs import ALONE, CONFIGS, SEEDS
 
 STEPS = {"lift": (0, 3_000, 4_000, 6_000, 8_000, 12_000), "can": (0, 4_000, 8_000, 12_000, 20_000)}
-EPISODES, STATES, CHAINS, SEED = 20, 200, 64, 99  # SEED: no run of the study has its episodes
-AFTER, DIP_SEED = (1, 4, 16, 64, 250, 500), 300_000  # updates of the actor; not an episode of any run
-
-
-class Enough(Exception):
-    """A run has told all that is asked of it."""
-
-
-def module(config: str) -> ModuleType:
-    return importlib.import_module(CONFIGS[config].script.removesuffix(".py").replace("/", "."))
 
 
 def run_flags(env: str, config: str, seed: int) -> list[str]:
@@ -57,213 +39,155 @@ def run_flags(env: str, config: str, seed: int) -> list[str]:
     return [*common_flags(env, seed), *CONFIGS[config].flags, "--eval-episodes", "20", "--cloned", start]
 
 
-def load(config: str, folder: Path) -> tuple[ModuleType, Any, Any]:
-    """The script's module, the agent and the arguments of a run."""
-    script = module(config)
-    saved = checkpoint.load(folder / "checkpoint.pt")
-    args = cli.override(script.Args(), saved["args"])
-    env = make_env(args.run.env, horizon=args.task.horizon)
-    agent = script.make_agent(args, env.observation_space.shape[0], env.action_space.shape[0], torch.device("cpu"))
-    checkpoint.unpack(agent, saved["agent"])
-    env.close()
-    return script, agent, args
-
-
-def rollouts(script: ModuleType, agent: Any, args: Any) -> dict[str, np.ndarray]:
-    """Observation, Q and return-to-go of every decision of the acting policy, and success by episode."""
-    c, horizon, chunk = args.critic, args.task.horizon, args.policy.chunk
-    rng = torch.Generator().manual_seed(0)
-    envs = make_vec_env(args.run.env, 1, horizon=horizon)
-    (obs_dim,), (act_dim,) = envs.single_observation_space.shape, envs.single_action_space.shape
-    buffer = ReplayBuffer(EPISODES * (horizon + 1), obs_dim, act_dim, chunk)
-    reward = lambda raw, success: raw + c.reward_offset + c.success_bonus * success  # noqa: E731
-    collector = Collector(envs, buffer, reward, SEED, window=EPISODES)
-    seen, q = [], []
-
-    def act(obs: np.ndarray) -> np.ndarray:
-        action = script.act_best_of_n(agent, obs, args, rng)  # (1, H, A)
-        seen.append(obs[0])
-        with torch.no_grad():
-            q.append(agent.critic_ema(torch.from_numpy(obs), torch.from_numpy(action).flatten(1)).mean().item())
-        return action
-
-    collector.start()
-    while collector.finished < EPISODES:
-        collector.step(act)
-    envs.close()
-    decisions = np.concatenate([np.arange(lo, hi - 1, chunk) for lo, hi, _ in buffer.episodes])
-    returns = returns_to_go(buffer, decisions, c.gamma, c.reward_offset / (1 - c.gamma))
-    return {"obs": np.array(seen), "q": np.array(q), "return": returns, "success": np.array(collector.successes)}
-
-
-def spread(script: ModuleType, agent: Any, args: Any, obs: np.ndarray) -> dict[str, list[float]]:
-    """By state: variance of the action along grad_a Q, per direction across it, consensus of the heads' gradients."""
-    picked = np.random.default_rng(0).permutation(len(obs))[:STATES]
-    states = torch.from_numpy(obs[picked])
-    rows = states.repeat_interleave(CHAINS, 0)
-    noise = torch.randn(
-        len(rows), args.policy.flow_steps + 1, agent.actor.out.out_features, generator=torch.Generator().manual_seed(0)
-    )
-    with torch.no_grad():
-        action = script.sample_chain(agent.actor_ema, rows, noise, args.policy)[0][:, -1].clamp(-1, 1)
-    action = action.unflatten(0, (-1, CHAINS))  # (S, G, D)
-    centre = action.mean(1).requires_grad_()
-    q = agent.critic_ema(states, centre)  # (M, S)
-    grads = torch.stack([torch.autograd.grad(head.sum(), centre, retain_graph=True)[0] for head in q])  # (M, S, D)
-    along = grads.mean(0)
-    along = along / along.norm(dim=-1, keepdim=True).clamp(min=1e-9)
-    with torch.no_grad():
-        away = action - centre[:, None]
-        variance = away.square().mean(1)  # (S, D)
-        on = (away * along[:, None]).sum(-1).square().mean(1)  # (S,)
-        off = (variance.sum(-1) - on) / (variance.shape[-1] - 1)
-        unit = grads / grads.norm(dim=-1, keepdim=True).clamp(min=1e-9)
-        heads = len(grads)
-        consensus = (unit.sum(0).square().sum(-1) - heads) / (heads * (heads - 1))
-    return {"along": on.tolist(), "across": off.tolist(), "consensus": consensus.tolist()}
-
-
 def run(env: str, config: str, seed: int) -> int:
-    name = f"diagnose_{env}_{config}_s{seed}"
+    """Exit code of a run that is stopped at every step count of STEPS and asked."""
+    import probes  # with torch and the scripts, which a report does without
+
+    name, script = f"diagnose_{env}_{config}_s{seed}", probes.module(config)
     folder, points = RUNS / name, []
-    c = CONFIGS[config]
     shutil.rmtree(folder, ignore_errors=True)  # its early checkpoints are gone: always from the start
     for steps in STEPS[env]:
         flags = [*run_flags(env, config, seed), "--eval-every", "2000", "--total-steps", str(steps)]
         (folder / "wall_seconds").unlink(missing_ok=True)
-        if code := execute(c.script, name, flags, resume=["--total-steps", str(steps)]):
+        if code := runs.execute(CONFIGS[config].script, name, flags, resume=["--total-steps", str(steps)]):
             return code
-        script, agent, args = load(config, folder)
-        found = rollouts(script, agent, args)
+        agent, args = probes.load(script, folder)
+        found = probes.rollouts(script, agent, args)
         point = {"step": steps, "q": found["q"].tolist(), "return": found["return"].tolist()}
-        points.append(point | {"success": float(found["success"].mean())} | spread(script, agent, args, found["obs"]))
-        print(f"{name} at {steps}: success {points[-1]['success']:.2f}", flush=True)
-    target = STORE / name
-    keep(folder, target)
-    (target / "diagnostics.json").write_text(json.dumps(points, separators=(",", ":")))
+        point |= {"success": float(found["success"].mean())} | probes.spread(script, agent, args, found["obs"])
+        points.append(point)
+        print(f"{name} at {steps}: success {point['success']:.2f}", flush=True)
+    runs.keep(stats.STORE, {name: folder}, lambda _: {"diagnostics.json": points})
     return 0
-
-
-def success(script: ModuleType, agent: Any, args: Any) -> float:
-    """Of the noise-free policy, with noise of its own: the same weights give the same number."""
-    envs, rng = make_vec_env(args.run.env, 1, horizon=args.task.horizon, chunk=args.policy.chunk), torch.Generator()
-    rng.manual_seed(0)
-    rate = evaluate(envs, lambda obs: script.act_ode(agent, obs, args, rng), DIP_EPISODES, DIP_SEED).rate
-    envs.close()
-    return rate
 
 
 def dip(env: str, config: str, seed: int) -> int:
-    """Trains until the last of AFTER and stores {updates of the actor: success}, 0 being the policy as cloned."""
-    name, script, found = f"dip_{env}_{config}_s{seed}", module(config), {}
-    update = script.update
+    """0 if the run's actor made the updates after which it is asked; their success is stored then."""
+    import probes
 
-    def watched(agent: Any, buffer: ReplayBuffer, args: Any, *more: Any) -> dict[str, torch.Tensor]:
-        if not found:
-            found[0] = success(script, agent, args)
-        info = update(agent, buffer, args, *more)
-        moves = agent.actor_updates
-        if moves in AFTER and moves not in found:
-            found[moves] = success(script, agent, args)
-            print(f"{name}: {found}", flush=True)
-        if moves == AFTER[-1]:
-            raise Enough
-        return info
-
-    shutil.rmtree(RUNS / name, ignore_errors=True)
-    script.update = watched
-    try:
-        script.main([*run_flags(env, config, seed), "--run-name", name, "--eval-every", "1000000"])
-    except Enough:
-        pass
-    finally:
-        script.update = update
-    if AFTER[-1] not in found:
+    name = f"{env}_{config}_s{seed}"
+    flags = [*run_flags(env, config, seed), "--eval-every", "1000000"]
+    found = probes.dip(probes.module(config), f"dip_{name}", flags)
+    if probes.AFTER[-1] not in found:
         return 1
-    file = dip_file(env, config, seed)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(found) + "\n")
+    dips = stats.read_dips() | {name: {str(updates): rate for updates, rate in found.items()}}
+    write_json(stats.STORE / "dip.json", dict(sorted(dips.items())))
     return 0
 
 
+def diagnosed() -> dict[str, Run]:
+    """{TASK_CONFIG_sSEED: run} of the stored diagnostics."""
+    found = runs.read(stats.STORE).items()
+    return {name.removeprefix("diagnose_"): run for name, run in found if name.startswith("diagnose_")}
+
+
+def dips() -> dict[tuple[str, str], dict[int, dict[str, float]]]:
+    """{(task, configuration): {seed: {updates of the actor: success}}}"""
+    found = stats.read_dips()
+    by_seed = {
+        (env, config): {seed: found[name] for seed in SEEDS if (name := f"{env}_{config}_s{seed}") in found}
+        for env in STEPS
+        for config in CONFIGS
+    }
+    return {key: rows for key, rows in by_seed.items() if rows}
+
+
+def critics_table() -> str:
+    """Q against return, and the variance of the action, at every step count."""
+    lines = []
+    for name, run in diagnosed().items():
+        for point in run.files["diagnostics.json"]:
+            q, returns = np.array(point["q"]), np.array(point["return"])
+            along, across = np.mean(point["along"]), np.mean(point["across"])
+            correlation = np.corrcoef(q, returns)[0, 1] if q.std() > 0 and returns.std() > 0 else float("nan")
+            cells = (f"{point['step']:,}", f"{point['success']:.2f}", f"{q.mean():.1f}", f"{returns.mean():.1f}")
+            cells += (f"{correlation:.2f}", f"{along:.2e}", f"{across:.2e}", f"{along / across:.2f}")
+            lines.append((name, *cells, f"{np.mean(point['consensus']):.2f}"))
+    return runs.table(
+        "| run | step | success | mean Q | mean return | correlation | variance along | across | ratio | consensus |",
+        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        lines,
+    )
+
+
+def dip_table() -> str:
+    """Success over the first updates of the actor, by seed."""
+    first = next(iter(dips().values()))
+    updates = next(iter(first.values())).keys()
+    return runs.table(
+        f"| first updates | {' | '.join(updates)} |",
+        "|---|" + "---|" * len(updates),
+        [
+            (
+                f"{env}: {CONFIGS[config].title}",
+                *(" ".join(f"{row[n]:.2f}" for row in by_seed.values()) for n in updates),
+            )
+            for (env, config), by_seed in dips().items()
+        ],
+    )
+
+
+def tables() -> dict[str, str]:
+    return {"diagnostics/critics": critics_table(), "diagnostics/dip": dip_table()}
+
+
 def report() -> None:
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    folders = sorted(STORE.glob("diagnose_*"))
     text = [
         "# Diagnostics: stored results",
         "",
         "Made by `python benchmarks/diagnose.py report`. Q against return: over all decisions of 20 episodes. "
         "Variance: mean over states, in squared units of the action range, per direction.",
         "",
-        "| run | step | success | mean Q | mean return | correlation | variance along | across | ratio | consensus |",
-        "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|",
+        critics_table(),
+        "",
+        f"Success of the noise-free policy over {stats.DIP_EPISODES} episodes after so many updates of the actor, by "
+        "seed (0: the cloned policy):",
+        "",
+        dip_table(),
     ]
-    figure, axes = plt.subplots(
-        2, max(1, len(folders)), figsize=(4 * max(1, len(folders)), 6.4), layout="constrained", squeeze=False
-    )  # fmt: skip
-    for folder, (top, bottom) in zip(folders, axes.T, strict=False):
-        name, points = folder.name.removeprefix("diagnose_"), json.loads((folder / "diagnostics.json").read_text())
-        for i, p in enumerate(points):
-            q, returns = np.array(p["q"]), np.array(p["return"])
-            along, across = np.mean(p["along"]), np.mean(p["across"])
-            corr = np.corrcoef(q, returns)[0, 1] if q.std() > 0 and returns.std() > 0 else float("nan")
-            text.append(
-                f"| {name} | {p['step']:,} | {p['success']:.2f} | {q.mean():.1f} | {returns.mean():.1f} | {corr:.2f} "
-                f"| {along:.2e} | {across:.2e} | {along / across:.2f} | {np.mean(p['consensus']):.2f} |"
-            )
-            top.plot(
-                returns, q, ".", color=plt.get_cmap("viridis")(i / len(points)), markersize=3, label=f"{p['step']:,}"
-            )
-        low = min(min(p["return"] + p["q"]) for p in points)
-        top.plot([low, 5], [low, 5], "k:", linewidth=1)
+    (stats.STORE / "diagnostics.md").write_text("\n".join(text) + "\n")
+    plot_critics().savefig(stats.STORE / "diagnostics.png", dpi=110)
+    plot_dip().savefig(stats.STORE / "dip.png", dpi=110)
+
+
+def plot_critics() -> Figure:
+    """Above, every decision's Q over its return, by step count; below, the variance of the action."""
+    found = diagnosed()
+    figure, axes = plots.panels(2, len(found), 4.6, 3.4, sharey="row")
+    for (name, run), (top, bottom) in zip(found.items(), axes.T, strict=True):
+        points = run.files["diagnostics.json"]
+        for i, point in enumerate(points):
+            colour = plots.sequential(i, len(points))
+            top.plot(point["return"], point["q"], ".", color=colour, markersize=3, label=f"{point['step']:,}")
+        low = min(min(point["return"] + point["q"]) for point in points)
+        top.plot([low, 5], [low, 5], "k:", linewidth=1, label="Q = return")
         top.set(title=name, xlabel="return that followed", ylabel="Q")
-        top.legend(fontsize=7, markerscale=3)
-        steps = [p["step"] for p in points]
-        bottom.plot(steps, [np.mean(p["along"]) for p in points], "o-", label="along grad Q")
-        bottom.plot(steps, [np.mean(p["across"]) for p in points], "s-", label="across, per direction")
+        steps = [point["step"] for point in points]
+        bottom.plot(steps, [np.mean(point["along"]) for point in points], "o-", label="along grad Q")
+        bottom.plot(steps, [np.mean(point["across"]) for point in points], "s-", label="across, per direction")
         bottom.set(xlabel="environment steps", ylabel="variance of the action", yscale="log")
-        bottom.legend(fontsize=7)
-    figure.savefig(STORE / "diagnostics.png", dpi=110)
-    text += report_dip(plt)
-    (STORE / "diagnostics.md").write_text("\n".join(text) + "\n")
+        plots.step_axes([bottom])
+    axes[0, -1].legend(title="steps", fontsize=8, markerscale=3, loc="center left", bbox_to_anchor=(1, 0.5))
+    axes[1, -1].legend(fontsize=8, loc="center left", bbox_to_anchor=(1, 0.5))
+    return figure
 
 
-def report_dip(plt: ModuleType) -> list[str]:
-    """Table of the actor's first updates, and study/dip.png."""
-    stored = {
-        (env, config): [json.loads(f.read_text()) for seed in SEEDS if (f := dip_file(env, config, seed)).exists()]
-        for env in STEPS
-        for config in CONFIGS
-    }
-    stored = {key: runs for key, runs in stored.items() if runs}
-    if not stored:
-        return []
-    text = [
-        "",
-        f"Success of the noise-free policy over {DIP_EPISODES} episodes after so many updates of the actor, by seed "
-        "(0: the cloned policy):",
-        "",
-        "| first updates | " + " | ".join(map(str, (0, *AFTER))) + " |",
-        "|---|" + "---|" * (1 + len(AFTER)),
-    ]
-    figure, axes = plt.subplots(1, len(stored), figsize=(3.4 * len(stored), 3), layout="constrained", squeeze=False)
-    for axis, ((env, config), runs) in zip(axes[0], stored.items(), strict=True):
-        cells = [" ".join(f"{run[str(n)]:.2f}" for run in runs) for n in (0, *AFTER)]
-        text.append(f"| {env}: {CONFIGS[config].title} | " + " | ".join(cells) + " |")
-        for run in runs:
-            axis.plot(range(1 + len(AFTER)), list(run.values()), "o-", markersize=3)
+def plot_dip() -> Figure:
+    """Success of the noise-free policy over the first updates of its actor, by seed."""
+    found = dips()
+    figure, axes = plots.panels(-(-len(found) // 3), 3, 3.4, 3, sharey=True)
+    for axis in axes.flat[len(found) :]:
+        axis.set_visible(False)
+    for axis, ((env, config), by_seed) in zip(axes.flat, found.items(), strict=False):
+        for seed, row in by_seed.items():
+            axis.plot(range(len(row)), list(row.values()), "o-", color=f"C{seed}", markersize=3, label=f"seed {seed}")
+            axis.set_xticks(range(len(row)), ["cloned", *list(row)[1:]])
         axis.set_title(f"{env}: {CONFIGS[config].title}", fontsize=9)
         axis.set(ylim=(-0.03, 1.03), xlabel="updates of the actor")
-        axis.set_xticks(range(1 + len(AFTER)), ["cloned", *AFTER])
         axis.grid(alpha=0.3)
-    axes[0][0].set(ylabel="success, noise-free")
-    figure.savefig(STORE / "dip.png", dpi=110)
-    plt.close(figure)
-    return text
+    figure.supylabel("success, noise-free")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(SEEDS))
+    return figure
 
 
 def main() -> None:

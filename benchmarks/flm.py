@@ -4,21 +4,23 @@ python benchmarks/flm.py run                # resumable: finished runs are skipp
 python benchmarks/flm.py judge --judge smollm2   # the same runs under another judge, about ten minutes a seed
 python benchmarks/flm.py frontier           # seed 1: bridge sampling at several temperatures
 python benchmarks/flm.py ablations          # equal budget, one seed: what the paper's choices bring
-python benchmarks/flm.py store              # copy args, metrics, tables and samples of finished runs to flm/
+python benchmarks/flm.py store              # keep the finished runs and their first samples in flm/runs.jsonl.gz
 python benchmarks/flm.py report             # flm/results.md, flm/steps_JUDGE.png, flm/frontier.png from flm/ alone
 """
 
 import argparse
+import json
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from runs import ROOT, RUNS, arguments, execute, keep, last, metrics, minutes
-
-sys.path.insert(0, str(ROOT))
+import plots
+import runs
 from common.judge.metrics import REAL, TextScore
-from common.textplots import plot_scores, read_scores
+from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "flm"
 SEEDS = (1, 2, 3)
@@ -34,8 +36,14 @@ ABLATIONS: dict[str, list[str]] = {
 }
 
 
+METHODS = {"flm": "FLM", "fmlm": "FMLM"}
+COLOURS = {"flm": "tab:blue", "fmlm": "tab:orange"}
+JUDGES = ("ngram", "smollm2")
+GAMMAS = ("0.5", "0.8", "1")
+
+
 def run_one(script: str, name: str, flags: list[str]) -> None:
-    if execute(script, name, flags):
+    if runs.execute(script, name, flags):
         raise SystemExit(f"{name} failed: see {RUNS / name}.txt")
 
 
@@ -69,41 +77,138 @@ def frontier() -> None:
     for t in TEMPERATURES:
         flags = ("--sampler=bridge", f"--temperature={t}", f"--steps={FRONTIER_STEPS}")
         evaluate("flm_train.py", f"flm_s{SEEDS[0]}", *flags)
-    for gamma in ("0.5", "0.8", "1"):
+    for gamma in GAMMAS:
         evaluate("fmlm_distill.py", f"fmlm_s{SEEDS[0]}", "--gamma", gamma, "--steps", "2", "4", "8")
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Tables of a run's evaluations, and the first eight samples of each."""
+    files: dict[str, Any] = {file.name: json.loads(file.read_text()) for file in folder.glob("evaluation*.json")}
+    for file in (*folder.glob("samples_*_steps*.txt"), folder / "samples_real_text.txt"):
+        files[file.name] = "\n----\n".join(file.read_text().split("\n----\n")[:8]) + "\n"
+    return dict(sorted(files.items()))
 
 
 def store() -> None:
     """Keeps what the docs quote of every finished run."""
-    for folder in sorted(RUNS.glob("f*lm_*")):
-        target = STORE / folder.name
-        if folder.is_dir() and keep(folder, target, folder.glob("evaluation*.json")):
-            for file in (*folder.glob("samples_*_steps*.txt"), folder / "samples_real_text.txt"):
-                (target / file.name).write_text("\n----\n".join(file.read_text().split("\n----\n")[:8]) + "\n")
+    folders = (folder for folder in RUNS.glob("f*lm_*") if folder.is_dir())
+    runs.keep(STORE, {folder.name: folder for folder in folders}, results)
+
+
+def read_scores(run: Run, table: str) -> list[TextScore]:
+    """Lines of evaluation_TABLE.json, that of real text last; empty if the run has no such table."""
+    rows = run.files.get(f"evaluation_{table}.json", [])
+    return [TextScore(**row | {"distances": tuple(row["distances"])}) for row in rows]
 
 
 def stored(prefix: str, judge: str) -> dict[int, list[TextScore]]:
-    """{seed: lines of the table} of the stored runs."""
-    paths = {seed: STORE / f"{prefix}_s{seed}" / f"evaluation_{judge}.json" for seed in SEEDS}
-    return {seed: read_scores(path) for seed, path in paths.items() if path.exists()}
+    """{seed: lines of the judge's table}"""
+    return {seed: read_scores(run, judge) for seed, run in runs.read_seeds(STORE, prefix, SEEDS).items()}
 
 
-def rows_of(label: str, runs: dict[int, list[TextScore]]) -> list[str]:
+def score_rows(label: str, found: dict[int, list[TextScore]]) -> list[tuple[str, ...]]:
     """One line of the table per number of steps that all seeds have: mean, and each seed's perplexity."""
     lines = []
-    for first in next(iter(runs.values())):
-        scores = [score for scores in runs.values() for score in scores if score.text == first.text]
-        if len(scores) < len(runs):
-            continue
-        mean = lambda key: float(np.mean([getattr(s, key) for s in scores]))  # noqa: B023, E731
-        js = np.mean([s.distances for s in scores], 0)
-        each = ", ".join(f"{s.perplexity:.1f}" for s in scores)
-        name = first.text if first.text == REAL else f"{label}, {first.text}"
-        lines.append(
-            f"| {name} | {mean('perplexity'):.1f} ({each}) | {mean('entropy'):.3f} | {mean('self_bleu'):.3f} | "
-            f"{' / '.join(f'{x:.3f}' for x in js)} | {mean('copied'):.2%} |"
-        )
+    for first in next(iter(found.values())):
+        scores = [score for table in found.values() for score in table if score.text == first.text]
+        if len(scores) == len(found):
+            perplexity, entropy, self_bleu, copied = np.mean(
+                [(score.perplexity, score.entropy, score.self_bleu, score.copied) for score in scores], 0
+            )
+            distances = np.mean([score.distances for score in scores], 0)
+            each = ", ".join(f"{score.perplexity:.1f}" for score in scores)
+            name = first.text if first.text == REAL else f"{label}, {first.text}"
+            cells = (f"{perplexity:.1f} ({each})", f"{entropy:.3f}", f"{self_bleu:.3f}")
+            lines.append((name, *cells, " / ".join(f"{x:.3f}" for x in distances), f"{copied:.2%}"))
     return lines
+
+
+def scores_table(judge: str) -> str:
+    """Both methods under a judge, mean of the seeds."""
+    return runs.table(
+        "| text | perplexity (seeds) | entropy | self-BLEU-4 | JS | copied |",
+        "|---|---|---:|---:|---|---:|",
+        score_rows("FLM", stored("flm", judge))[:-1] + score_rows("FMLM", stored("fmlm", judge)),
+    )
+
+
+def calls_table(prefix: str) -> str:
+    """Perplexity / entropy of every seed over the number of network calls, judge ngram."""
+    found = stored(prefix, "ngram")
+    calls = [score.text.removesuffix(" steps") for score in next(iter(found.values()))[:-1]]
+    return runs.table(
+        f"| calls | {' | '.join(calls)} | held-out text |",
+        "|---|" + "---|" * (len(calls) + 1),
+        [
+            (f"seed {seed}", *(f"{score.perplexity:,.0f} / {score.entropy:.2f}" for score in table))
+            for seed, table in found.items()
+        ],
+    )
+
+
+def bridge_scores() -> dict[float, list[TextScore]]:
+    """{temperature: lines of the table} of the first seed's FLM."""
+    run = runs.read(STORE)[f"flm_s{SEEDS[0]}"]
+    return {t: read_scores(run, f"ngram_bridge_t{t:g}_p1") for t in TEMPERATURES}
+
+
+def bridge_table() -> str:
+    found = {f"{t:g}": table[0] for t, table in bridge_scores().items()}
+    found[REAL] = bridge_scores()[TEMPERATURES[0]][-1]
+    return runs.table(
+        "| temperature | perplexity | entropy | self-BLEU-4 |",
+        "|---|---:|---:|---:|",
+        [(name, f"{s.perplexity:.1f}", f"{s.entropy:.3f}", f"{s.self_bleu:.3f}") for name, s in found.items()],
+    )
+
+
+def gamma_table() -> str:
+    """FMLM of the first seed, sampled with noise between the steps."""
+    run = runs.read(STORE)[f"fmlm_s{SEEDS[0]}"]
+    return runs.table(
+        "| FMLM | perplexity | entropy | self-BLEU-4 |",
+        "|---|---:|---:|---:|",
+        [
+            (f"gamma {gamma}, {s.text}", f"{s.perplexity:.1f}", f"{s.entropy:.3f}", f"{s.self_bleu:.3f}")
+            for gamma in GAMMAS
+            for s in read_scores(run, f"ngram_gamma{gamma}")[:-1]
+        ],
+    )
+
+
+def ablations_table() -> str:
+    lines = []
+    for name in ABLATIONS:
+        run = runs.read(STORE)[f"flm_ablation_{name}"]
+        proper = run.args["softmax"] and run.args["predict"] == "denoiser"  # else no cross entropy
+        cross_entropy = f"{run.last('valid/ce'):.3f}" if proper else "-"
+        scores = [f"{score.perplexity:.1f}, {score.entropy:.2f}" for score in read_scores(run, "ngram")[:2]]
+        lines.append((name, cross_entropy, *scores))
+    return runs.table(
+        "| what | validation CE | perplexity, entropy in 32 calls | in 128 calls |", "|---|---:|---:|---:|", lines
+    )
+
+
+def ablations_detail_table() -> str:
+    """The ablations in 128 calls, with the measures beside perplexity that tell a poor vocabulary."""
+    lines = []
+    for name in ABLATIONS:
+        _, score, *_ = read_scores(runs.read(STORE)[f"flm_ablation_{name}"], "ngram")
+        perplexity = f"{score.perplexity:,.0f}" if score.perplexity < 1e6 else f"{score.perplexity:.1e}"
+        distances = " / ".join(f"{x:.2f}" for x in score.distances[:2])
+        lines.append((name, perplexity, f"{score.entropy:.2f}", distances, f"{score.self_bleu:.2f}"))
+    return runs.table("| what | perplexity | entropy | JS 1 / 2 | self-BLEU-4 |", "|---|---:|---:|---:|---:|", lines)
+
+
+def tables() -> dict[str, str]:
+    return {
+        **{f"flm/{judge}": scores_table(judge) for judge in JUDGES},
+        **{f"{prefix}/calls": calls_table(prefix) for prefix in METHODS},
+        "flm/bridge": bridge_table(),
+        "flm/gamma": gamma_table(),
+        "flm/ablations": ablations_table(),
+        "flm/ablations-detail": ablations_detail_table(),
+    }
 
 
 def report() -> None:
@@ -114,91 +219,87 @@ def report() -> None:
         "Jensen-Shannon divergence of 1-, 2- and 3-grams from held-out text, bits. Copied: share of 8-grams that "
         "occur in the training rows. 256 samples a line.",
     ]
-    for judge in ("ngram", "smollm2"):
-        flm, fmlm = stored("flm", judge), stored("fmlm", judge)
-        if not flm or not fmlm:
-            continue
-        unit = next(iter(flm.values()))[0].unit
-        text += ["", f"## Judge {judge}, perplexity per {unit}", ""]
-        text += ["| text | perplexity (seeds) | entropy | self-BLEU-4 | JS | copied |", "|---|---|---:|---:|---|---:|"]
-        text += rows_of("FLM", flm)[:-1] + rows_of("FMLM", fmlm)
-        both = {f"FLM, seed {s}": v for s, v in flm.items()} | {f"FMLM, seed {s}": v for s, v in fmlm.items()}
-        plot_scores(both, STORE / f"steps_{judge}.png", "embedded corpus, 256 samples a point")
-    times = {p: [minutes(STORE / f"{p}_s{seed}") for seed in stored(p, "ngram")] for p in ("flm", "fmlm")}
+    for judge in JUDGES:
+        unit = next(iter(stored("flm", judge).values()))[0].unit
+        text += ["", f"## Judge {judge}, perplexity per {unit}", "", scores_table(judge)]
+        plot_scores(judge)
+    times = [
+        f"{prefix} " + ", ".join(f"{run.minutes:.1f}" for run in runs.read_seeds(STORE, prefix, SEEDS).values())
+        for prefix in METHODS
+    ]
     text += [
         "",
         "Seed 3 was timed alone on two cores; the other seeds ran side by side with one thread each, and their FMLM "
-        "times lack what came before an interruption. Wall time, minutes, training and evaluation: ",
+        "times lack what came before an interruption. Wall time, minutes, training and evaluation: "
+        f"{'; '.join(times)}.",
+        "",
+        f"## Bridge sampling, {FRONTIER_STEPS} calls, seed {SEEDS[0]}: temperature",
+        "",
+        bridge_table(),
+        "",
+        gamma_table(),
+        "",
+        "## Ablations: equal steps, seed 1",
+        "",
+        ablations_table(),
     ]
-    text[-1] += "; ".join(f"{p} {', '.join(f'{m:.1f}' for m in ms)}" for p, ms in times.items()) + "."
-    text += frontier_report() + ablation_report()
     (STORE / "results.md").write_text("\n".join(text) + "\n")
+    plot_frontier()
 
 
-def frontier_report() -> list[str]:
-    """Table and figure of the temperatures; empty if they are not stored."""
-    folder = STORE / f"flm_s{SEEDS[0]}"
-    files = {t: folder / f"evaluation_ngram_bridge_t{t:g}_p1.json" for t in TEMPERATURES}
-    points = {t: read_scores(path) for t, path in files.items() if path.exists()}
-    if not points:
-        return []
-    lines = ["", f"## Bridge sampling, {FRONTIER_STEPS} calls, seed {SEEDS[0]}: temperature", ""]
-    lines += ["| temperature | perplexity | entropy | self-BLEU-4 |", "|---|---:|---:|---:|"]
-    lines += [
-        f"| {t:g} | {s[0].perplexity:.1f} | {s[0].entropy:.3f} | {s[0].self_bleu:.3f} |" for t, s in points.items()
-    ]
-    real = next(iter(points.values()))[-1]
-    lines += [f"| {REAL} | {real.perplexity:.1f} | {real.entropy:.3f} | {real.self_bleu:.3f} |"]
-    fmlm = {g: STORE / f"fmlm_s{SEEDS[0]}" / f"evaluation_ngram_gamma{g}.json" for g in ("0.5", "0.8", "1")}
-    series = {f"FMLM, gamma {g}": read_scores(path) for g, path in fmlm.items() if path.exists()}
-    if series:
-        lines += ["", "| FMLM | perplexity | entropy | self-BLEU-4 |", "|---|---:|---:|---:|"]
-        lines += [
-            f"| {name[6:]}, {s.text} | {s.perplexity:.1f} | {s.entropy:.3f} | {s.self_bleu:.3f} |"
-            for name, scores in series.items()
-            for s in scores[:-1]
+def plot_scores(judge: str) -> None:
+    """Perplexity and entropy of both methods over the number of network calls: seeds thin, their mean thick."""
+    figure, axes = plots.panels(1, 2, 5, 4)
+    (perplexity, entropy), real = axes[0], stored("flm", judge)[SEEDS[0]][-1]
+    shown: set[int] = set()
+    for prefix, method in METHODS.items():
+        found = [table[:-1] for table in stored(prefix, judge).values()]
+        shared = [
+            text for text in (s.text for s in found[0]) if all(text in [s.text for s in table] for table in found)
         ]
-    plot_frontier({t: scores[0] for t, scores in points.items()}, stored("flm", "ngram"), real)
-    return lines
+        calls = [int(text.split()[0]) for text in shared]
+        shown.update(calls)
+        for axis, measure in ((perplexity, "perplexity"), (entropy, "entropy")):
+            curves = np.array([[getattr(s, measure) for s in table if s.text in shared] for table in found])
+            axis.plot(calls, curves.T, color=COLOURS[prefix], alpha=0.3, linewidth=1)
+            axis.plot(calls, curves.mean(0), "o-", color=COLOURS[prefix], linewidth=2.5, label=method)
+    for axis, level in ((perplexity, real.perplexity), (entropy, real.entropy)):
+        axis.axhline(level, color="black", linestyle="--", linewidth=1, label=REAL)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(sorted(shown), sorted(shown))
+        axis.minorticks_off()
+        axis.set(xlabel="network calls (thin: seeds)")
+        axis.grid(alpha=0.3)
+    perplexity.set(yscale="log", ylabel=f"perplexity ({real.judge}, per {real.unit})")
+    entropy.set(ylabel="entropy of a sample's tokens (nats)")
+    figure.legend(*perplexity.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    figure.savefig(STORE / f"steps_{judge}.png", dpi=150)
 
 
-def plot_frontier(bridge: dict[float, TextScore], flm: dict[int, list[TextScore]], real: TextScore) -> None:
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    axis.plot([s.entropy for s in bridge.values()], [s.perplexity for s in bridge.values()], "o-", label="FLM, bridge")
-    for t, s in bridge.items():
-        axis.annotate(f"T {t:g}", (s.entropy, s.perplexity), fontsize=8, xytext=(4, -8), textcoords="offset points")
-    euler = flm[SEEDS[0]][:-1]
-    axis.plot([s.entropy for s in euler], [s.perplexity for s in euler], "s-", label="FLM, Euler, 1 to 128 calls")
+def plot_frontier() -> None:
+    """Perplexity against entropy: bridge sampling over temperature, Euler over the number of calls."""
+    figure, axes = plots.panels(1, 1, 6, 4)
+    axis, bridge, table = axes[0, 0], bridge_scores(), stored("flm", "ngram")[SEEDS[0]]
+    curves = {
+        "FLM, bridge, 32 calls, temperature T": ("o-", {f"T {t:g}": scores[0] for t, scores in bridge.items()}),
+        "FLM, Euler, number of calls": ("s-", {score.text.removesuffix(" steps"): score for score in table[:-1]}),
+    }
+    for i, (label, (style, points)) in enumerate(curves.items()):
+        entropy, perplexity = np.array([(s.entropy, s.perplexity) for s in points.values()]).T
+        axis.plot(entropy, perplexity, style, color=f"C{i}", label=label)
+        for name, x, y in zip(points, entropy, perplexity, strict=True):
+            away = dict(xytext=(-6, 4), ha="right") if i == 0 else dict(xytext=(7, -3))
+            axis.annotate(name, (x, y), fontsize=8, color=f"C{i}", textcoords="offset points", **away)
+    real = table[-1]
     axis.plot([real.entropy], [real.perplexity], "k*", markersize=12, label=REAL)
     axis.set(xlabel="entropy of a sample's tokens (nats)", ylabel=f"perplexity ({real.judge})", yscale="log")
+    axis.margins(0.08)
     axis.grid(alpha=0.3, which="both")
-    axis.legend()
+    figure.legend(loc="outside upper center", ncols=2, fontsize=8)
     figure.savefig(STORE / "frontier.png", dpi=150)
 
 
-def ablation_report() -> list[str]:
-    """Table of the ablations; empty if they are not stored."""
-    lines = ["", "## Ablations: equal steps, seed 1", ""]
-    lines += ["| what | validation CE | perplexity, entropy in 32 calls | in 128 calls |", "|---|---:|---:|---:|"]
-    head = len(lines)
-    for name in ABLATIONS:
-        folder = STORE / f"flm_ablation_{name}"
-        if (folder / "evaluation_ngram.json").exists():
-            few, many = read_scores(folder / "evaluation_ngram.json")[:2]
-            cells = [f"{s.perplexity:.1f}, {s.entropy:.2f}" for s in (few, many)]
-            args = arguments(folder)
-            proper = args["softmax"] and args["predict"] == "denoiser"  # else no cross entropy
-            ce = f"{last(metrics(folder), 'valid/ce'):.3f}" if proper else "-"
-            lines.append(f"| {name} | {ce} | {cells[0]} | {cells[1]} |")
-    return lines if len(lines) > head else []
-
-
-if __name__ == "__main__":
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "judge", "frontier", "ablations", "store", "report"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
@@ -213,3 +314,7 @@ if __name__ == "__main__":
         ablations(args.total_steps)
     else:
         {"frontier": frontier, "store": store, "report": report}[args.what]()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,26 +1,25 @@
 """OGPO on Lift: runs every variant and seed, stores their metrics, makes the table and the figures of the docs.
 
 python benchmarks/lift.py run --jobs 2        # resumable: finished runs are skipped; about 12 minutes a run
-python benchmarks/lift.py store               # copy args.json and metrics.jsonl.gz of finished runs to lift/
+python benchmarks/lift.py store               # keep the finished runs in lift/runs.jsonl.gz
 python benchmarks/lift.py report              # lift/results.md, lift/variants.png, lift/main.png from lift/ alone
 """
 
 import argparse
 import os
 import sys
-from collections.abc import Sequence
 
 import numpy as np
 
-from runs import ROOT, RUNS, arguments, execute, execute_all, keep, kept, last, metrics, minutes, series
-
-sys.path.insert(0, str(ROOT))
+import plots
+import runs
 from common.evaluate import wilson
+from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "lift"
 SEEDS = (1, 2, 3, 4, 5)
 CONFIGS: dict[str, list[str]] = {
-    "ogpo+ca": ["--profile"],
+    "ogpo+ca": [],
     "hard": [
         *("--horizon", "150", "--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"),
         *("--total-steps", "30000", "--no-video"),
@@ -28,37 +27,75 @@ CONFIGS: dict[str, list[str]] = {
     "ogpo": ["--variant", "ogpo", "--no-video"],
     "ogpo+": ["--variant", "ogpo+", "--no-video"],
 }
-TITLES = {
-    "ogpo+ca": "OGPO+CA (default)",
-    "ogpo+": "OGPO+",
+TITLES = {  # in the order of the report
     "ogpo": "OGPO",
+    "ogpo+": "OGPO+",
+    "ogpo+ca": "OGPO+CA (default)",
     "hard": "OGPO+CA, bc_stop_success 0.15, cap 150",
 }
+COLOURS = {**plots.VARIANTS, "hard": plots.OTHERS[0]}
+
+
+def run_flags(config: str, seed: int) -> list[str]:
+    flags = ["--env", "lift", "--preset", "laptop", "--seed", str(seed), *CONFIGS[config]]
+    if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
+        flags += ["--cloned", f"runs/lift_ogpo+ca_s{seed}"]
+    return flags
 
 
 def run_one(config: str, seed: int) -> int:
     """Exit code of one run."""
-    name = f"lift_{config}_s{seed}"
-    flags = ["--env", "lift", "--preset", "cpu", "--seed", str(seed), *CONFIGS[config]]
-    if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
-        flags += ["--cloned", f"runs/lift_ogpo+ca_s{seed}"]
-    return execute("ogpo_state.py", name, flags)
-
-
-def run(jobs: int, configs: Sequence[str]) -> int:
-    return execute_all(run_one, [(c, s) for c in configs for s in SEEDS], jobs)
+    return runs.execute("ogpo_state.py", f"lift_{config}_s{seed}", run_flags(config, seed))
 
 
 def store() -> None:
-    """Keeps what the report needs of each finished run."""
-    for config in CONFIGS:
-        for seed in SEEDS:
-            keep(RUNS / f"lift_{config}_s{seed}", STORE / f"{config}_s{seed}")
+    runs.keep(STORE, {f"{config}_s{seed}": RUNS / f"lift_{config}_s{seed}" for config in CONFIGS for seed in SEEDS})
 
 
-def load(config: str) -> dict[int, list[dict]]:
-    """{seed: lines of metrics.jsonl} of the stored runs."""
-    return {seed: metrics(folder) for seed, folder in kept(STORE, config, SEEDS).items()}
+def stored(config: str) -> dict[int, Run]:
+    """{seed: run}"""
+    return runs.read_seeds(STORE, config, SEEDS)
+
+
+def rates(run: Run) -> list[float]:
+    """Success of the cloned policy, and of the noise-free and the acting one at the end."""
+    return [run.first("eval/ode_success"), run.last("final/ode_success"), run.last("final/bon_success")]
+
+
+def summary_table() -> str:
+    """Every configuration's mean over seeds, with the interval of all episodes pooled."""
+    lines = []
+    for config, title in TITLES.items():
+        found = stored(config)
+        cells = []
+        for column in np.array([rates(run) for run in found.values()]).T:
+            low, high = wilson(round(column.sum() * 100), 100 * len(column))
+            cells.append(f"{column.mean():.3f} [{low:.3f}, {high:.3f}]")
+        lines.append((title, *cells, len(found)))
+    return runs.table(
+        "| method | BC (no RL update) | ODE policy | best-of-N policy | seeds |", "|---|---|---|---|---|", lines
+    )
+
+
+def seeds_table(config: str) -> str:
+    """A configuration, seed by seed."""
+    lines = []
+    for seed, run in stored(config).items():
+        cloned, ode, best = rates(run)
+        steps, successes = run.series("eval/bon_success")
+        reached = next((f"{step:,}" for step, value in zip(steps, successes, strict=True) if value >= 0.9), "-")
+        lengths = [f"{run.last(f'final/{policy}_length'):.0f}" for policy in ("ode", "bon")]
+        cells = (f"{cloned:.2f}", f"{ode:.2f}", lengths[0], f"{best:.2f}", lengths[1], reached, f"{run.minutes:.1f}")
+        lines.append((seed, *cells))
+    return runs.table(
+        "| seed | BC | ODE | length | best-of-N | length | steps to 0.9 | minutes |",
+        "|---|---|---|---|---|---|---|---|",
+        lines,
+    )
+
+
+def tables() -> dict[str, str]:
+    return {"lift/summary": summary_table(), **{f"lift/{config}": seeds_table(config) for config in TITLES}}
 
 
 def report() -> None:
@@ -70,94 +107,49 @@ def report() -> None:
         "4,000 steps, 20 episodes, best-of-N policy) at 0.9 or above. Wall time: the whole command, two runs at a "
         "time on two cores.",
         "",
+        "Mean over seeds; Wilson 95 % interval over all their episodes pooled (it does not cover seed-to-seed spread).",
+        "",
+        summary_table(),
+        "",
     ]
-    summary = ["| method | BC (no RL update) | ODE policy | best-of-N policy | seeds |", "|---|---|---|---|---|"]
-    for config in ("ogpo", "ogpo+", "ogpo+ca", "hard"):
-        runs = load(config)
-        if not runs:
-            continue
-        text += [f"## {TITLES[config]}", ""]
-        args = arguments(STORE / f"{config}_s{next(iter(runs))}")
-        command = (
-            f"`python ogpo_state.py --env lift {' '.join(CONFIGS[config])} --seed N`, {args['total_steps']:,} steps"
-        )
-        text += [command + (", from the default run's cloned policy" if args["cloned"] else ""), ""]
-        text += [
-            "| seed | BC | ODE | length | best-of-N | length | steps to 0.9 | minutes |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        table = []
-        for seed, rows in runs.items():
-            bc = series(rows, "eval/ode_success")[1][0]
-            steps, bon = series(rows, "eval/bon_success")
-            reached = next((f"{s:,}" for s, v in zip(steps, bon, strict=True) if v >= 0.9), "-")
-            ode, best = last(rows, "final/ode_success"), last(rows, "final/bon_success")
-            table.append((bc, ode, best))
-            wall = minutes(STORE / f"{config}_s{seed}")
-            text.append(
-                f"| {seed} | {bc:.2f} | {ode:.2f} | {last(rows, 'final/ode_length'):.0f} | {best:.2f} "
-                f"| {last(rows, 'final/bon_length'):.0f} | {reached} | {wall:.1f} |"
-            )
-        text.append("")
-        cells = []
-        for column in np.array(table).T:
-            n = 100 * len(column)
-            low, high = wilson(round(column.sum() * 100), n)
-            cells.append(f"{column.mean():.3f} [{low:.3f}, {high:.3f}]")
-        summary.append(f"| {TITLES[config]} | {' | '.join(cells)} | {len(runs)} |")
-    note = (
-        "Mean over seeds; Wilson 95 % interval over all their episodes pooled (it does not cover seed-to-seed spread)."
-    )
-    (STORE / "results.md").write_text("\n".join([*text[:4], note, "", *summary, "", *text[4:]]))
-    plot()
+    for config, title in TITLES.items():
+        args = next(iter(stored(config).values())).args
+        command = " ".join(["python ogpo_state.py --env lift", *CONFIGS[config], "--seed N"])
+        start = ", from the default run's cloned policy" if args["cloned"] else ""
+        text += [f"## {title}", "", f"`{command}`, {args['total_steps']:,} steps{start}", "", seeds_table(config), ""]
+    (STORE / "results.md").write_text("\n".join(text))
+    plot_variants()
+    plot_main()
 
 
-def plot() -> None:
-    import matplotlib
+def plot_variants() -> None:
+    """Success of the three variants over environment steps."""
+    figure, axes = plots.panels(1, 2, 5, 4, sharey=True)
+    panels = (("eval/ode_success", "ODE policy"), ("eval/bon_success", "acting policy"))
+    cloned = [run.first("eval/ode_success") for config in plots.VARIANTS for run in stored(config).values()]
+    for axis, (key, title) in zip(axes[0], panels, strict=True):
+        for config in plots.VARIANTS:
+            plots.draw_seeds(axis, stored(config).values(), key, COLOURS[config], TITLES[config])
+        axis.axhline(np.mean(cloned), color="black", linestyle=":", label="no RL update")
+        axis.set(xlabel="environment steps", title=title)
+    plots.success_axes(axes[0])
+    axes[0, 0].set_ylabel("success, 20 episodes (thin: seeds)")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    figure.savefig(STORE / "variants.png", dpi=130)
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
 
-    colours = {"ogpo": "tab:gray", "ogpo+": "tab:blue", "ogpo+ca": "tab:orange", "hard": "tab:green"}
-
-    def draw(axis: plt.Axes, config: str, key: str, label: str) -> None:
-        curves = [series(rows, key) for rows in load(config).values()]
-        if not curves:
-            return
-        for steps, values in curves:
-            axis.plot(steps, values, color=colours[config], alpha=0.25, linewidth=1)
-        n = min(len(s) for s, _ in curves)
-        mean = np.mean([v[:n] for _, v in curves], 0)
-        axis.plot(curves[0][0][:n], mean, color=colours[config], linewidth=2.5, label=label)
-
-    if load("ogpo"):
-        figure, axes = plt.subplots(1, 2, figsize=(10, 4), sharey=True, layout="constrained")
-        for axis, key, title in zip(
-            axes, ("eval/ode_success", "eval/bon_success"), ("ODE policy", "acting policy"), strict=True
-        ):
-            for config in ("ogpo", "ogpo+", "ogpo+ca"):
-                draw(axis, config, key, TITLES[config])
-            bc = [
-                series(rows, "eval/ode_success")[1][0]
-                for c in ("ogpo", "ogpo+", "ogpo+ca")
-                for rows in load(c).values()
-            ]
-            axis.axhline(np.mean(bc), color="black", linestyle=":", label="no RL update")
-            axis.set(xlabel="environment steps", title=title, ylim=(-0.03, 1.03))
-            axis.grid(alpha=0.3)
-        axes[0].set_ylabel("success, 20 episodes (thin: seeds)")
-        axes[0].legend(loc="lower right")
-        figure.savefig(STORE / "variants.png", dpi=130)
-
-    figure, axes = plt.subplots(1, 2, figsize=(10, 3.6), layout="constrained")
+def plot_main() -> None:
+    """Success and length of the training episodes, from a usual and from a weak cloned policy."""
+    figure, axes = plots.panels(1, 2, 5, 3.6)
+    success, length = axes[0]
     for config in ("ogpo+ca", "hard"):
-        draw(axes[0], config, "train/success", TITLES[config])
-        draw(axes[1], config, "train/length", TITLES[config])
-    axes[0].set(xlabel="environment steps", ylabel="success of the last 20 episodes", ylim=(-0.03, 1.03))
-    axes[1].set(xlabel="environment steps", ylabel="episode length (steps)")
-    for axis in axes:
-        axis.grid(alpha=0.3)
-    axes[0].legend(loc="lower right")
+        plots.draw_seeds(success, stored(config).values(), "train/success", COLOURS[config], TITLES[config])
+        plots.draw_seeds(length, stored(config).values(), "train/length", COLOURS[config], TITLES[config])
+    plots.success_axes([success])
+    plots.step_axes([length])
+    success.set(xlabel="environment steps", ylabel="success of the last 20 episodes")
+    length.set(xlabel="environment steps", ylabel="episode length (steps)")
+    figure.legend(*success.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(STORE / "main.png", dpi=130)
 
 
@@ -169,11 +161,8 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.what == "run":
-        sys.exit(run(args.jobs, args.configs))
-    elif args.what == "store":
-        store()
-    else:
-        report()
+        sys.exit(runs.execute_all(run_one, [(config, seed) for config in args.configs for seed in SEEDS], args.jobs))
+    {"store": store, "report": report}[args.what]()
 
 
 if __name__ == "__main__":

@@ -33,7 +33,7 @@ def rate(step: object, actions: np.ndarray) -> float:
 
 def compare(name: str) -> str:
     """The task's line of the table: medians of the turns."""
-    task, cameras = TASKS[name], default_args(name, "cpu", "ogpo+ca").pixels.cameras
+    task, cameras = TASKS[name], default_args(name, "laptop", "ogpo+ca").pixels.cameras
     pixels = Pixels(cameras, SIZE)
     kwargs = env_kwargs(task.action_dim // 7) | dict(
         has_offscreen_renderer=True, use_camera_obs=True, camera_names=list(cameras), camera_heights=SIZE,

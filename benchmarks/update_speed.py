@@ -1,10 +1,11 @@
 """Cost of one actor-and-critic update against the machine's own matrix-multiplication rate, on one thread.
 
-    python benchmarks/update_speed.py                     # cpu and paper preset at Square's sizes, random data
-    python benchmarks/update_speed.py --run runs/NAME     # the same update on a real run's networks and replay buffer:
-                                                          # what leaving out zero-advantage chains saves
+    python benchmarks/update_speed.py                     # laptop and paper preset at Square's sizes, random data
+    python benchmarks/update_speed.py --run runs/NAME     # the same update on a real run's networks and replay buffer
     python benchmarks/update_speed.py --device cuda --compile
 
+Chains without advantage are left out of the likelihood pass. With the vanilla advantage all have one, with the
+conservative advantage only those on which the critics agree: the two updates take turns.
 Work counts the operations of matrix products only (2 per weight and row forward, 4 more with gradients, 2 fewer in the
 first layer); activations, optimizer and copies are overhead. Times are CPU seconds of the one thread, so that a busy
 neighbour does not count, on a GPU wall seconds until it is done; GEMM and update alternate.
@@ -29,9 +30,9 @@ import ogpo_state as og
 from common import checkpoint, cli
 from common.machine import compile_functions
 from common.replay import ReplayBuffer
-from common.stopwatch import Stopwatch
 
 OBS, ACT = 23, 7  # robomimic's Square
+GEMM = 2048  # rows and columns of the matrices
 
 
 def seconds(f: Callable[[], object], device: torch.device) -> float:
@@ -62,7 +63,7 @@ def update_flops(args: og.Args, obs: int, act: int, kept: float, cloning: bool) 
     total += kept * chains * k * mlp_flops(actor, True)
     total += cloning * args.actor.success_batch * mlp_flops(actor, True)
     td = rows * (k * mlp_flops(actor, False) + heads * (mlp_flops(critic, False) + mlp_flops(critic, True)))
-    return total + td * (2 if args.critic.success_critic and cloning else 1)
+    return total + td
 
 
 def random_buffer(args: og.Args) -> ReplayBuffer:
@@ -74,38 +75,35 @@ def random_buffer(args: og.Args) -> ReplayBuffer:
 
 
 def measure(name: str, agent: og.Agent, buffer: ReplayBuffer, args: og.Args, repeats: int) -> None:
+    """Prints the cost of an update with either advantage."""
     device = agent.rng.device
-    rng, a = np.random.default_rng(0), torch.randn(2048, 2048, device=device)
-    rows: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    rng, a = np.random.default_rng(0), torch.randn(GEMM, GEMM, device=device)
+    rows: dict[str, list[tuple[float, float]]] = {"vanilla": [], "conservative": []}
     gemm, info = [], {}
-    agent.trusted = True
+    agent.policy_gradient_on = True
     for i in range(repeats + 2):
-        for skip in rows:
-            changed = cli.override(args, {"skip_zero": skip})
-            spent = seconds(lambda c=changed: info.update(og.update(agent, buffer, c, rng, Stopwatch())), device)
+        for advantage in rows:
+            changed = cli.override(args, {"advantage": advantage})
+            spent = seconds(lambda c=changed: info.update(og.update(agent, buffer, c, rng)), device)
             if i > 1:  # the first rounds warm up
-                rows[skip].append((spent, info["nonzero"].item()))
-        gemm.append(2 * 2048**3 / seconds(lambda: a @ a, device))
+                rows[advantage].append((spent, info["nonzero"].item()))
+        gemm.append(2 * GEMM**3 / seconds(lambda: a @ a, device))
     peak = float(np.median(gemm))
     obs, act = buffer.obs.shape[1], buffer.actions.shape[1]
     print(f"{name}: GEMM {peak / 1e9:.1f} GFLOP/s")
-    medians = {}
-    for skip, values in rows.items():
+    for advantage, values in rows.items():
         spent, share = np.median(np.array(values), 0)
-        medians[skip] = spent
-        work = update_flops(args, obs, act, share if skip else 1.0, args.actor.bc_coef > 0)
-        label = "zero-advantage chains left out" if skip else "all chains"
+        work = update_flops(args, obs, act, share, args.actor.bc_coef > 0)
         print(
-            f"  {label:32s} {spent:7.4f} s  {work / 1e9:7.1f} GFLOP"
-            f"  {work / spent / 1e9:5.1f} GFLOP/s  {work / spent / peak:4.0%} of GEMM  (nonzero share {share:.3f})"
+            f"  {advantage:12s} {spent:7.4f} s  {work / 1e9:7.1f} GFLOP  {work / spent / 1e9:5.1f} GFLOP/s"
+            f"  {work / spent / peak:4.0%} of GEMM  (share of chains with an advantage {share:.3f})"
         )
-    print(f"  gain from leaving them out: {medians[False] / medians[True]:.2f}x")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="run folder with a checkpoint")
-    parser.add_argument("--presets", nargs="+", default=["cpu", "paper"], choices=["cpu", "paper"])
+    parser.add_argument("--presets", nargs="+", default=["laptop", "paper"], choices=["laptop", "paper"])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--compile", action="store_true")
@@ -118,16 +116,16 @@ def main() -> None:
         saved = checkpoint.load(flags.run / "checkpoint.pt")
         args = cli.override(og.Args(), saved["args"])
         buffer = ReplayBuffer(
-            args.loop.replay_size, *(saved["buffer"][k].shape[1] for k in ("obs", "actions")), args.policy.chunk
+            args.run.replay_size, *(saved["buffer"][k].shape[1] for k in ("obs", "actions")), args.policy.chunk
         )
         buffer.load_state_dict(saved["buffer"])
-        agent = og.make_agent(args, buffer.obs.shape[1], buffer.actions.shape[1], device)
+        agent = og.Agent(args, buffer.obs.shape[1], buffer.actions.shape[1], device, None)
         checkpoint.unpack(agent, saved["agent"])
         measure(str(flags.run), agent, buffer, args, 4 * flags.repeats)
     else:
         for preset in flags.presets:
             args = og.default_args("lift", preset, "ogpo+ca")
-            agent = og.make_agent(args, OBS, ACT, device, (torch.zeros(OBS), torch.ones(OBS)))
+            agent = og.Agent(args, OBS, ACT, device, None)
             measure(f"preset {preset}, Square's sizes", agent, random_buffer(args), args, flags.repeats)
             print(f"  peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")
 
