@@ -20,14 +20,22 @@ EXTRACTION, CRITIC, REFERENCE, RELEASED = (
     f"variants/ogpo_{name}.py" for name in ("extraction", "critic", "reference", "released")
 )
 
-# Habits of the released code on our settings: critics from around 0 that act, and an actor that moves, from the first
-# update on, with replay cloning until there are successes; a second critic step on successes.
+# Habits of the released code on our settings, all others off: critics from around 0 that act, and an actor that moves,
+# from the first update on, with replay cloning until there are successes; a second critic step on successes.
+CORRECTED = (
+    *("--normalize-obs", "--score-correction", "matched", "--clip-mean", "last", "--no-clip-chain-end"),
+    *("--critic-weight-decay", "0", "--success-min", "64"),
+)
 _START = (
-    *("--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0", "--no-pessimistic-init"),
-    "--bc-fallback",
+    *(*CORRECTED, "--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0"),
+    *("--no-pessimistic-init", "--bc-fallback", "--no-success-critic"),
+)
+_SUCCESS_CRITIC = (
+    *(*CORRECTED, "--critic-warmup", "250", "--critic-successes", "10", "--choose-successes", "2"),
+    *("--pessimistic-init", "--no-bc-fallback", "--success-critic"),
 )
 RELEASED_START: dict[str, Config] = {
-    "success_critic": Config("OGPO+CA, success critic step", ("--success-critic",), RELEASED),
+    "success_critic": Config("OGPO+CA, success critic step", _SUCCESS_CRITIC, RELEASED),
     "start+ca": Config("OGPO+CA, released start", _START, RELEASED),
     "start+": Config("OGPO+, released start", ("--variant", "ogpo+", *_START), RELEASED),
 }

@@ -170,6 +170,8 @@ def pack(part: object) -> Any:
         return part.bit_generator.state
     if hasattr(part, "state_dict"):
         return part.state_dict()
+    if isinstance(part, torch.Tensor):
+        return part
     return {name: pack(value) for name, value in vars(part).items()} if hasattr(part, "__dict__") else part
 
 
@@ -179,6 +181,8 @@ def unpack(part: object, state: Any) -> Any:
         part.bit_generator.state = state
     elif hasattr(part, "load_state_dict"):
         part.load_state_dict(state)
+    elif isinstance(part, torch.Tensor):
+        return state.to(part.device)
     elif hasattr(part, "__dict__"):
         for name, saved in state.items():
             setattr(part, name, unpack(getattr(part, name), saved))

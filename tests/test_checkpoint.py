@@ -198,13 +198,13 @@ def test_pack_random_streams_continue_where_they_were_saved(tmp_path):
 def test_unpack_restores_the_attributes_of_an_object():
     class Part:
         def __init__(self):
-            self.net, self.count, self.best = torch.nn.Linear(2, 3), 0, None
+            self.net, self.count, self.best, self.mean = torch.nn.Linear(2, 3), 0, None, torch.zeros(())
 
     one, other = Part(), Part()
-    one.count, one.best = 7, {"w": torch.ones(2)}
+    one.count, one.best, one.mean = 7, {"w": torch.ones(2)}, torch.tensor(0.5)
     got = checkpoint.unpack(other, checkpoint.pack(one))
     assert got is other and other.count == 7 and torch.equal(other.best["w"], torch.ones(2))
-    assert torch.equal(one.net.weight, other.net.weight)
+    assert torch.equal(one.net.weight, other.net.weight) and other.mean == 0.5
 
 
 def test_save_that_fails_is_reported_and_harms_nothing(tmp_path):

@@ -1,7 +1,5 @@
 """common/runlog.py: what a run leaves behind, and what it shows while it runs."""
 
-import gzip
-import importlib
 import io
 import json
 import math
@@ -251,30 +249,3 @@ def test_plot_curves_draws_what_was_logged(tmp_path):
 def test_plot_curves_without_metrics_is_a_user_error(tmp_path):
     with pytest.raises(UserError, match="nothing to draw"):
         plot_curves(tmp_path)
-
-
-@pytest.fixture
-def runs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> types.ModuleType:
-    monkeypatch.syspath_prepend(Path(__file__).parent.parent / "benchmarks")
-    runs = importlib.import_module("runs")
-    monkeypatch.setattr(runs, "RUNS", tmp_path)
-    return runs
-
-
-def test_execute_a_run_told_to_stop_is_not_finished(runs: types.ModuleType, tmp_path: Path) -> None:
-    (tmp_path / "name").mkdir()
-    (tmp_path / "name" / "checkpoint.pt").touch()  # so that the folder is kept
-    script = tmp_path / "script.py"
-    for words, code in (("saved; go on with: --resume", runs.STOPPED), ("success 0.50", 0)):
-        script.write_text(f"print({words!r}); print('learning curve')")
-        assert runs.execute(str(script), "name", []) == code
-        assert (tmp_path / "name" / "wall_seconds").exists() == (code == 0)
-
-
-def test_minutes_of_a_resumed_run(runs: types.ModuleType, tmp_path: Path) -> None:
-    """Stopped after 60 s (the last line of the log that counts) and after 30 s, then 90 s to the end."""
-    walls = [20.0, 60.0, 10.0, 30.0, 15.0, 80.0]
-    lines = [json.dumps({"step": i, "time/wall": wall}) for i, wall in enumerate(walls)] + ['{"step": 9, "eval/x": 1}']
-    (tmp_path / "metrics.jsonl.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
-    (tmp_path / "wall_seconds").write_text("90\n")
-    assert runs.minutes(tmp_path) == (60 + 30 + 90) / 60
