@@ -16,13 +16,14 @@ import ogpo_state as og
 from common import checkpoint, cli
 from common.collect import Collector
 from common.demos import get_demos
-from common.demos.robomimic import draw_images, read_images
+from common.demos.robomimic import read_images
 from common.envs import ChunkStep, Pixels, make_env, resolve
 from common.errors import UserError
 from common.replay import ReplayBuffer
 from common.run import Run
 from common.runlog import read_metrics
 from tests.helpers import definitions, differing
+from tools.recording import draw_images
 from variants import ogpo_pixels_reference, ogpo_reference
 
 TOP = Pixels(("top",), 32)

@@ -16,11 +16,11 @@ import torch
 import ogpo_state as og
 from common import checkpoint, cli
 from common.collect import Collector
-from common.demos.robomimic import Episode, write_demos
 from common.envs import TASKS, make_vec_env
 from common.machine import compile_functions
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
+from tools.recording import Episode, write_demos
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [

@@ -1,0 +1,1 @@
+"""Commands beside the scripts: none is needed to train."""
