@@ -90,7 +90,6 @@ def make_vec_env(
     num_envs: int,
     *,
     horizon: int | None = None,
-    original_step: bool = False,
     chunk: int = 0,
     pixels: Pixels | None = None,
 ) -> VectorEnv[Any, Any, Any]:
@@ -101,7 +100,7 @@ def make_vec_env(
     Nothing resets by itself: reset finished episodes with `reset(seed=[...], options={"reset_mask": mask})`,
     a fresh options dictionary at every call. Arguments and errors are those of `make_env`.
     """
-    make = partial(make_env, env_id, horizon=horizon, original_step=original_step, chunk=chunk, pixels=pixels)
+    make = partial(make_env, env_id, horizon=horizon, chunk=chunk, pixels=pixels)
     if num_envs == 1:
         return SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED)
     context = "spawn"
