@@ -13,7 +13,7 @@ lift: $(VENV)/.installed
 	$(VENV)/bin/python ogpo_state.py --env lift
 
 doctor: $(VENV)/.installed
-	$(VENV)/bin/python -m common.doctor
+	$(VENV)/bin/python -m tools.doctor
 
 test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .

@@ -8,11 +8,12 @@ import h5py
 import numpy as np
 import pytest
 
-from common.demos import Demos, get_demos, scripted
-from common.demos.robomimic import ACTION_LIMIT, Episode, download, read_demos, write_demos
+from common.demos import Demos, get_demos, robomimic
+from common.demos.robomimic import ACTION_LIMIT, obtain_release, read_demos
 from common.envs import TASKS, TaskSpec, make_env, resolve, toy
 from common.errors import UserError
-from tests.helpers import hub_in_a_folder
+from tools import recording, scripted
+from tools.recording import Episode, write_demos
 
 LIFT = TASKS["lift"]
 LENGTHS = (4, 7, 3)
@@ -42,7 +43,7 @@ def path(tmp_path: Path) -> Path:
     return tmp_path / "lift.hdf5"
 
 
-def test_round_trip(path: Path) -> None:
+def test_read_demos_returns_what_was_written(path: Path) -> None:
     written = episodes()
     obs, actions, ends = read_demos(path, LIFT)
     assert ends.tolist() == np.cumsum(LENGTHS).tolist() and ends.dtype == np.int64
@@ -53,7 +54,7 @@ def test_round_trip(path: Path) -> None:
     assert [file.name for file in path.parent.iterdir()] == [path.name]  # no temporary files
 
 
-def test_schema_is_robomimics(path: Path) -> None:
+def test_write_demos_schema_is_robomimics(path: Path) -> None:
     with h5py.File(path) as file:
         assert file["data"].attrs["total"] == sum(LENGTHS)
         assert json.loads(file["data"].attrs["env_args"])["env_name"] == "Lift"
@@ -64,7 +65,7 @@ def test_schema_is_robomimics(path: Path) -> None:
         assert file["mask/valid"][()].tolist() == [b"demo_2"]
 
 
-def test_filter_key_chooses_episodes(path: Path) -> None:
+def test_read_demos_filter_key_chooses_episodes(path: Path) -> None:
     obs, _, ends = read_demos(path, LIFT, "valid")
     np.testing.assert_array_equal(obs, read_demos(path, LIFT)[0][11:])
     assert ends.tolist() == [3]
@@ -72,13 +73,13 @@ def test_filter_key_chooses_episodes(path: Path) -> None:
         read_demos(path, LIFT, "better")
 
 
-def test_episodes_are_in_numerical_order(tmp_path: Path) -> None:
+def test_read_demos_episodes_are_in_numerical_order(tmp_path: Path) -> None:
     lengths = tuple(range(1, 13))
     write_demos(tmp_path / "many.hdf5", episodes(lengths=lengths), env_args())
     assert read_demos(tmp_path / "many.hdf5", LIFT)[2].tolist() == np.cumsum(lengths).tolist()
 
 
-def test_actions_stay_off_the_ends_of_the_range(path: Path) -> None:
+def test_read_demos_actions_stay_off_the_ends_of_the_range(path: Path) -> None:
     with h5py.File(path, "r+") as file:
         file["data/demo_0/actions"][0] = [-1, 1, 0.5, 0, 0, 0, 1 + 5e-7]
     actions = read_demos(path, LIFT)[1]
@@ -124,7 +125,7 @@ def poke(key: str, value: float) -> Callable[[h5py.File], None]:
         (lambda file: file["data"].attrs.__delitem__("env_args"), r"does not say what it was recorded in"),
     ],
 )
-def test_unusable_file_is_a_user_error(path: Path, edit: Callable[[h5py.File], None], words: str) -> None:
+def test_read_demos_unusable_file_is_a_user_error(path: Path, edit: Callable[[h5py.File], None], words: str) -> None:
     with h5py.File(path, "r+") as file:
         edit(file)
     with pytest.raises(UserError, match=words) as caught:
@@ -133,7 +134,7 @@ def test_unusable_file_is_a_user_error(path: Path, edit: Callable[[h5py.File], N
 
 
 @pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"<html>", "not a readable hdf5 file")])
-def test_missing_or_broken_file_is_a_user_error(tmp_path: Path, content: bytes | None, words: str) -> None:
+def test_get_demos_missing_or_broken_file_is_a_user_error(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "demos.hdf5"
     if content is not None:
         path.write_bytes(content)
@@ -142,20 +143,20 @@ def test_missing_or_broken_file_is_a_user_error(tmp_path: Path, content: bytes |
 
 
 @pytest.mark.parametrize(("names", "words"), [([b"demo_9"], "lists demo_9"), ([], "is empty")])
-def test_bad_mask_is_a_user_error(path: Path, names: list[bytes], words: str) -> None:
+def test_read_demos_bad_mask_is_a_user_error(path: Path, names: list[bytes], words: str) -> None:
     with h5py.File(path, "r+") as file:
         replace("mask/train", np.array(names, "S8"))(file)
     with pytest.raises(UserError, match=words):
         read_demos(path, LIFT, "train")
 
 
-def test_long_episodes_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_read_demos_long_episodes_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_demos(tmp_path / "long.hdf5", episodes(lengths=(301, 300)), env_args())
     assert len(read_demos(tmp_path / "long.hdf5", LIFT)[0]) == 601
     assert "warning: 1 episodes" in capsys.readouterr().err
 
 
-def test_file_for_a_users_environment(tmp_path: Path) -> None:
+def test_read_demos_of_a_users_environment(tmp_path: Path) -> None:
     task, path = resolve("package:Env-v0"), tmp_path / "own.hdf5"
     b, a = np.ones((3, 2), np.float32), np.zeros((3, 1), np.float32)
     with h5py.File(path, "w") as file:
@@ -172,7 +173,7 @@ def test_file_for_a_users_environment(tmp_path: Path) -> None:
         read_demos(path, task)
 
 
-def test_scripted_toy_is_a_function_of_its_arguments(tmp_path: Path) -> None:
+def test_made_file_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     first = get_demos("toy", "scripted", 5, 0.1, tmp_path / "a", seed=3)
     assert len(first.ends) == 5 and first.ends[-1] == len(first.obs) == len(first.actions)
     assert first.name == "toy_scripted-v2_n5_noise0.1_seed3.hdf5" and (tmp_path / "a" / first.name).exists()
@@ -183,14 +184,14 @@ def test_scripted_toy_is_a_function_of_its_arguments(tmp_path: Path) -> None:
     assert other.obs.shape != first.obs.shape or (other.obs != first.obs).any()
 
 
-def test_scripted_episodes_replay_to_success(tmp_path: Path) -> None:
+def test_generate_episodes_replay_to_success(tmp_path: Path) -> None:
     demos = get_demos("toy", "scripted", 3, 0.1, tmp_path)
     with h5py.File(tmp_path / demos.name) as file:
         for i in range(3):
             rewards = file[f"data/demo_{i}/rewards"][()]
             assert rewards[-1] == 1 and not rewards[:-1].any()  # ends at the first success
     env, starts = make_env("toy"), [0, *demos.ends[:-1]]
-    for seed in range(scripted.SEED_BASE, scripted.SEED_BASE + 10):
+    for seed in range(recording.SEED_BASE, recording.SEED_BASE + 10):
         obs, _ = env.reset(seed=seed)
         matches = [k for k, start in enumerate(starts) if (demos.obs[start] == obs).all()]
         for k in matches:
@@ -200,13 +201,13 @@ def test_scripted_episodes_replay_to_success(tmp_path: Path) -> None:
     assert starts == [-1, -1, -1]
 
 
-def test_scripted_demos_are_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_made_file_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     get_demos("toy", "scripted", 2, 0.1, tmp_path)
-    monkeypatch.setattr(scripted, "generate", lambda *args: pytest.fail("made twice"))
+    monkeypatch.setattr(recording, "generate", lambda *args: pytest.fail("made twice"))
     assert len(get_demos("toy", "scripted", 2, 0.1, tmp_path).ends) == 2
 
 
-def test_scripted_lift(tmp_path: Path) -> None:
+def test_lift_expert_lifts(tmp_path: Path) -> None:
     demos = get_demos("lift", "scripted", 3, 0.2, tmp_path)
     assert demos.obs.shape[1] == 19 and demos.actions.shape[1] == 7 and len(demos.ends) == 3
     last = demos.obs[demos.ends - 1]
@@ -217,7 +218,7 @@ def test_scripted_lift(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("name", "noise"), [("can", 0.3), ("square", 0.3)])
-def test_scripted_pick_and_place(tmp_path: Path, name: str, noise: float) -> None:
+def test_find_expert_picks_and_places(tmp_path: Path, name: str, noise: float) -> None:
     demos = get_demos(name, "scripted", 1, noise, tmp_path)
     task = TASKS[name]
     assert demos.obs.shape[1] == 23 and demos.actions.shape[1] == 7 and len(demos.ends) == 1
@@ -227,16 +228,16 @@ def test_scripted_pick_and_place(tmp_path: Path, name: str, noise: float) -> Non
     assert demos.actions[0, 6] < -0.9 and demos.actions[:, 6].max() > 0.9
 
 
-def test_demonstrations_of_several_tasks_come_in_their_shares(tmp_path: Path) -> None:
-    assert scripted.shares(200, TASKS["mt10"].demo_weights) == [8, 48, 48, 8, 16, 4, 8, 52, 4, 4]
-    assert scripted.shares(5, (1, 2)) == [2, 3] and scripted.shares(5, (1,)) == [5]
+def test_shares_of_several_tasks(tmp_path: Path) -> None:
+    assert recording.shares(200, TASKS["mt10"].demo_weights) == [8, 48, 48, 8, 16, 4, 8, 52, 4, 4]
+    assert recording.shares(5, (1, 2)) == [2, 3] and recording.shares(5, (1,)) == [5]
     demos = get_demos("mt10", "scripted", 5, 0.2, tmp_path)
     assert demos.tasks == 10
     first = demos.obs[[0, *demos.ends[:-1]], 39:].argmax(1)
     assert np.bincount(first, minlength=10).tolist() == [1, 2, 1, 0, 0, 0, 0, 1, 0, 0]
 
 
-def test_statistics_of_several_tasks_are_those_within_a_task() -> None:
+def test_demos_statistics_of_several_tasks_are_those_within_a_task() -> None:
     rng = np.random.default_rng(0)
     task = rng.integers(2, size=1_000)
     place = 100 * task + rng.standard_normal(1_000)  # tasks 100 apart, 1 wide
@@ -249,49 +250,40 @@ def test_statistics_of_several_tasks_are_those_within_a_task() -> None:
     np.testing.assert_allclose(demos.statistics()[1], obs.std(0), rtol=1e-2)
 
 
-def test_hopeless_expert_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_hopeless_expert_is_a_user_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toy, "TARGET_RADIUS", 0.0)
     with pytest.raises(UserError, match="toy expert fails with noise 50"):
         get_demos("toy", "scripted", 1, 50.0, tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_no_demonstrations_is_a_user_error(tmp_path: Path) -> None:
+def test_generate_no_episodes_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="at least one"):
         get_demos("toy", "scripted", 0, 0.1, tmp_path)
 
 
-def test_no_expert_for_a_users_environment(tmp_path: Path) -> None:
+def test_find_expert_of_a_users_environment_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no scripted expert; give demonstrations with --demos FILE.hdf5"):
         get_demos("package:Env-v0", "scripted", 1, 0.0, tmp_path)
 
 
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A dataset repository in a folder."""
-    hub_in_a_folder(monkeypatch, tmp_path / "hub")
-    source = tmp_path / "hub" / "v1.5/lift/ph/low_dim_v15.hdf5"
-    write_demos(source, episodes(), env_args())
-    return source
-
-
-def test_download_once_and_notice_changes(tmp_path: Path, hub: Path) -> None:
-    cache = tmp_path / "cache"
-    demos = get_demos("lift", "robomimic", 1, 0.0, cache)
-    assert demos.name == "lift_ph_low_dim_v15.hdf5" and len(demos.ends) == 3  # whole, whatever `num` says
-    hub.unlink()
-    assert len(get_demos("lift", "robomimic", 1, 0.0, cache).ends) == 3  # from the cache
-    assert {file.name for file in cache.iterdir()} == {demos.name, demos.name + ".sha256"}
-    with open(cache / demos.name, "ab") as file:
+def test_obtain_release_takes_the_file_in_the_cache_and_notices_changes(tmp_path: Path) -> None:
+    path = tmp_path / "lift_ph_low_dim_v15.hdf5"
+    write_demos(path, episodes(), env_args())
+    for _ in range(2):
+        demos = get_demos("lift", "robomimic", 1, 0.0, tmp_path)
+        assert demos.name == path.name and len(demos.ends) == 3  # whole, whatever `num` says
+    assert {file.name for file in tmp_path.iterdir()} == {path.name, path.name + ".sha256"}
+    with open(path, "ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match="has changed since its first use; delete it"):
-        get_demos("lift", "robomimic", 1, 0.0, cache)
+        get_demos("lift", "robomimic", 1, 0.0, tmp_path)
 
 
-def test_failed_download_says_what_to_do(tmp_path: Path, hub: Path) -> None:
-    hub.unlink()
+def test_obtain_release_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(robomimic, "HUB", "https://hub.invalid/")
     with pytest.raises(UserError, match=r"cannot download .*low_dim_v15.hdf5 .*put the file at .*--demos scripted"):
-        download(LIFT, "", tmp_path / "cache")
+        obtain_release(LIFT, "ph", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))
 
 
@@ -314,7 +306,7 @@ ROBOSUITE = [name for name, task in TASKS.items() if task.suite == "robosuite"]
 
 
 @pytest.mark.parametrize("name", ROBOSUITE)
-def test_robomimic_files_of_all_tasks_load_or_are_refused(tmp_path: Path, name: str) -> None:
+def test_get_demos_robomimic_files_of_all_tasks_load_or_are_refused(tmp_path: Path, name: str) -> None:
     task, path = TASKS[name], tmp_path / "demos.hdf5"
     write_demos(path, episodes(task), robomimic_args(task))
     demos = get_demos(name, str(path), 1, 0.0, tmp_path)
@@ -332,15 +324,28 @@ def test_robomimic_files_of_all_tasks_load_or_are_refused(tmp_path: Path, name: 
             get_demos(name, str(path), 1, 0.0, tmp_path)
 
 
-def test_release_by_name(tmp_path: Path, hub: Path) -> None:
-    target = tmp_path / "hub" / "v1.5/square/mh/low_dim_v15.hdf5"
-    write_demos(target, episodes(TASKS["square"]), env_args(TASKS["square"]))
-    assert get_demos("square", "robomimic", 1, 0.0, tmp_path / "cache").name == "square_mh_low_dim_v15.hdf5"
-    assert get_demos("lift", "robomimic-ph", 1, 0.0, tmp_path / "cache").name == "lift_ph_low_dim_v15.hdf5"
+def test_get_demos_release_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def obtain(path: Path, url: str, otherwise: str) -> Path:
+        task = resolve(path.name.split("_")[0])
+        write_demos(path, episodes(task), env_args(task))
+        asked.append(url.removeprefix("https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/"))
+        return path
+
+    monkeypatch.setattr(robomimic, "obtain", obtain)
+    assert get_demos("square", "robomimic", 1, 0.0, tmp_path).name == "square_mh_low_dim_v15.hdf5"
+    assert get_demos("lift", "robomimic-ph", 1, 0.0, tmp_path).name == "lift_ph_low_dim_v15.hdf5"
+    assert asked == ["v1.5/square/mh/low_dim_v15.hdf5", "v1.5/lift/ph/low_dim_v15.hdf5"]
     with pytest.raises(UserError, match="--demos robomimic-mh: tool_hang has robomimic-ph"):
-        get_demos("tool_hang", "robomimic-mh", 1, 0.0, tmp_path / "cache")
+        get_demos("tool_hang", "robomimic-mh", 1, 0.0, tmp_path)
+    with pytest.raises(UserError, match="door has minari-expert, minari-human, minari-cloned"):
+        get_demos("door", "minari-best", 1, 0.0, tmp_path)
 
 
-def test_no_dataset_for_the_toy_task(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no dataset for toy"):
-        get_demos("toy", "robomimic", 1, 0.0, tmp_path)
+@pytest.mark.parametrize("name", ["toy", "mt10", "package:Env-v0", "door"])
+def test_get_demos_unpublished_task_is_a_user_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(UserError, match=f"robomimic has no dataset for {name}; give demonstrations with --demos FILE"):
+        get_demos(name, "robomimic", 1, 0.0, tmp_path)
+    with pytest.raises(UserError, match="minari has no dataset for lift"):
+        get_demos("lift", "minari", 1, 0.0, tmp_path)

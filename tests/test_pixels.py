@@ -17,7 +17,7 @@ import ogpo_state as og
 from common import checkpoint, cli
 from common.backbone import Backbone
 from common.demos import Demos, get_demos
-from common.demos.robomimic import draw_images, read_images
+from common.demos.robomimic import read_images
 from common.envs import ChunkStep, Pixels, make_env, resolve
 from common.episodes import Episodes
 from common.errors import UserError
@@ -25,6 +25,7 @@ from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.runlog import read_metrics
 from tests.helpers import definitions, differing
+from tools.recording import draw_images
 from variants import ogpo_pixels_reference, ogpo_reference
 
 TOP = Pixels(("top",), 32)

@@ -9,13 +9,13 @@ import gymnasium as gym
 import numpy as np
 import pytest
 
-from common.demos.robosuite_experts import lift_expert, square_expert
 from common.envs import TASKS, make_env, make_vec_env, resolve, robosuite_env
 from common.envs.gymnasium_env import UserEnv
 from common.envs.osc import FastStep
 from common.envs.render import Camera, mujoco  # sets MUJOCO_GL before mujoco is imported
 from common.envs.robosuite_env import RobosuiteEnv
 from common.errors import UserError
+from tools.robosuite_experts import lift_expert, square_expert
 
 ACTIONS = np.random.default_rng(0).uniform(-1, 1, (100, 7)).astype(np.float32)
 
@@ -43,7 +43,7 @@ def qpos(env: RobosuiteEnv) -> np.ndarray:
     return env.env.sim.data.qpos
 
 
-def test_one_control_step_equals_robosuites(fast: RobosuiteEnv, slow: RobosuiteEnv) -> None:
+def test_fast_step_equals_robosuites(fast: RobosuiteEnv, slow: RobosuiteEnv) -> None:
     fast.reset(seed=3)
     slow.reset(seed=3)
     model, kind = slow.env.sim.model._model, mujoco.mjtState.mjSTATE_INTEGRATION
@@ -58,7 +58,7 @@ def test_one_control_step_equals_robosuites(fast: RobosuiteEnv, slow: RobosuiteE
     assert np.quantile(gaps, 0.9) < 1e-12 and max(gaps) < 1e-6  # new contacts amplify rounding errors
 
 
-def test_episode_equals_robosuites(fast: RobosuiteEnv, slow: RobosuiteEnv) -> None:
+def test_fast_step_episode_equals_robosuites(fast: RobosuiteEnv, slow: RobosuiteEnv) -> None:
     for env in (fast, slow):
         env.reset(seed=5)
     for action in ACTIONS:
@@ -71,7 +71,7 @@ def test_episode_equals_robosuites(fast: RobosuiteEnv, slow: RobosuiteEnv) -> No
 
 
 @pytest.mark.parametrize("name", ["can", "square", "tool_hang", "transport"])
-def test_other_tasks_step_as_robosuite(name: str) -> None:
+def test_fast_step_of_other_tasks_equals_robosuites(name: str) -> None:
     """Layout, relative poses at a reset, one control step from equal states, and an episode."""
     task, rng = TASKS[name], np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (15, task.action_dim)).astype(np.float32)
@@ -107,7 +107,7 @@ def test_other_tasks_step_as_robosuite(name: str) -> None:
     slow.close()
 
 
-def test_original_step_reports_the_end_of_the_step(slow: RobosuiteEnv) -> None:
+def test_robosuite_env_original_step_reports_the_end_of_the_step(slow: RobosuiteEnv) -> None:
     slow.reset(seed=5)
     for action in ACTIONS[:5]:
         raw = slow.env.step(action.astype(np.float64))[0]
@@ -116,7 +116,7 @@ def test_original_step_reports_the_end_of_the_step(slow: RobosuiteEnv) -> None:
         np.testing.assert_array_equal(obs[9:], raw["object-state"].astype(np.float32))
 
 
-def test_layout_matches_task(fast: RobosuiteEnv) -> None:
+def test_robosuite_env_layout_matches_task(fast: RobosuiteEnv) -> None:
     obs, info = fast.reset(seed=5)
     assert obs.dtype == np.float32 and fast.observation_space.contains(obs) and info == {"success": False}
     low, high = fast.env.action_spec
@@ -131,7 +131,7 @@ def test_layout_matches_task(fast: RobosuiteEnv) -> None:
     np.testing.assert_allclose(obs[16:19], obs[9:12] - obs[:3], atol=1e-6)
 
 
-def test_reset_is_a_function_of_the_seed(fast: RobosuiteEnv, slow: RobosuiteEnv) -> None:
+def test_robosuite_env_reset_is_a_function_of_the_seed(fast: RobosuiteEnv, slow: RobosuiteEnv) -> None:
     actions = ACTIONS[:30]
     first = rollout(fast, 5, actions)
     size = fast.env.cube.size
@@ -147,7 +147,7 @@ def test_reset_is_a_function_of_the_seed(fast: RobosuiteEnv, slow: RobosuiteEnv)
     np.testing.assert_array_equal(rollout(slow, 5, actions), reference)
 
 
-def test_reset_without_seed_draws_from_np_random(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_robosuite_env_reset_without_seed_is_drawn(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(robosuite_env, "MODEL_BLOCK", 2**40)  # one model: compiling is slow
     drawn = []
     for _ in range(2):
@@ -168,7 +168,7 @@ def expert_episode(env: RobosuiteEnv) -> list[tuple[float, bool, bool, dict]]:
     return steps
 
 
-def test_success_terminates_and_horizon_truncates(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_robosuite_env_success_ends_and_horizon_cuts(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     steps = expert_episode(fast)
     assert steps[-1] == (1.0, True, False, {"success": True})
     assert all(step == (0.0, False, False, {"success": False}) for step in steps[:-1])
@@ -212,7 +212,7 @@ def test_fast_step_refuses_other_controllers(fast: RobosuiteEnv, monkeypatch: py
         FastStep(fast.env)
 
 
-def test_render_leaves_the_episode_alone(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_robosuite_env_render_leaves_the_episode_alone(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     fast.reset(seed=5)
     assert fast.render() is None
     expected = rollout(fast, 5, ACTIONS[:10])
@@ -230,7 +230,7 @@ def test_render_leaves_the_episode_alone(fast: RobosuiteEnv, monkeypatch: pytest
     assert images[0].std() > 10 and (images[0] != images[-1]).any()
 
 
-def test_render_without_opengl_is_a_user_error(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_camera_without_opengl_is_a_user_error(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("no display")
 
@@ -242,7 +242,7 @@ def test_render_without_opengl_is_a_user_error(fast: RobosuiteEnv, monkeypatch: 
         fast.render()
 
 
-def test_vector_of_lift_equals_single(fast: RobosuiteEnv) -> None:
+def test_make_vec_env_of_lift_equals_single(fast: RobosuiteEnv) -> None:
     envs = make_vec_env("lift", 2)
     try:
         obs, _ = envs.reset(seed=[5, 6])
@@ -257,7 +257,7 @@ def test_vector_of_lift_equals_single(fast: RobosuiteEnv) -> None:
 
 
 @pytest.mark.parametrize("num_envs", [1, 3])
-def test_vector_resets_only_what_the_mask_says(num_envs: int) -> None:
+def test_make_vec_env_resets_only_what_the_mask_says(num_envs: int) -> None:
     before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
     single, envs = make_env("toy", horizon=3), make_vec_env("toy", num_envs, horizon=3)
     try:
@@ -280,7 +280,7 @@ def test_vector_resets_only_what_the_mask_says(num_envs: int) -> None:
     assert after is signal.default_int_handler
 
 
-def test_unknown_task_lists_the_choices() -> None:
+def test_resolve_unknown_task_lists_the_choices() -> None:
     with pytest.raises(UserError, match=r"'lfit'.*toy, lift.*package.module:EnvId"):
         resolve("lfit")
 
@@ -327,7 +327,7 @@ for cls in (Tiny, Silent, Discrete, Unbounded, Image):
     gym.register(f"{cls.__name__}-v0", cls, disable_env_checker=True)
 
 
-def test_users_environment_meets_the_contract() -> None:
+def test_user_env_meets_the_contract() -> None:
     env = make_env(f"{__name__}:Tiny-v0", horizon=6)
     assert isinstance(env, UserEnv) and resolve(f"{__name__}:Tiny-v0").suite == "gymnasium"
     assert (env.action_space.low == -1).all() and (env.action_space.high == 1).all()
@@ -342,7 +342,7 @@ def test_users_environment_meets_the_contract() -> None:
 
 
 @pytest.mark.parametrize(("horizon", "flags"), [(4, (False, True)), (5, (True, False))])
-def test_users_environment_never_ends_twice(horizon: int, flags: tuple[bool, bool]) -> None:
+def test_user_env_never_ends_twice(horizon: int, flags: tuple[bool, bool]) -> None:
     env = make_env(f"{__name__}:Tiny-v0", horizon=horizon)
     env.reset(seed=0)
     assert [env.step(np.zeros(2, np.float32))[2:4] for _ in range(horizon)][-1] == flags
@@ -359,6 +359,6 @@ def test_users_environment_never_ends_twice(horizon: int, flags: tuple[bool, boo
         ("no_such_package:Env-v0", "No module named"),
     ],
 )
-def test_unusable_environment_is_a_user_error(name: str, words: str) -> None:
+def test_make_env_unusable_environment_is_a_user_error(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_env(name)

@@ -1,18 +1,24 @@
 """Meta-World, Adroit and Kitchen: the contract of every environment, and demonstrations without and with a network."""
 
+import copy
+import importlib
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
+from types import ModuleType
 
+import gymnasium as gym
 import h5py
 import numpy as np
 import pytest
 
-from common import doctor
-from common.demos import get_demos, minari
+from common.demos import get_demos
 from common.envs import TASKS, make_env
 from common.errors import UserError
+from tools import doctor
+from tools.policy_file import load_policy
 
 ROOT = Path(__file__).resolve().parent.parent
 SUITES = ("metaworld", "adroit", "kitchen")
@@ -20,7 +26,7 @@ NAMES = [name for name, task in TASKS.items() if task.suite in SUITES]
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_episode_is_a_function_of_the_seed(name: str) -> None:
+def test_make_env_episode_is_a_function_of_the_seed(name: str) -> None:
     """Within one environment, after other episodes, and in a fresh one."""
     task, rng = TASKS[name], np.random.default_rng(0)
     actions = rng.uniform(-1, 1, (8, task.action_dim)).astype(np.float32)
@@ -42,7 +48,7 @@ def test_episode_is_a_function_of_the_seed(name: str) -> None:
         env.close()
 
 
-def test_every_part_of_mt10_repeats_and_is_told() -> None:
+def test_metaworld_env_every_part_of_mt10_repeats_and_is_told() -> None:
     env = make_env("mt10")
     starts = [env.reset(seed=seed)[0] for seed in range(20)]
     for seed, start in enumerate(starts):
@@ -59,7 +65,7 @@ def test_every_part_of_mt10_repeats_and_is_told() -> None:
 
 
 @pytest.mark.parametrize("name", ["peg-insert-side", "mt10", "hand-insert"])
-def test_success_ends_and_the_horizon_truncates(name: str, tmp_path: Path) -> None:
+def test_metaworld_env_success_ends_and_the_horizon_truncates(name: str, tmp_path: Path) -> None:
     demos = get_demos(name, "scripted", 2, 0.0, tmp_path)
     env = make_env(name, horizon=10)
     env.reset(seed=2**31)
@@ -75,25 +81,25 @@ def test_success_ends_and_the_horizon_truncates(name: str, tmp_path: Path) -> No
         make_env(name, horizon=501)
 
 
-def test_sparse_and_dense_adroit_rewards() -> None:
+def test_robotics_env_sparse_and_dense_adroit_rewards() -> None:
     sparse, dense = make_env("door"), make_env("door-dense")
     for env in (sparse, dense):
         env.reset(seed=1)
     action = np.zeros(28, np.float32)
     assert sparse.step(action)[1] == 0.0 and dense.step(action)[1] != 0.0
     for env in (sparse, dense):  # the door opened by hand
-        hinge = env.unwrapped.door_hinge_addrs
-        env.unwrapped.data.qpos[hinge] = 1.5
+        core = env.env.unwrapped
+        core.data.qpos[core.door_hinge_addrs] = 1.5
     _, reward, terminated, truncated, info = sparse.step(action)
     assert (reward, terminated, truncated, info) == (1.0, True, False, {"success": True})
     _, reward, terminated, truncated, info = dense.step(action)
     assert reward > 15 and (terminated, truncated, info) == (False, False, {"success": True})
 
 
-def test_kitchen_succeeds_when_all_goals_are_met() -> None:
+def test_robotics_env_kitchen_succeeds_when_all_goals_are_met() -> None:
     env = make_env("kitchen-partial")
     env.reset(seed=1)
-    core = env.unwrapped
+    core = env.env.unwrapped
     from gymnasium_robotics.envs.franka_kitchen.kitchen_env import OBS_ELEMENT_GOALS, OBS_ELEMENT_INDICES
 
     action = np.zeros(9, np.float32)
@@ -111,7 +117,7 @@ def test_kitchen_succeeds_when_all_goals_are_met() -> None:
     np.testing.assert_allclose(obs[59:70], obs[70:81], atol=0.3)  # achieved and desired, in the same order
 
 
-def test_mujoco_renders_every_suite() -> None:
+def test_simulation_renders_every_suite() -> None:
     for name in ("peg-insert-side", "door", "kitchen-complete"):
         env = make_env(name, render=True)
         env.reset(seed=1)
@@ -126,7 +132,7 @@ def test_mujoco_renders_every_suite() -> None:
 # --- docs -------------------------------------------------------------------------------------------------------------
 
 
-def test_docs_name_every_task_and_their_own_task_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_page_names_every_task_and_its_own_task_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).resolve().parent.parent / "docs" / "tasks.md").read_text()
     for name in TASKS:
         assert f"`{name}`" in text or f"`{'-' + name.partition('-')[2]}`" in text or name.endswith("-dense"), name
@@ -141,14 +147,16 @@ def test_docs_name_every_task_and_their_own_task_works(tmp_path: Path, monkeypat
 # --- doctor -----------------------------------------------------------------------------------------------------------
 
 
-def test_doctor_finds_a_broken_package(tmp_path: Path) -> None:
+def test_attempt_finds_a_broken_package(tmp_path: Path) -> None:
     (tmp_path / "gymnasium_robotics.py").write_text("raise ImportError('no such assets')")
     works, line = doctor.attempt(doctor.STEP.format(task="door"), PYTHONPATH=str(tmp_path))
     assert not works and "no such assets" in line and "pip install gymnasium-robotics==1.4.2" in line
     assert doctor.attempt(doctor.STEP.format(task="door")) == (True, "39 28")
 
 
-def test_doctor_names_a_remedy_for_what_fails(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture) -> None:
+def test_main_of_doctor_names_a_remedy_for_what_fails(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
     monkeypatch.setattr(
         doctor, "attempt", lambda code, **env: ("metaworld" not in code and "insert" not in code, "1 2")
     )
@@ -171,9 +179,7 @@ def save_policy(path: Path, obs: int, action: int, **changes: object) -> Path:
     return path
 
 
-def test_policy_file_acts_as_its_formula(tmp_path: Path) -> None:
-    from common.demos.policy_file import load_policy
-
+def test_load_policy_acts_as_its_formula(tmp_path: Path) -> None:
     path = save_policy(
         tmp_path / "p.npz", 39, 28, in_shift=np.ones(39), in_scale=2 * np.ones(39), out_scale=3 * np.ones(28)
     )
@@ -194,7 +200,7 @@ def test_policy_file_acts_as_its_formula(tmp_path: Path) -> None:
         ({"w0": None, "w1": None}, "no policy for door"),
     ],
 )
-def test_unfit_policy_file_is_a_user_error(tmp_path: Path, changes: dict, words: str) -> None:
+def test_load_policy_unfit_file_is_a_user_error(tmp_path: Path, changes: dict, words: str) -> None:
     path = save_policy(tmp_path / "p.npz", 39, 28, **changes)
     with pytest.raises(UserError, match=words):
         get_demos("door", str(path), 1, 0.0, tmp_path)
@@ -203,7 +209,7 @@ def test_unfit_policy_file_is_a_user_error(tmp_path: Path, changes: dict, words:
         get_demos("door", str(path), 1, 0.0, tmp_path)
 
 
-def test_no_expert_says_what_would_do(tmp_path: Path) -> None:
+def test_find_expert_without_one_says_what_would_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"door has no scripted expert; name a trained policy with --demos POLICY\.npz"):
         get_demos("door", "scripted", 1, 0.0, tmp_path)
     with pytest.raises(UserError, match="kitchen-mixed has no scripted expert"):
@@ -211,7 +217,7 @@ def test_no_expert_says_what_would_do(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["door", "hammer", "pen", "relocate"])
-def test_trained_adroit_policies_are_demonstrators(name: str, tmp_path: Path) -> None:
+def test_load_policy_trained_adroit_policies_demonstrate(name: str, tmp_path: Path) -> None:
     path = Path(__file__).resolve().parent.parent.parent / "shared" / "data" / "adroit" / f"pol_{name}.npz"
     if not path.exists():
         pytest.skip("no trained policies here")
@@ -219,83 +225,132 @@ def test_trained_adroit_policies_are_demonstrators(name: str, tmp_path: Path) ->
     assert len(demos.ends) == 2 and demos.name.startswith(f"{name}_pol_{name}-")
 
 
-def minari_dataset(root: Path, name: str, changes: dict | None = None) -> Path:
-    """A data set of two episodes, 5 and 7 steps, in Minari's schema."""
-    task, rng = TASKS[name], np.random.default_rng(0)
-    folder = minari_folder(root, name)
-    (folder / "data").mkdir(parents=True)
-    spec = dict(
-        id=task.env_name.replace("Sparse", ""), kwargs={"tasks_to_complete": list(task.goals)} if task.goals else {}
-    )
-    (folder / "data" / "metadata.json").write_text(json.dumps({"env_spec": json.dumps(spec | (changes or {}))}))
-    with h5py.File(folder / "data" / "main_data.hdf5", "w") as file:
-        for i, length in enumerate((5, 7)):
-            episode = file.create_group(f"episode_{i}")
-            episode["actions"] = rng.uniform(-1, 1, (length, task.action_dim))
-            if task.suite == "adroit":
-                episode["observations"] = rng.normal(size=(length + 1, task.obs[0][1]))
-                continue
-            episode["observations/observation"] = rng.normal(size=(length + 1, 59))
-            for kind in ("achieved_goal", "desired_goal"):
-                for part, width in {"microwave": 1, "kettle": 7, "light switch": 2, "slide cabinet": 1}.items():
-                    episode[f"observations/{kind}/{part}"] = np.full((length + 1, width), float(len(part)))
-    return folder
+@pytest.fixture
+def minari(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The reader, with the package's folder of data sets moved to a new place."""
+    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path / "minari"))
+    return importlib.import_module("common.demos.minari")
 
 
-def minari_folder(root: Path, name: str) -> Path:
-    task = TASKS[name]
-    return root / "D4RL" / name.removeprefix("kitchen-").replace(task.datasets[0], "kitchen") / f"{task.datasets[0]}-v2"
+def minari_dataset(name: str, env: str | None = None, goals: tuple[str, ...] = (), spoil: float = 0.0) -> Path:
+    """Writes a data set of two episodes, 5 and 7 steps, with the package; `spoil` stands in its last observation."""
+    import minari
+
+    from common.demos.minari import dataset_name, get_dataset_path
+
+    task, rng, buffers = TASKS[name], np.random.default_rng(0), []
+    spec = copy.deepcopy(gym.spec(env or task.env_name.replace("Sparse", "")))
+    spec.kwargs |= {"tasks_to_complete": list(goals or task.goals)} if task.goals else {}
+    for length in (5, 7):
+        obs = rng.normal(size=(length + 1, task.obs[0][1]))
+        obs[-1, -1] += spoil
+        if task.suite == "kitchen":
+            widths = {"microwave": 1, "kettle": 7, "light switch": 2, "slide cabinet": 1, "bottom burner": 2}
+            done = {part: np.full((length + 1, widths[part]), float(len(part))) for part in goals or task.goals}
+            obs = {"observation": obs, "achieved_goal": done, "desired_goal": done}
+        ends = np.arange(length) == length - 1
+        actions = rng.uniform(-1, 1, (length, task.action_dim))
+        buffers.append(
+            minari.data_collector.EpisodeBuffer(
+                observations=obs, actions=actions, rewards=np.zeros(length), terminations=ends, truncations=~ends
+            )
+        )
+    dataset = dataset_name(task, task.datasets[0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the author and the like, which are missing
+        minari.create_dataset_from_buffers(dataset, buffers, env=spec)
+    return get_dataset_path(dataset) / "data" / "main_data.hdf5"
 
 
 @pytest.mark.parametrize("name", ["door", "kitchen-complete"])
-def test_minari_data_are_read(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    folder = minari_dataset(tmp_path, name)
-    demos = get_demos(name, "minari", 1, 0.0, tmp_path / "cache")
+def test_read_dataset_of_minari(name: str, minari: ModuleType, tmp_path: Path) -> None:
+    path = minari_dataset(name)
+    demos = get_demos(name, "minari", 1, 0.0, tmp_path)
+    assert demos.name == {"door": "D4RL/door/expert-v2", "kitchen-complete": "D4RL/kitchen/complete-v2"}[name]
     assert demos.ends.tolist() == [5, 12] and demos.obs.shape == (12, sum(width for _, width in TASKS[name].obs))
-    with h5py.File(folder / "data" / "main_data.hdf5") as file:
+    assert demos.obs.dtype == demos.actions.dtype == np.float32
+    with h5py.File(path) as file:
         raw = file["episode_1/observations"]
         raw = raw["observation"][()] if name != "door" else raw[()]
         np.testing.assert_array_equal(demos.obs[5:, : raw.shape[1]], raw[:-1].astype(np.float32))
+        np.testing.assert_array_equal(demos.actions[5:], file["episode_1/actions"][()].astype(np.float32))
     if name != "door":  # kettle, light switch, microwave, slide cabinet: sorted, as the environment has them
         assert demos.obs[0, 59:70].tolist() == [6.0] * 7 + [12.0] * 2 + [9.0] + [13.0]
     with pytest.raises(UserError, match="--filter-key better"):
-        get_demos(name, "minari", 1, 0.0, tmp_path / "cache", filter_key="better")
-    with open(folder / "data" / "main_data.hdf5", "ab") as file:
+        get_demos(name, "minari", 1, 0.0, tmp_path, filter_key="better")
+    with open(path, "ab") as file:
         file.write(b"x")
     with pytest.raises(UserError, match="changed since its first use"):
-        get_demos(name, "minari", 1, 0.0, tmp_path / "cache")
+        get_demos(name, "minari", 1, 0.0, tmp_path)
+
+
+def test_read_dataset_written_under_an_older_gymnasium(minari: ModuleType, tmp_path: Path) -> None:
+    metadata = minari_dataset("door").with_name("metadata.json")
+    spec = dict(
+        id="AdroitHandDoor-v1", entry_point="gymnasium_robotics.envs.adroit_hand.adroit_door:AdroitHandDoorEnv",
+        reward_threshold=None, nondeterministic=False, max_episode_steps=200, order_enforce=True, autoreset=False,
+        disable_env_checker=False, apply_api_compatibility=False, kwargs={}, additional_wrappers=[],
+        vector_entry_point=None,
+    )  # fmt: skip
+    text = json.loads(metadata.read_text()) | {"env_spec": json.dumps(spec), "minari_version": "0.5.0"}
+    metadata.write_text(json.dumps(text))
+    assert len(get_demos("door", "minari", 1, 0.0, tmp_path).obs) == 12
 
 
 @pytest.mark.parametrize(
-    ("changes", "words"),
+    ("name", "changes", "words"),
     [
-        ({"id": "AdroitHandPen-v1"}, "is of AdroitHandPen-v1, not of FrankaKitchen-v1"),
-        ({"kwargs": {"tasks_to_complete": ["kettle"]}}, r"has the goals \['kettle'\]"),
+        ("door", {"env": "AdroitHandHammer-v1"}, "it is of AdroitHandHammer-v1, not of AdroitHandDoorSparse-v1"),
+        ("kitchen-complete", {"goals": ("kettle",)}, r"it has the goals \['kettle'\]"),
+        ("door", {"spoil": np.nan}, "episode 0 holds NaN or infinity"),
     ],
 )
-def test_minari_data_of_another_environment_are_refused(
-    changes: dict, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_read_dataset_that_cannot_serve_is_a_user_error(
+    name: str, changes: dict, words: str, minari: ModuleType, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    minari_dataset(tmp_path, "kitchen-complete", changes)
-    with pytest.raises(UserError, match=words):
-        get_demos("kitchen-complete", "minari", 1, 0.0, tmp_path)
+    minari_dataset(name, **changes)
+    with pytest.raises(UserError, match=words) as caught:
+        get_demos(name, "minari", 1, 0.0, tmp_path)
+    assert "\n" not in str(caught.value) and "delete it to download it again" in str(caught.value)
 
 
-def test_missing_minari_data_name_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("MINARI_DATASETS_PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"pip install .*minari.*minari download D4RL/kitchen/mixed-v2"):
-        get_demos("kitchen-mixed", "minari", 1, 0.0, tmp_path)
-    with pytest.raises(UserError, match="minari download D4RL/pen/human-v2"):
-        get_demos("pen-dense", "minari-human", 1, 0.0, tmp_path)
-    with pytest.raises(UserError, match="door has minari-expert, minari-human, minari-cloned"):
-        minari.find_dataset(TASKS["door"], "best")
-    with pytest.raises(UserError, match="Minari has no data set for lift"):
-        get_demos("lift", "minari", 1, 0.0, tmp_path)
+@pytest.mark.parametrize("content", [b"", b"<html>"])
+def test_read_dataset_damaged_is_a_user_error(content: bytes, minari: ModuleType, tmp_path: Path) -> None:
+    minari_dataset("door").write_bytes(content)
+    with pytest.raises(UserError, match=r"D4RL/door/expert-v2 cannot serve .*delete it to download it again"):
+        get_demos("door", "minari", 1, 0.0, tmp_path)
 
 
-def test_the_docs_have_the_settings_that_are_used() -> None:
+def test_read_dataset_downloads_what_is_missing(
+    minari: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    monkeypatch.setattr(minari.huggingface_hub, "get_hf_file_metadata", asked.append)
+    monkeypatch.setattr(
+        minari.minari, "download_dataset", lambda name, force_download: asked.append(name) or minari_dataset("door")
+    )
+    for _ in range(2):
+        assert len(get_demos("door", "minari", 1, 0.0, tmp_path).ends) == 2
+    assert asked[0].endswith("/datasets/farama-minari/D4RL/resolve/main/door/expert-v2/data/metadata.json")
+    assert asked[1:] == ["D4RL/door/expert-v2"]  # once
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "dataset"),
+    [("kitchen-mixed", "minari", "D4RL/kitchen/mixed-v2"), ("pen-dense", "minari-human", "D4RL/pen/human-v2")],
+)
+def test_read_dataset_without_network_names_the_command(
+    name: str, source: str, dataset: str, minari: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(url: str) -> None:
+        raise OSError("no network\nat all")
+
+    monkeypatch.setattr(minari.huggingface_hub, "get_hf_file_metadata", fail)
+    with pytest.raises(UserError, match=rf"cannot download {dataset} \(no network\); run `minari download {dataset}`"):
+        get_demos(name, source, 1, 0.0, tmp_path)
+
+
+def test_tasks_page_has_the_settings_that_are_used() -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "tasks.py"), "settings"], capture_output=True, text=True
     )
@@ -313,7 +368,7 @@ def test_the_docs_have_the_settings_that_are_used() -> None:
         ("study/diagnostics.md", "| first updates", 3, ("docs/ogpo_study.md",)),
     ],
 )
-def test_the_docs_have_the_results_that_are_stored(file: str, head: str, lines: int, pages: tuple[str, ...]) -> None:
+def test_docs_have_the_results_that_are_stored(file: str, head: str, lines: int, pages: tuple[str, ...]) -> None:
     stored = (ROOT / "benchmarks" / file).read_text()
     table = stored[stored.index(head) :].split("\n\n")[0].rstrip()
     assert table.count("\n") > lines

@@ -5,7 +5,7 @@ import pytest
 from gymnasium.utils.env_checker import check_env
 
 from common.envs import make_env, toy
-from common.envs.toy import toy_expert
+from tools.scripted import toy_expert
 
 
 def at(x, y, goal=(0.8, 0.0), velocity=(0.0, 0.0), **kwargs):

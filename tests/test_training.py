@@ -15,13 +15,13 @@ import torch
 
 import ogpo_state as og
 from common import checkpoint, cli
-from common.demos.robomimic import Episode, write_demos
 from common.envs import TASKS, make_vec_env
 from common.episodes import Episodes
 from common.machine import compile_functions
 from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.runlog import read_metrics
+from tools.recording import Episode, write_demos
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 3_600  # seconds after which a process that hangs is given up; no machine is that slow

@@ -1,4 +1,4 @@
-"""Demonstrations by source: scripted experts, the robomimic datasets, or a file in their format."""
+"""Demonstrations by source: scripted experts, published data sets, or a file in robomimic's format."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.demos import minari
-from common.demos.policy_file import load_policy
-from common.demos.robomimic import draw_images, has_images, read_demos, read_images
-from common.envs import Pixels, resolve
+from common.demos.robomimic import has_images, obtain_release, read_demos, read_images
+from common.envs import Pixels, TaskSpec, resolve
 from common.errors import UserError
-from common.files import sha256
+
+PUBLISHERS = {"robosuite": "robomimic", "adroit": "minari", "kitchen": "minari"}  # of `TaskSpec.datasets`, by suite
 
 
 @dataclass
@@ -90,36 +89,40 @@ def get_demos(
 
     Raises UserError with the remedy if there are none for the task, or the file is unusable.
     """
-    task = resolve(env_id)
-    seen = f"_{'+'.join(pixels.cameras)}_{pixels.size}" if pixels else ""
-    if source == "scripted" or source.endswith(".npz"):
-        from common.demos.scripted import VERSION, find_expert, generate
+    from tools import recording  # the makers are a room of their own, which needs this one
 
-        expert = find_expert(task) if source == "scripted" else load_policy(Path(source), task)
-        kind = f"scripted-v{VERSION}" if source == "scripted" else f"{Path(source).stem}-{sha256(Path(source))[:8]}"
-        path = Path(cache_dir) / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}{seen}.hdf5"
-        if not path.exists():
-            generate(task, expert, num, noise, seed, path, pixels)
-    elif source.partition("-")[0] == "minari" and not source.endswith(".hdf5"):
+    task, cache = resolve(env_id), Path(cache_dir)
+    publisher, _, release = source.partition("-")
+    if source == "scripted" or source.endswith(".npz"):
+        path = recording.made_file(task, source, num, noise, seed, cache, pixels)
+    elif source.endswith(".hdf5") or publisher not in PUBLISHERS.values():
+        path = Path(source)
+    elif publisher == "robomimic":
+        path = obtain_release(task, _find_release(task, publisher, release), cache)
+    else:
+        from common.demos import minari  # its package takes a while to import
+
         if pixels:
             raise UserError("--demos minari: these data have no images; use --demos scripted or FILE.hdf5")
         if filter_key:
             raise UserError(f"--filter-key {filter_key}: Minari's data have no masks; leave the flag out")
-        folder = minari.find_dataset(task, source.partition("-")[2])
-        return Demos(*minari.read_dataset(folder, task), "/".join(folder.parts[-3:]))
-    elif source.partition("-")[0] == "robomimic" and not source.endswith(".hdf5"):
-        from common.demos.robomimic import download
-
-        path = download(task, source.partition("-")[2], Path(cache_dir))
-    else:
-        path = Path(source)
+        name = minari.dataset_name(task, _find_release(task, publisher, release))
+        return Demos(*minari.read_dataset(name, task), name)
     obs, actions, ends = read_demos(path, task, filter_key or None)
     if not pixels:
         return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
     if not has_images(path) and task.suite == "robosuite":
-        drawn = Path(cache_dir) / f"{path.stem}-{sha256(path)[:8]}{seen}.hdf5"
-        if not drawn.exists():
-            draw_images(path, task, pixels, drawn)
-        path = drawn
+        path = recording.drawn_file(path, task, pixels, cache)
     images = read_images(path, pixels, filter_key or None)
     return Demos(np.ascontiguousarray(obs[:, list(task.proprio)]), actions, ends, path.name, images)
+
+
+def _find_release(task: TaskSpec, publisher: str, release: str) -> str:
+    """The release asked for, or the task's first one. Raises UserError if the publisher has none such."""
+    releases = task.datasets if PUBLISHERS.get(task.suite) == publisher else ()
+    if not releases:
+        raise UserError(f"{publisher} has no dataset for {task.name}; give demonstrations with --demos FILE.hdf5")
+    if release and release not in releases:
+        names = ", ".join(f"{publisher}-{name}" for name in releases)
+        raise UserError(f"--demos {publisher}-{release}: {task.name} has {names}")
+    return release or releases[0]

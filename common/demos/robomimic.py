@@ -1,4 +1,4 @@
-"""Demonstrations in robomimic's low-dimensional hdf5 schema: reading with checks, writing, downloading.
+"""Demonstrations in robomimic's low-dimensional hdf5 schema: reading with checks, and the published files.
 
 A file holds groups data/demo_<i> with datasets actions (T, A) and obs/<key> (T, width), and lists of episode
 names in mask/<filter key>. An observation is the concatenation of the task's keys in the order of `TaskSpec`.
@@ -8,21 +8,17 @@ actions are in [-1, 1], as the environment made by `make_env` takes them.
 
 import json
 import re
-import shutil
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from common.download import obtain
 from common.envs import Pixels, TaskSpec
 from common.errors import UserError
-from common.files import replacing
 
 HUB = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/"
 # What gives an action its meaning; robomimic's v1.5 files name the same values.
@@ -30,52 +26,27 @@ CONTROL = ("type", "input_max", "input_min", "output_max", "output_min", "input_
 ACTION_LIMIT = 1 - 1e-5  # the ends of the range are unreachable for squashed policies
 
 
-@dataclass
-class Episode:
-    """T steps: observation parts (T, width) or images, simulator states (T, S), actions (T, A), rewards (T,)."""
+def obtain_release(task: TaskSpec, release: str, cache_dir: Path) -> Path:
+    """Path of a published file for the task in `cache_dir`, downloaded on first use.
 
-    obs: dict[str, NDArray[Any]]
-    states: NDArray[np.float64]
-    actions: NDArray[np.float32]
-    rewards: NDArray[np.float64]
+    release: ph (one proficient person) or mh (six people, some worse), one of `TaskSpec.datasets`.
 
-
-def image_key(camera: str) -> str:
-    """Name of a camera's images under obs/, as robomimic names them."""
-    return f"{camera}_image"
-
-
-def write_demos(path: Path, episodes: list[Episode], env_args: str) -> None:
-    """Writes successful episodes atomically; mask/train lists the first nine tenths, mask/valid the rest."""
-    names = [f"demo_{i}" for i in range(len(episodes))]
-    cut = max(1, len(names) * 9 // 10)
-    with replacing(path) as temp, h5py.File(temp, "w") as file:
-        data = file.create_group("data")
-        data.attrs["total"] = sum(len(episode.actions) for episode in episodes)
-        data.attrs["env_args"] = env_args
-        for name, episode in zip(names, episodes, strict=True):
-            demo = data.create_group(name)
-            steps = demo.attrs["num_samples"] = len(episode.actions)
-            demo["actions"] = episode.actions
-            demo["rewards"] = episode.rewards
-            demo["states"] = episode.states
-            demo["dones"] = (np.arange(steps) == steps - 1).astype(np.int64)
-            for key, value in episode.obs.items():
-                image = value.dtype == np.uint8
-                demo.create_dataset(f"obs/{key}", data=value, compression="gzip" if image else None)
-        file["mask/train"] = np.array(names[:cut], "S")
-        file["mask/valid"] = np.array(names[cut:], "S")
+    The publisher gives no checksums: one is recorded on first use, see `common.download`.
+    Raises UserError without a network, or if the file has changed.
+    """
+    name = f"{task.name}/{release}/low_dim_v15.hdf5"
+    return obtain(cache_dir / name.replace("/", "_"), f"{HUB}v1.5/{name}", "use --demos scripted")
 
 
 def read_demos(
-    path: Path, task: TaskSpec, filter_key: str | None = None
+    path: Path, task: TaskSpec, filter_key: str = ""
 ) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
     """Reads and checks a file.
 
     Args:
         path: the hdf5 file.
         task: the task it must be for; for a built-in task name, version and widths are checked.
-        filter_key: name of the mask that chooses the episodes; None takes all.
+        filter_key: name of the mask that chooses the episodes; empty takes all.
 
     Returns observations (N, O), actions (N, A) within +-ACTION_LIMIT and exclusive episode ends (E,).
     Raises UserError if the file cannot serve, naming the first fault.
@@ -83,11 +54,11 @@ def read_demos(
     if not path.is_file():
         raise UserError(f"{path} does not exist; give --demos an existing FILE.hdf5, robomimic or scripted")
     try:
-        file = h5py.File(path, "r")
+        file = h5py.File(path)
     except OSError as error:
         raise UserError(f"{path} is not a readable hdf5 file ({error}); it may be incomplete: get it again") from error
     with file:
-        names = _episode_names(file, path, filter_key)
+        names = episode_names(file, path, filter_key)
         if task.suite != "gymnasium":
             _check_origin(file["data"], path, task)
         episodes = [_read_episode(file["data"][name], f"{path}: {name}", task) for name in names]
@@ -101,76 +72,53 @@ def read_demos(
     return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), np.cumsum(lengths)
 
 
+def image_key(camera: str) -> str:
+    """Name of a camera's images under obs/, as robomimic names them."""
+    return f"{camera}_image"
+
+
 def has_images(path: Path) -> bool:
     """Whether any episode of a readable file holds images."""
-    with h5py.File(path, "r") as file:
+    with h5py.File(path) as file:
         return any(key.endswith("_image") for demo in file["data"].values() for key in demo["obs"])
 
 
-def read_images(path: Path, pixels: Pixels, filter_key: str | None = None) -> NDArray[np.uint8]:
+def read_images(path: Path, pixels: Pixels, filter_key: str = "") -> NDArray[np.uint8]:
     """Images (N, cameras, S, S, 3) of the steps that `read_demos` returns. Raises UserError if the file has others."""
-    with h5py.File(path, "r") as file:
-        columns = []
-        for name in _episode_names(file, path, filter_key):
+    episodes = []
+    with h5py.File(path) as file:
+        for name in episode_names(file, path, filter_key):
             demo = file["data"][name]
             shape = (len(demo["actions"]), pixels.size, pixels.size, 3)
-            for camera in pixels.cameras:
-                found = demo.get(f"obs/{image_key(camera)}")
+            images = [demo.get(f"obs/{image_key(camera)}") for camera in pixels.cameras]
+            for camera, found in zip(pixels.cameras, images, strict=True):
                 if found is None or found.shape != shape or found.dtype != np.uint8:
                     what = "no images" if found is None else f"images {found.shape} {found.dtype}"
                     raise UserError(
                         f"{path}: {name} has {what} of camera {camera}, {shape} uint8 are needed; choose --cameras and "
                         "--image-size as recorded, or a file with simulator states, from which they can be drawn"
                     )
-            columns.append(np.stack([demo[f"obs/{image_key(camera)}"][()] for camera in pixels.cameras], 1))
-    return np.concatenate(columns)
+            episodes.append(np.stack(images, 1))
+    return np.concatenate(episodes)
 
 
-def draw_images(path: Path, task: TaskSpec, pixels: Pixels, target: Path) -> None:
-    """Copies a file of simulator states to `target` and adds the images, drawn state by state.
-
-    As robomimic does: the state files have no images. Raises UserError for a file without models and states.
-    """
-    from common.envs.robosuite_env import RobosuiteEnv
-
-    env = RobosuiteEnv(task, task.horizon or 1)
-    env.reset(seed=0)
-    with replacing(target) as temp:
-        shutil.copyfile(path, temp)
-        with h5py.File(temp, "r+") as file:
-            for name in tqdm(_episode_names(file, path, None), desc="drawing demonstrations", leave=False):
-                demo = file["data"][name]
-                if "states" not in demo or "model_file" not in demo.attrs:
-                    raise UserError(
-                        f"{path}: {name} has neither images nor states with their model_file, from which to draw them"
-                    )
-                images = []
-                for state in demo["states"][()]:
-                    env.show(demo.attrs["model_file"], state)
-                    images.append(env.images(pixels.cameras, pixels.size))
-                for i, camera in enumerate(pixels.cameras):
-                    data = np.stack(images)[:, i]
-                    demo.create_dataset(f"obs/{image_key(camera)}", data=data, compression="gzip")
-    env.close()
-
-
-def _episode_names(file: h5py.File, path: Path, filter_key: str | None) -> list[str]:
-    """Names of the chosen episodes, in numerical order."""
+def episode_names(file: h5py.File, path: Path, filter_key: str = "") -> list[str]:
+    """Names of the chosen episodes of a file, in numerical order; `path` is for messages. Raises UserError."""
     data = file.get("data")
     names = [name for name in data if re.fullmatch(r"demo_\d+", name)] if isinstance(data, h5py.Group) else []
     if not names:
         raise UserError(f"{path} has no groups data/demo_<i>; a low-dimensional robomimic file is expected")
-    if filter_key is not None:
+    if filter_key:
         masks = sorted(file.get("mask", ()))
         if filter_key not in masks:
             raise UserError(f"{path} has no mask {filter_key!r}; it has {', '.join(masks) or 'none'}")
-        chosen = {name.decode() for name in file[f"mask/{filter_key}"][()]}
+        chosen = set(file["mask"][filter_key].asstr()[()])
         if missing := chosen.difference(names):
             raise UserError(f"{path}: mask {filter_key!r} lists {min(missing)}, which is not in the file; get it again")
         if not chosen:
             raise UserError(f"{path}: mask {filter_key!r} is empty; choose another filter key")
         names = list(chosen)
-    return sorted(names, key=lambda name: int(name[5:]))
+    return sorted(names, key=lambda name: int(name.removeprefix("demo_")))
 
 
 def _check_origin(data: h5py.Group, path: Path, task: TaskSpec) -> None:
@@ -185,34 +133,31 @@ def _check_origin(data: h5py.Group, path: Path, task: TaskSpec) -> None:
         ) from error
     if env_name != task.env_name:
         raise UserError(f"{path} is for {env_name}, not for {task.env_name}; choose the matching task or file")
-    if task.suite == "robosuite" and _version(version) < (1, 5):
-        raise UserError(
-            f"{path} was recorded with robosuite {version}, which orders the object observation differently; "
-            "use the v1.5 release of the dataset"
-        )
     if task.suite == "robosuite":
+        if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (1, 5):
+            raise UserError(
+                f"{path} was recorded with robosuite {version}, which orders the object observation differently; "
+                "use the v1.5 release of the dataset"
+            )
         _check_control(origin.get("env_kwargs", {}), path, task)
 
 
-def _check_control(kwargs: dict[str, Any], path: Path, task: TaskSpec) -> None:
+def _check_control(found: dict[str, Any], path: Path, task: TaskSpec) -> None:
     """Refuses actions that mean something else here: other robots, control rate, controller or units."""
     from common.envs.robosuite_env import ARM_ACTIONS, env_kwargs
 
-    ours = env_kwargs(task.action_dim // ARM_ACTIONS)
-    arms = [config.get("controller_configs", {}).get("body_parts", {}).get("right", {}) for config in (kwargs, ours)]
-    robots = kwargs.get("robots")
-    robots = [robots] if isinstance(robots, str) else robots
-    found = {"robots": robots, "control_freq": kwargs.get("control_freq")} | arms[0]
-    wanted = {"robots": ours["robots"], "control_freq": ours["control_freq"]} | {key: arms[1][key] for key in CONTROL}
-    for key, value in wanted.items():
-        if found.get(key) is not None and found[key] != value:
+    def control(kwargs: dict[str, Any]) -> dict[str, Any]:
+        arm = kwargs.get("controller_configs", {}).get("body_parts", {}).get("right", {})
+        robots = kwargs.get("robots")
+        shared = {"robots": [robots] if isinstance(robots, str) else robots, "control_freq": kwargs.get("control_freq")}
+        return shared | {key: arm.get(key) for key in CONTROL}
+
+    recorded = control(found)
+    for key, ours in control(env_kwargs(task.action_dim // ARM_ACTIONS)).items():
+        if recorded[key] not in (None, ours):
             raise UserError(
-                f"{path} was recorded with {key} {found[key]}, {task.name} has {value}; use the v1.5 release"
+                f"{path} was recorded with {key} {recorded[key]}, {task.name} has {ours}; use the v1.5 release"
             )
-
-
-def _version(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in re.findall(r"\d+", text)[:2])
 
 
 def _read_episode(demo: h5py.Group, where: str, task: TaskSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -220,16 +165,15 @@ def _read_episode(demo: h5py.Group, where: str, task: TaskSpec) -> tuple[NDArray
     actions = _read_matrix(demo, "actions", where, task.action_dim or None)
     if (worst := np.abs(actions).max()) > 1 + 1e-6:
         raise UserError(f"{where}: actions reach {worst:g}; they must be in [-1, 1], as the environment takes them")
-    layout = dict(task.obs)
-    if not layout:
+    widths: dict[str, int | None] = {f"obs/{key}": width for key, width in task.obs}
+    if not widths:
         obs = demo.get("obs")
-        layout = {f"obs/{key}": None for key in sorted(obs)} if isinstance(obs, h5py.Group) else {"obs": None}
-    else:
-        layout = {f"obs/{key}": width for key, width in layout.items()}
-    parts = [_read_matrix(demo, key, where, width) for key, width in layout.items()]
-    for key, part in zip(layout, parts, strict=True):
-        if len(part) != len(actions):
-            raise UserError(f"{where}: {key} has {len(part)} rows for {len(actions)} actions; get the file again")
+        widths = dict.fromkeys([f"obs/{key}" for key in sorted(obs)] if isinstance(obs, h5py.Group) else ["obs"])
+    parts = []
+    for key, width in widths.items():
+        parts.append(_read_matrix(demo, key, where, width))
+        if len(parts[-1]) != len(actions):
+            raise UserError(f"{where}: {key} has {len(parts[-1])} rows for {len(actions)} actions; get the file again")
     return np.concatenate(parts, axis=1), actions
 
 
@@ -240,7 +184,7 @@ def _read_matrix(demo: h5py.Group, key: str, where: str, width: int | None) -> N
         group = demo.get("obs") if key.startswith("obs/") else demo
         found = ", ".join(sorted(group)) if isinstance(group, h5py.Group) else "nothing"
         raise UserError(f"{where} has no dataset {key}; a low-dimensional file is needed, found: {found}")
-    shape_ok = item.ndim == 2 and len(item) > 0 and item.shape[1] == (width or item.shape[1])
+    shape_ok = item.ndim == 2 and len(item) > 0 and width in (None, item.shape[1])
     if not shape_ok or item.dtype.kind not in "fiu":
         raise UserError(
             f"{where}: {key} is {item.dtype} {item.shape}; "
@@ -250,21 +194,3 @@ def _read_matrix(demo: h5py.Group, key: str, where: str, width: int | None) -> N
     if not np.isfinite(values).all():
         raise UserError(f"{where}: {key} holds NaN or infinity; leave the episode out or repair the file")
     return values
-
-
-def download(task: TaskSpec, release: str, cache_dir: Path) -> Path:
-    """Path of robomimic's dataset for the task in `cache_dir`, downloaded on first use.
-
-    release: ph (one proficient person), mh (six people, some worse), or "" for the task's first.
-
-    The publisher gives no checksums: one is recorded on first use, see `check_digest`.
-    Raises UserError without a dataset or a network, or if the file has changed.
-    """
-    if not task.datasets:
-        raise UserError(f"robomimic has no dataset for {task.name}; give demonstrations with --demos FILE.hdf5")
-    release = release or task.datasets[0]
-    if release not in task.datasets:
-        names = ", ".join(f"robomimic-{name}" for name in task.datasets)
-        raise UserError(f"--demos robomimic-{release}: {task.name} has {names}")
-    name = f"{task.name}/{release}/low_dim_v15.hdf5"
-    return obtain(cache_dir / name.replace("/", "_"), f"{HUB}v1.5/{name}", "use --demos scripted")

@@ -1,10 +1,9 @@
-"""Two gaps, one target: a two-dimensional reaching task in plain Python, with a scripted demonstrator.
+"""Two gaps, one target: a two-dimensional reaching task in plain Python.
 
 A point starts on the left, the target lies on the right, and the wall between them has two gaps. Either gap
 serves, so demonstrations are bimodal; both are narrow, so an imprecise clone gets stuck at the wall.
 """
 
-from collections.abc import Generator
 from typing import Any
 
 import gymnasium as gym
@@ -92,26 +91,3 @@ class ToyReach(gym.Env):
 
     def _obs(self) -> np.ndarray:
         return np.array((self.x, self.y, self.goal_x, self.goal_y, self.vx, self.vy), np.float32)
-
-
-def toy_expert(
-    env: ToyReach, obs: np.ndarray, rng: np.random.Generator, noise: float
-) -> Generator[np.ndarray, np.ndarray, None]:
-    """Demonstrator as a generator: yields an action (2,) float32, is sent the next observation.
-
-    It takes one of the gaps at random and steers through it to the target with hand tremor of standard
-    deviation `noise` (in units of the action range). `env` is unused: the observation tells everything.
-    """
-    gap = GAP_CENTRE if rng.random() < 0.5 else -GAP_CENTRE
-    while True:
-        x, y, goal_x, goal_y = obs[:4].tolist()
-        if x < -0.12 or (x < 0.0 and abs(y - gap) > 0.6 * GAP_HALF_WIDTH):
-            aim_x, aim_y = -0.1, gap  # line up in front of the gap
-        elif x < 0.1:
-            aim_x, aim_y = 0.2, gap  # go straight through
-        else:
-            aim_x, aim_y = goal_x, goal_y
-        command = np.array((aim_x - x, aim_y - y)) / STEP
-        command /= max(1.0, float(np.abs(command).max()))
-        action = np.clip(command + noise * rng.standard_normal(2), -1.0, 1.0).astype(np.float32)
-        obs = yield action

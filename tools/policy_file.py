@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from common.demos.scripted import Expert
 from common.envs import TaskSpec
 from common.errors import UserError
+from tools.scripted import Expert
 
 
 def load_policy(path: Path, task: TaskSpec) -> Callable[..., Expert]:

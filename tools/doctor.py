@@ -1,4 +1,4 @@
-"""Which simulators and renderers work on this machine: python -m common.doctor
+"""Which simulators and renderers work on this machine: python -m tools.doctor
 
 Every check runs in a process of its own, so that one that crashes fails alone. Exit code 1 if a suite fails.
 """

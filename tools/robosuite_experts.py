@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.spatial.transform import Rotation
 
-from common.demos.scripted import Expert
+from tools.scripted import Expert
 
 Array = NDArray[np.float64]
 Obs = NDArray[np.float32]
