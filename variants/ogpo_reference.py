@@ -542,9 +542,9 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
     batch, success, info = buffer.sample(max(c.critic_batch, a.states), rng, device), None, {}
     agent.policy_gradient_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
     if agent.policy_gradient_on:
-        if a.bc_coef > 0 and buffer.success_starts.size >= a.success_min:
+        if buffer.success_starts.size >= a.success_min:
             success = buffer.sample(a.success_batch, rng, device, success=True)
-        info = update_actor(agent, batch.obs[: a.states], success, args)
+        info = update_actor(agent, batch.obs[: a.states], success if a.bc_coef > 0 else None, args)
     info |= update_critic(agent, batch, args)
     agent.updates += 1
     agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes

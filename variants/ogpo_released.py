@@ -519,10 +519,10 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
         imitated = buffer.sample(a.success_batch, rng, device)
     if agent.policy_gradient_on:
         info = update_actor(agent, batch.obs[: a.states], imitated if a.bc_coef > 0 else None, args)
-    elif imitated:
+    elif imitated is not None:
         info = {"bc_loss": update_bc(agent, imitated, args)}
     info |= update_critic(agent, batch, args)
-    if c.success_critic and success:
+    if c.success_critic and success is not None:
         update_critic(agent, success, args)
     agent.updates += 1
     agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
