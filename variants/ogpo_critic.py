@@ -602,7 +602,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
     run.record_video("ode", "before.mp4", args.run.video)
     pretrain_critic(run, agent, demos, args)  # a run stopped from here on comes here again with the same actor
-    agent.bc_done = agent.calql_step >= args.critic.calql_steps
+    agent.bc_done = not run.stop.requested
     run.save()
 
 
