@@ -47,8 +47,13 @@ def start(
     return args, saved, run_dir
 
 
-def pick_device(name: str) -> torch.device:
-    """auto: cuda if there is a GPU, else cpu. Raises UserError on a device this machine does not have."""
+def pick_device(name: str, threads: int = 0) -> torch.device:
+    """auto: cuda if there is a GPU, else cpu. threads: torch's on a CPU, 0 leaves them as they are.
+
+    Raises UserError on a device this machine does not have.
+    """
+    if threads:
+        torch.set_num_threads(threads)
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
