@@ -116,7 +116,7 @@ def test_stop_if_not_finite_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
 
 
-def test_residual_then_student_learn_in_two_stages(tmp_path: Path) -> None:
+def test_train_of_the_two_stages_moves_residual_then_student(tmp_path: Path) -> None:
     """Stage one moves the residual network, stage two the student alone."""
     run(tmp_path, "flm_train.py", *SMALL, "--total-steps", "10", "--run-name", "flow")
     teacher = ["--teacher", str(tmp_path / "flow"), "--run-dir", str(tmp_path), "--data-dir", str(tmp_path)]
