@@ -29,11 +29,12 @@ Symbols
     E                   net.embed            (V, d)       the network reads x only through x E
 """
 
+from __future__ import annotations
+
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch: waiting threads spin a little, and starve no other
 
-import contextlib
 import copy
 import functools
 import math
@@ -46,15 +47,16 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint as recompute
 
 from common import checkpoint, cli
-from common.batches import Ranks, mixed_seed, row_noise, row_order
-from common.errors import UserError
+from common.batches import Ranks, micro_batches, mixed_seed, row_noise, rows_at_once, token_ids
 from common.machine import use_bf16
+from common.meter import Meter
 from common.released import load_released
-from common.start import start
-from common.text_run import TextRun
+from common.runlog import Averages
+from common.start import pick_device, start
+from common.tensors import flex_attention, interpolate, sum_by_rows
+from common.text_run import TextRun, check_fit, load_judge, open_text
 
 # --- Arguments. Values below are those of the embedded corpus; SETTINGS holds what other data change. ----------------
 
@@ -101,13 +103,10 @@ class ModelArgs:
 
 @dataclass
 class FlowArgs:
-    """Noise, targets and loss [P 1], and the paper's ablations."""
+    """Noise and time [P 1]; other losses of the paper: variants/flm_ablations.py."""
 
     space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
     reparam: bool = True  # tau is uniform: equal steps in decoding accuracy; else t is uniform
-    predict: Literal["denoiser", "velocity"] = "denoiser"  # what the network outputs; velocity needs one-hot space
-    softmax: bool = True  # the denoiser is a softmax; else raw outputs (with --loss mse)
-    loss: Literal["ce", "mse"] = "ce"  # cross entropy or squared error summed over V
 
 
 @dataclass
@@ -128,15 +127,10 @@ class TrainArgs:
 
 @dataclass
 class SampleArgs:
-    """Sampling and evaluation [P 1.4, 5]."""
+    """Sampling and evaluation [P 1.4, 5]; bridge sampling, autoguidance: variants/flm_sampling.py."""
 
     steps: tuple[int, ...] = (1, 2, 4, 8, 16, 32, 128)  # numbers of network calls to evaluate
     samples: int = 256  # texts per number of steps
-    sampler: Literal["euler", "bridge"] = "euler"  # the paper's, or posterior-bridge sampling
-    temperature: float = 1.0  # bridge: of the posterior that the clean token is drawn from
-    top_p: float = 1.0  # bridge: nucleus of that posterior
-    guidance: float = 1.0  # autoguidance: weak + guidance * (strong - weak), weak = with dropout; 1: off
-    guidance_dropout: float = 0.1  # dropout of the weak network
     judge: str = "ngram"  # ngram, smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl
     judge_path: str = ""  # file or folder of the judge's weights, instead of fetching them
     show: int = 3  # samples printed
@@ -172,15 +166,180 @@ def default_args(data: str = "austen") -> Args:
     return cli.override(Args(), dict(data=data) | SETTINGS.get(data.split(":")[0], {}))
 
 
+# --- Where noise and states live -------------------------------------------------------------------------------------
+
+
+class GramNoise(torch.autograd.Function):
+    """xi (..., d) standard normal -> noise of law N(0, E^T E) per token, the law of eps E for eps ~ N(0, I_V).
+
+    Backward to E: the expectation, given the noise, of the gradient eps^T g that eps E would have. Same mean, less
+    variance: with L L^T = E^T E and noise = xi L^T it is E L^-T (xi^T g).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embed: Tensor, xi: Tensor) -> Tensor:
+        chol = torch.linalg.cholesky(embed.mT @ embed)  # (d, d)
+        ctx.save_for_backward(embed, chol, xi)
+        return xi @ chol.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        embed, chol, xi = ctx.saved_tensors
+        outer = xi.flatten(0, -2).mT @ grad.flatten(0, -2)  # (d, d)
+        return embed @ torch.linalg.solve_triangular(chol.mT, outer, upper=True), None
+
+
+@dataclass(frozen=True)
+class EmbeddingSpace:
+    """States are x E, (.., d): exact, because the network reads x only through x E and every update is linear in x.
+
+    noise has the law of x_0 E, tokens and probabilities enter through E. [deviation: not in the paper; docs 4]
+    """
+
+    embed: Tensor  # E (V, d)
+
+    @property
+    def width(self) -> int:
+        return self.embed.shape[1]
+
+    def tokens(self, y: Tensor) -> Tensor:
+        return self.embed[y]
+
+    def noise(self, xi: Tensor) -> Tensor:
+        return GramNoise.apply(self.embed, xi)
+
+    def mean(self, probs: Tensor) -> Tensor:
+        return probs @ self.embed
+
+    def read(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class OneHotSpace:
+    """States are x itself, (.., V): the paper's words, and the reference for EmbeddingSpace."""
+
+    embed: Tensor  # E (V, d)
+
+    @property
+    def width(self) -> int:
+        return self.embed.shape[0]
+
+    def tokens(self, y: Tensor) -> Tensor:
+        return F.one_hot(y, len(self.embed)).to(self.embed.dtype)
+
+    def noise(self, xi: Tensor) -> Tensor:
+        return xi
+
+    def mean(self, probs: Tensor) -> Tensor:
+        return probs
+
+    def read(self, x: Tensor) -> Tensor:
+        return x @ self.embed
+
+
+Space = EmbeddingSpace | OneHotSpace
+
+
+def make_space(net: DiT, name: str) -> Space:
+    return {"embedding": EmbeddingSpace, "onehot": OneHotSpace}[name](net.embed)
+
+
+def interpolant(space: Space, tokens: Tensor, xi: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x_0 + t x_1 [P 1.1]: tokens (B, L), xi (B, L, W) standard normal, t (B,) -> (B, L, W)."""
+    t = t[:, None, None]
+    return (1 - t) * space.noise(xi) + t * space.tokens(tokens)
+
+
+# --- Time: measured in decoding accuracy -----------------------------------------------------------------------------
+
+
+def accuracy_table(vocab: int, points: int = 10_000) -> Tensor:
+    """(2, n) float64, rows t and tau(t), both strictly increasing from 0 to 1 [P 1.3].
+
+    The argmax of a noised one-hot t e_y + (1 - t) eps is y with probability q = E_z[Phi(z + t / (1 - t))^(V - 1)];
+    tau rescales q from [1/V, 1] to [0, 1]. Trapezoid rule in z, exact to rounding [deviation: the released code takes
+    100 Gauss-Hermite nodes, up to 1e-4 off].
+    """
+    t = torch.arange(points, dtype=torch.float64) / points
+    z = torch.linspace(-9, 9, 1_001, dtype=torch.float64)
+    weight = torch.exp(-0.5 * z**2)
+    weight /= weight.sum()
+    q = torch.cat([
+        torch.exp((vocab - 1) * torch.special.log_ndtr(z + (part / (1 - part))[:, None])) @ weight
+        for part in t.split(1_000)
+    ])  # fmt: skip
+    tau = (vocab * q - 1) / (vocab - 1)
+    tau[0] = 0
+    keep = torch.cat([torch.tensor([True]), tau[1:] > torch.cummax(tau, 0).values[:-1]]) & (tau < 1)
+    return torch.stack([torch.cat([row[keep], torch.ones(1, dtype=torch.float64)]) for row in (t, tau)])
+
+
+@dataclass(frozen=True)
+class Clock:
+    """t(tau) by linear interpolation in the table; without one they are equal."""
+
+    table: Tensor | None
+
+    def t(self, tau: Tensor) -> Tensor:
+        return tau if self.table is None else interpolate(tau, self.table[1], self.table[0])
+
+
+# --- Loss ------------------------------------------------------------------------------------------------------------
+
+
+def flm_loss(
+    net: DiT, tokens: Tensor, tau: Tensor, t: Tensor, xi: Tensor, flow: FlowArgs, rows: int = 0
+) -> Tensor:  # fmt: skip
+    """Cross entropy of the clean tokens given x_t, -log D_t(x_t)[y], mean over tokens; no weight over time [P 1.2].
+
+    tokens (B, L), tau and t (B,), xi (B, L, W) standard normal -> scalar. rows: whose logits exist at a time; 0: all.
+    """
+    space = make_space(net, flow.space)
+    h, cond = net.trunk(space.read(interpolant(space, tokens, xi, t)), tau)
+
+    def cross_entropy(h: Tensor, cond: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(net.head(h, cond).flatten(0, 1), y.flatten(), reduction="sum")
+
+    return sum_by_rows(cross_entropy, rows, h, cond, tokens) / tokens.numel()
+
+
+def stratified_times(step: int, batch: int, seed: int) -> Tensor:
+    """(batch,) uniform in [0, 1], one in each of `batch` equal intervals, in random order [P 1.2]."""
+    generator = torch.Generator().manual_seed(mixed_seed(seed, 1, step))
+    place = torch.randperm(batch, generator=generator)
+    return (place + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch
+
+
+# --- Sampler ---------------------------------------------------------------------------------------------------------
+
+
+def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, space: Space) -> Tensor:
+    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L)."""
+    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    t = clock.t(tau)
+    for i in range(steps):
+        probs = net(space.read(x), tau[i].expand(len(x))).softmax(-1)  # D_t(x) (B, L, V)
+        if i < steps - 1:
+            x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (space.mean(probs) - x)
+    return probs.argmax(-1)
+
+
+@torch.no_grad()
+def generate(net: DiT, args: Args, clock: Clock, samples: int, steps: int) -> Tensor:
+    """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
+    net.eval()
+    device, space, texts = net.embed.device, make_space(net, args.flow.space), []
+    generator = torch.Generator(device).manual_seed(args.run.seed)
+    rows = rows_at_once(device, args.model.length)
+    for done in range(0, samples, rows):
+        shape = (min(rows, samples - done), args.model.length, space.width)
+        x = space.noise(torch.randn(shape, generator=generator, device=device))
+        texts.append(sample_euler(net, x, steps, clock, space))
+    return torch.cat(texts)
+
+
 # --- Network ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def flex() -> Any:
-    """Fused attention with a cap, compiled once; only worth it on a GPU."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
@@ -189,7 +348,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
     Written out: at short length faster than the fused kernels on a CPU, and those have no cap.
     """
     if q.is_cuda and cap and q.shape[2] >= 256:
-        return flex()(q, k, v, score_mod=lambda s, b, h, i, j: cap * torch.tanh(s / cap))
+        return flex_attention()(q, k, v, score_mod=lambda score, b, h, i, j: cap * torch.tanh(score / cap))
     if not cap and (q.is_cuda or q.shape[2] >= 256):
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
@@ -297,295 +456,7 @@ class DiT(nn.Module):
         return self.head(*self.trunk(h, *tau))
 
 
-# --- Time: measured in decoding accuracy -----------------------------------------------------------------------------
-
-
-def accuracy_table(vocab: int, points: int = 10_000) -> Tensor:
-    """(2, n) float64, rows t and tau(t), both strictly increasing from 0 to 1 [P 1.3].
-
-    The argmax of a noised one-hot t e_y + (1 - t) eps is y with probability q = E_z[Phi(z + t / (1 - t))^(V - 1)];
-    tau rescales q from [1/V, 1] to [0, 1]. Trapezoid rule in z, exact to rounding [deviation: the released code takes
-    100 Gauss-Hermite nodes, up to 1e-4 off].
-    """
-    t = torch.arange(points, dtype=torch.float64) / points
-    z = torch.linspace(-9, 9, 1_001, dtype=torch.float64)
-    weight = torch.exp(-0.5 * z**2)
-    weight /= weight.sum()
-    q = torch.cat([
-        torch.exp((vocab - 1) * torch.special.log_ndtr(z + (part / (1 - part))[:, None])) @ weight
-        for part in t.split(1_000)
-    ])  # fmt: skip
-    tau = (vocab * q - 1) / (vocab - 1)
-    tau[0] = 0
-    keep = torch.cat([torch.tensor([True]), tau[1:] > torch.cummax(tau, 0).values[:-1]]) & (tau < 1)
-    return torch.stack([torch.cat([row[keep], torch.ones(1, dtype=torch.float64)]) for row in (t, tau)])
-
-
-@dataclass(frozen=True)
-class Clock:
-    """t(tau) and tau(t) by linear interpolation in the table; without one they are equal."""
-
-    table: Tensor | None
-
-    def t(self, tau: Tensor) -> Tensor:
-        return tau if self.table is None else interpolate(tau, self.table[1], self.table[0])
-
-    def tau(self, t: Tensor) -> Tensor:
-        return t if self.table is None else interpolate(t, self.table[0], self.table[1])
-
-    def rate(self, t: Tensor) -> Tensor:
-        """d tau / d t"""
-        if self.table is None:
-            return torch.ones_like(t)
-        i = torch.searchsorted(self.table[0], t.double().contiguous()).clamp(1, self.table.shape[1] - 1)
-        step = self.table[:, i] - self.table[:, i - 1]
-        return (step[1] / step[0]).to(t.dtype)
-
-
-def interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
-    """x any shape in [0, 1]; xp increasing (n,), fp (n,) -> values at x, in x's dtype."""
-    x64 = x.double().clamp(0, 1)
-    i = torch.searchsorted(xp, x64.contiguous()).clamp(1, len(xp) - 1)
-    share = (x64 - xp[i - 1]) / (xp[i] - xp[i - 1])
-    return (fp[i - 1] + share * (fp[i] - fp[i - 1])).to(x.dtype)
-
-
-# --- Where noise and states live -------------------------------------------------------------------------------------
-
-
-class GramNoise(torch.autograd.Function):
-    """xi (..., d) standard normal -> noise of law N(0, E^T E) per token, the law of eps E for eps ~ N(0, I_V).
-
-    Backward to E: the expectation, given the noise, of the gradient eps^T g that eps E would have. Same mean, less
-    variance: with L L^T = E^T E and noise = xi L^T it is E L^-T (xi^T g).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, embed: Tensor, xi: Tensor) -> Tensor:
-        chol = torch.linalg.cholesky(embed.mT @ embed)  # (d, d)
-        ctx.save_for_backward(embed, chol, xi)
-        return xi @ chol.mT
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        embed, chol, xi = ctx.saved_tensors
-        outer = xi.flatten(0, -2).mT @ grad.flatten(0, -2)  # (d, d)
-        return embed @ torch.linalg.solve_triangular(chol.mT, outer, upper=True), None
-
-
-@dataclass(frozen=True)
-class EmbeddingSpace:
-    """States are x E, (.., d): exact, because the network reads x only through x E and every update is linear in x.
-
-    noise has the law of x_0 E, tokens and probabilities enter through E. [deviation: not in the paper; docs 4]
-    """
-
-    embed: Tensor  # E (V, d)
-
-    @property
-    def width(self) -> int:
-        return self.embed.shape[1]
-
-    def tokens(self, y: Tensor) -> Tensor:
-        return self.embed[y]
-
-    def noise(self, xi: Tensor) -> Tensor:
-        return GramNoise.apply(self.embed, xi)
-
-    def mean(self, probs: Tensor) -> Tensor:
-        return probs @ self.embed
-
-    def read(self, x: Tensor) -> Tensor:
-        return x
-
-
-@dataclass(frozen=True)
-class OneHotSpace:
-    """States are x itself, (.., V): the paper's words, and the reference for EmbeddingSpace."""
-
-    embed: Tensor  # E (V, d)
-
-    @property
-    def width(self) -> int:
-        return self.embed.shape[0]
-
-    def tokens(self, y: Tensor) -> Tensor:
-        return F.one_hot(y, len(self.embed)).to(self.embed.dtype)
-
-    def noise(self, xi: Tensor) -> Tensor:
-        return xi
-
-    def mean(self, probs: Tensor) -> Tensor:
-        return probs
-
-    def read(self, x: Tensor) -> Tensor:
-        return x @ self.embed
-
-
-Space = EmbeddingSpace | OneHotSpace
-
-
-def make_space(net: DiT, name: str) -> Space:
-    return {"embedding": EmbeddingSpace, "onehot": OneHotSpace}[name](net.embed)
-
-
-# --- Loss ------------------------------------------------------------------------------------------------------------
-
-
-def by_rows(loss: Any, rows: int, *tensors: Tensor) -> Tensor:
-    """Sum of loss(*chunk) over chunks of `rows` rows; with several chunks, each is recomputed in the backward pass."""
-    if not rows or rows >= len(tensors[0]):
-        return loss(*tensors)
-    parts = zip(*(x.split(rows) for x in tensors), strict=True)
-    return torch.stack([recompute(loss, *part, use_reentrant=False) for part in parts]).sum()
-
-
-def flm_loss(
-    net: DiT, tokens: Tensor, tau: Tensor, t: Tensor, xi: Tensor, f: FlowArgs, rows: int = 0
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss per token [P 1.2]: tokens (B, L), tau and t (B,), xi (B, L, W) standard normal -> scalar.
-
-    Default: cross entropy of the clean token, -log D_t(x_t)[y]; no weight over time.
-    """
-    space = make_space(net, f.space)
-    noise, data, s = space.noise(xi), space.tokens(tokens), t[:, None, None]
-    h, cond = net.trunk(space.read((1 - s) * noise + s * data), tau)
-
-    def chunk_loss(h: Tensor, cond: Tensor, y: Tensor, velocity: Tensor) -> Tensor:
-        out = net.head(h, cond)
-        if f.loss == "ce":
-            return F.cross_entropy(out.flatten(0, 1), y.flatten(), reduction="sum")
-        if f.predict == "velocity":
-            return (out - velocity).square().sum()
-        out = out.softmax(-1) if f.softmax else out
-        # ||out - e_y||^2 without making e_y
-        return out.square().sum() - 2 * out.gather(-1, y[..., None]).sum() + y.numel()
-
-    velocity = data - noise if f.predict == "velocity" else h
-    loss = by_rows(chunk_loss, rows, h, cond, tokens, velocity) / tokens.numel()
-    return loss, {"loss": loss.detach()}
-
-
-class Objective(nn.Module):
-    """flm_loss as a module: what DistributedDataParallel wraps."""
-
-    def __init__(self, net: DiT, f: FlowArgs, rows: int) -> None:
-        super().__init__()
-        self.net, self.flow, self.rows = net, f, rows
-
-    def forward(self, tokens: Tensor, tau: Tensor, t: Tensor, xi: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        return flm_loss(self.net, tokens, tau, t, xi, self.flow, self.rows)
-
-
-# --- Samplers --------------------------------------------------------------------------------------------------------
-
-
-def denoise(net: DiT, space: Space, x: Tensor, tau: Tensor, t: Tensor, f: FlowArgs) -> Tensor:
-    """D_t(x) (B, L, V) from whatever the network predicts; tau and t scalars or (B,)."""
-    out = net(space.read(x), tau.expand(len(x)))
-    if f.predict == "velocity":
-        return x + (1 - t.expand(len(x))[:, None, None]).to(x.dtype) * out
-    return out.softmax(-1) if f.softmax else out
-
-
-def guided(net: DiT, space: Space, x: Tensor, tau: Tensor, t: Tensor, f: FlowArgs, s: SampleArgs) -> Tensor:
-    """Autoguidance: away from the same network weakened by dropout."""
-    strong = denoise(net, space, x, tau, t, f)
-    if s.guidance == 1:
-        return strong
-    for block in net.blocks:
-        block.dropout, kept = s.guidance_dropout, block.dropout
-        block.training = True
-    weak = denoise(net, space, x, tau, t, f)
-    for block in net.blocks:
-        block.dropout, block.training = kept, False
-    return weak + s.guidance * (strong - weak)
-
-
-def draw(probs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Token ids from probs (..., V) at uniform (...,): probs^(1 / temperature), restricted to the nucleus top_p."""
-    if temperature == 0:
-        return probs.argmax(-1)
-    p, order = (probs.double().log() / temperature).softmax(-1).sort(-1, descending=True)
-    below = p.cumsum(-1)
-    p = torch.where(below - p < top_p, p, 0.0)  # the most probable token always stays
-    total = p.cumsum(-1)
-    place = torch.searchsorted(total, uniform[..., None].double() * total[..., -1:]).clamp(max=p.shape[-1] - 1)
-    return order.gather(-1, place).squeeze(-1)
-
-
-def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, f: FlowArgs, s: SampleArgs) -> Tensor:
-    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L)."""
-    space = make_space(net, f.space)
-    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    t = clock.t(tau)
-    for i in range(steps - 1):
-        probs = guided(net, space, x, tau[i], t[i], f, s)
-        x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (space.mean(probs) - x)
-    return guided(net, space, x, tau[-2], t[-2], f, s).argmax(-1)
-
-
-def bridge_coefficients(t: Tensor, s: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """x_s given x_t and the clean token is a x_t + b x_1 + sqrt(v) noise, 0 <= t < s < 1 -> a, b, v [P 1.5]."""
-    a = t * (1 - s) ** 2 / (s * (1 - t) ** 2)
-    b = (s - t) * (s + t - 2 * s * t) / (s * (1 - t) ** 2)
-    v = (1 - s) ** 2 * (s - t) * (s + t - 2 * s * t) / (s**2 * (1 - t) ** 2)
-    return a, b, v
-
-
-def sample_bridge(
-    net: DiT, x: Tensor, steps: int, clock: Clock, f: FlowArgs, s: SampleArgs, generator: torch.Generator
-) -> Tensor:
-    """Posterior-bridge sampling: draw a clean text, go to the next time conditioned on it [P 1.5]."""
-    space = make_space(net, f.space)
-    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    t = clock.t(tau)
-    for i in range(steps):
-        probs = guided(net, space, x, tau[i], t[i], f, s).clamp(min=1e-30)
-        y = draw(probs, torch.rand(x.shape[:2], generator=generator, device=x.device), s.temperature, s.top_p)
-        if i < steps - 1:
-            a, b, v = (c.to(x.dtype) for c in bridge_coefficients(t[i], t[i + 1]))
-            xi = torch.randn(x.shape, generator=generator, device=x.device)
-            x = a * x + b * space.tokens(y) + v.sqrt() * space.noise(xi)
-    return y
-
-
-def rows_at_once(device: torch.device, length: int) -> int:
-    """Rows whose logits exist at a time outside training: what a CPU's cache holds, what a GPU's memory does."""
-    return max(1, 2 ** (14 if device.type == "cuda" else 10) // length)
-
-
-@torch.no_grad()
-def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int) -> Tensor:
-    """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
-    net.eval()
-    device, space, out = net.embed.device, make_space(net, args.flow.space), []
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = rows_at_once(device, args.model.length)
-    for done in range(0, samples, rows):
-        shape = (min(rows, samples - done), args.model.length, space.width)
-        x = space.noise(torch.randn(shape, generator=generator, device=device))
-        if args.sample.sampler == "bridge":
-            out.append(sample_bridge(net, x, steps, clock, args.flow, args.sample, generator))
-        else:
-            out.append(sample_euler(net, x, steps, clock, args.flow, args.sample))
-    return torch.cat(out)
-
-
-def sampler_tag(s: SampleArgs) -> str:
-    """Part of the names of the files of an evaluation; empty for the paper's sampler."""
-    tag = f"_bridge_t{s.temperature:g}_p{s.top_p:g}" if s.sampler == "bridge" else ""
-    return tag + (f"_g{s.guidance:g}" if s.guidance != 1 else "")
-
-
 # --- Training --------------------------------------------------------------------------------------------------------
-
-
-def stratified_times(step: int, batch: int, seed: int) -> Tensor:
-    """(batch,) uniform in [0, 1], one in each of `batch` equal intervals, in random order [P 1.2]."""
-    generator = torch.Generator().manual_seed(mixed_seed(seed, 1, step))
-    place = torch.randperm(batch, generator=generator)
-    return (place + torch.rand(batch, generator=generator, dtype=torch.float64)) / batch
 
 
 def learning_rate(step: int, a: TrainArgs) -> float:
@@ -594,90 +465,75 @@ def learning_rate(step: int, a: TrainArgs) -> float:
     return a.lr * min(1.0, (step + 1) / max(a.warmup, 1), left)
 
 
-def train_step(
-    objective: nn.Module, net: DiT, ema: DiT, optimizer: torch.optim.Optimizer, step: int, data: np.ndarray,
-    clock: Clock, ranks: Ranks, args: Args,
-) -> dict[str, Tensor]:  # fmt: skip
-    """One optimizer step on the global batch of `step`; every draw is a function of the seed and the step."""
-    a, seed, device = args.train, args.run.seed, net.embed.device
-    torch.manual_seed(mixed_seed(seed, 3, step, ranks.rank))  # dropout
-    mine = ranks.rows(a.batch)
-    index = row_order(step, a.batch, len(data), seed)[mine.start : mine.stop]
-    tau = stratified_times(step, a.batch, seed)[mine.start : mine.stop].to(device)
-    width = make_space(net, args.flow.space).width
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, a)
-    optimizer.zero_grad()
-    infos = []
-    micro = a.micro_batch or len(mine)
-    for first in range(0, len(mine), micro):
-        part = slice(first, min(first + micro, len(mine)))
-        tokens = torch.from_numpy(data[index[part]].astype(np.int64)).to(device)
-        xi = row_noise(step, mine[part], (tokens.shape[1], width), seed, device)
-        share = len(tokens) / len(mine)
-        last = part.stop == len(mine)
-        sync = contextlib.nullcontext() if last or ranks.world == 1 else objective.no_sync()
-        with sync:
-            loss, info = objective(tokens, tau[part].float(), clock.t(tau[part]).float(), xi)
-            (share * loss).backward()
-        infos.append({k: share * v for k, v in info.items()})
-    info = {k: torch.stack([i[k] for i in infos]).sum() for k in infos[0]}
-    info["grad_norm"] = nn.utils.clip_grad_norm_(net.parameters(), a.clip)
-    optimizer.step()
-    decay = min(a.ema, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-    return info
-
-
 @torch.no_grad()
 def validate(net: DiT, rows: np.ndarray, clock: Clock, args: Args) -> dict[str, float]:
-    """Cross entropy of held-out rows at fixed times and noise, mean and in quarters of tau.
-
-    Outputs that are no distribution over the tokens have none: squared error there, under the name mse.
-    """
+    """Cross entropy of held-out rows at fixed times and noise, mean and in quarters of tau."""
     net.eval()
     space, device, count = make_space(net, args.flow.space), net.embed.device, min(len(rows), 256)
-    proper, losses = args.flow.softmax and args.flow.predict == "denoiser", []
+    losses = []
     at_once = rows_at_once(device, args.model.length)
-    for i in range(0, count, at_once):
-        part = range(i, min(i + at_once, count))
-        tau = (torch.tensor(part, dtype=torch.float64, device=device) + 0.5) / count
-        tokens = torch.from_numpy(rows[part.start : part.stop].astype(np.int64)).to(device)
-        xi = row_noise(0, part, (tokens.shape[1], space.width), 0, device)
-        t = clock.t(tau).float()
-        x = (1 - t[:, None, None]) * space.noise(xi) + t[:, None, None] * space.tokens(tokens)
-        probs = denoise(net, space, x, tau, t, args.flow)
-        own = probs.gather(-1, tokens[..., None])  # (B, L, 1)
-        loss = -own.clamp(min=1e-9).log() if proper else probs.square().sum(-1, keepdim=True) - 2 * own + 1
-        losses.append(loss.mean((1, 2)))
-    name, quarters = "valid/ce" if proper else "valid/mse", torch.cat(losses).chunk(4)
-    return {name: torch.cat(losses).mean().item()} | {
-        f"{name}_quarter{i + 1}": q.mean().item() for i, q in enumerate(quarters)
-    }
+    for first in range(0, count, at_once):
+        places = range(first, min(first + at_once, count))
+        tau = (torch.tensor(places, dtype=torch.float64, device=device) + 0.5) / count
+        tokens = token_ids(rows[places.start : places.stop], device)
+        xi = row_noise(0, places, (tokens.shape[1], space.width), 0, device)
+        x = interpolant(space, tokens, xi, clock.t(tau).float())
+        probs = net(space.read(x), tau).softmax(-1)
+        losses.append(-probs.gather(-1, tokens[..., None]).clamp(min=1e-9).log().mean((1, 2)))  # (B,)
+    loss = torch.cat(losses)
+    quarters = {f"valid/ce_quarter{i + 1}": q.mean().item() for i, q in enumerate(loss.chunk(4))}
+    return {"valid/ce": loss.mean().item()} | quarters
 
 
 def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
-    """Returns the averaged network."""
-    a = args.train
+    """Optimize; log, evaluate and save when due. Draws are functions of seed and step. Returns the averaged net."""
+    r, m, a, ranks, device = args.run, args.model, args.train, run.ranks, run.device
     ema = copy.deepcopy(net).requires_grad_(False)
     optimizer = torch.optim.AdamW(net.parameters(), lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
-    run.attach(net, {"net": net, "ema": ema, "optimizer": optimizer})
-    objective: nn.Module = Objective(net, args.flow, a.loss_rows)
-    if args.run.compile:
+    averages = Averages()  # metrics since the last line of the log
+    run.open_log(a.total_steps, sum(p.numel() for p in net.parameters()), r.wandb_project, r.tensorboard)
+    run.track(averages, net=net, ema=ema, optimizer=optimizer)
+    meter = Meter(
+        net, batch=a.batch, layers=m.layers, length=m.length, width=m.width, processes=ranks.world,
+        bf16=use_bf16(m.precision, device), step=run.step,
+    )  # fmt: skip
+    if r.compile:
         net.trunk = torch.compile(net.trunk)
-    if run.ranks.world > 1:
-        objective = nn.parallel.DistributedDataParallel(objective)
-    few = min(32, args.sample.samples)
-    while run.running():
-        net.train()
-        run.count(train_step(objective, net, ema, optimizer, run.step, run.data.train, clock, run.ranks, args))
-        if run.due(args.run.eval_every) and run.chief:
-            valid = validate(ema, run.data.valid, clock, args)
-            name, loss = next(iter(valid.items()))
-            run.note(valid, f"{name} {loss:.3f}")
-            run.glance(lambda steps: generate(ema, steps, args, clock, few, args.run.seed), (1, 32))
-    run.save()
+    width, few = make_space(net, args.flow.space).width, min(32, args.sample.samples)
+    net.train()
+    while run.step < a.total_steps and not run.stop_requested():
+        torch.manual_seed(mixed_seed(r.seed, 3, run.step, ranks.rank))  # dropout
+        batch_tau = stratified_times(run.step, a.batch, r.seed).to(device)  # (batch,)
+        losses = []
+        optimizer.zero_grad()
+        for places, tokens in micro_batches(run.data.train, run.step, a.batch, a.micro_batch, r.seed, ranks, device):
+            tau = batch_tau[places]
+            xi = row_noise(run.step, places, (m.length, width), r.seed, device)  # (B, L, W)
+            loss = flm_loss(net, tokens, tau.float(), clock.t(tau).float(), xi, args.flow, a.loss_rows)
+            loss = len(places) / (a.batch // ranks.world) * loss
+            loss.backward()
+            losses.append(loss.detach())
+        ranks.average_gradients(net.parameters())
+        grad_norm = nn.utils.clip_grad_norm_(net.parameters(), a.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.step, a)
+        optimizer.step()
+        decay = min(a.ema, (1 + run.step) / (10 + run.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
+        averages.add({"loss": torch.stack(losses).sum(), "grad_norm": grad_norm})
+        run.step += 1
+
+        if run.due(r.log_every):
+            metrics = ranks.mean(averages.take(), device)
+            run.stop_if_not_finite(metrics)
+            run.log_training(metrics, meter.take(run.step))
+        if run.due(r.eval_every) and ranks.chief:
+            run.log_validation(validate(ema, run.data.valid, clock, args))
+            run.log_samples(functools.partial(generate, ema, args, clock, few), (1, 32))
+        if run.due(r.checkpoint_every):
+            run.save_checkpoint()
+    run.save_checkpoint()
     return ema
 
 
@@ -689,49 +545,38 @@ AT_LEAST = dict(
 )  # fmt: skip
 
 
-def check(args: Args, vocab: int, world: int) -> None:
-    """Raises UserError on combinations that cannot work."""
-    f, m = args.flow, args.model
-    if f.space == "embedding" and vocab <= m.width:
-        raise UserError(f"--space embedding needs a vocabulary larger than --width ({vocab} <= {m.width}); use onehot")
-    if f.predict == "velocity" and (f.space, f.loss) != ("onehot", "mse"):
-        raise UserError("--predict velocity needs --space onehot --loss mse: its target is the noise itself")
-    if f.loss == "ce" and not f.softmax:
-        raise UserError("--loss ce needs --softmax; use --loss mse for raw outputs")
-    if m.width % m.heads or m.width // m.heads % 2:
-        raise UserError(f"--width {m.width} must be an even multiple of --heads {m.heads}")
-    if args.train.batch % world:
-        raise UserError(f"--batch {args.train.batch} must be a multiple of the {world} processes")
-
-
 def main(argv: list[str]) -> None:
-    args, saved, run_dir = start(
+    args, saved, folder = start(
         argv, default_args, chosen_by=("data",), description=__doc__,
         folder_name="flm__{data}__s{seed}", fixed=FIXED, at_least=AT_LEAST,
     )  # fmt: skip
-    with checkpoint.StopSignal() as stop:
-        run = TextRun(cli.flatten(args), run_dir, stop, saved)
-        vocab = run.data.tokenizer.vocab_size
-        check(args, vocab, run.ranks.world)
-        torch.manual_seed(args.run.seed)
-        net = DiT(args.model, vocab).to(run.device)
-        if args.model.embed_init == "frequency":
-            net.scale_rows(torch.from_numpy(run.data.counts()).to(run.device))
-        clock = Clock(accuracy_table(vocab).to(run.device) if args.flow.reparam else None)
-        try:
-            if args.run.eval:
+    r, m, sample = args.run, args.model, args.sample
+    with checkpoint.StopSignal() as stop, Ranks.join() as ranks:
+        device, data_dir = pick_device(r.device, r.threads), Path(r.data_dir)
+        torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
+        data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
+        vocab = data.tokenizer.vocab_size
+        check_fit(args.flow.space, vocab, m.width, m.heads, args.train.batch, ranks.world, sample.steps)
+        judge = load_judge(sample.judge, sample.judge_path, data, data_dir, device) if ranks.chief else None
+        torch.manual_seed(r.seed)
+        net = DiT(m, vocab).to(device)
+        if m.embed_init == "frequency":
+            net.scale_rows(torch.from_numpy(data.counts()).to(device))
+        clock = Clock(accuracy_table(vocab).to(device) if args.flow.reparam else None)
+        with TextRun(
+            folder, saved, stop=stop, args=cli.flatten(args), ranks=ranks, device=device, data=data, judge=judge
+        ) as run:
+            if r.eval:
                 net.load_state_dict(saved["ema"])
-            elif args.run.released:
-                load_released(Path(args.run.released), net)
+            elif r.released:
+                load_released(Path(r.released), net)
             else:
                 net = train(run, net, clock, args)
             if stop.requested:
-                print(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
-            elif run.chief:
-                make = lambda steps: generate(net, steps, args, clock, args.sample.samples, args.run.seed)  # noqa: E731
-                run.evaluate(make, sampler_tag(args.sample))
-        finally:
-            run.close()
+                print(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
+            elif ranks.chief:
+                make = functools.partial(generate, net, args, clock, sample.samples)
+                run.evaluate(make, sample.steps, sample.samples, sample.show)
 
 
 if __name__ == "__main__":

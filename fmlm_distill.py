@@ -6,12 +6,12 @@ there; [deviation: why] marks where we differ.
 
 The flow of flm_train.py takes many small steps. The two-time denoiser delta_{s,t} jumps from any s to any t at once,
 X_{s,t}(x) = ((1 - t) x + (t - s) delta_{s,t}(x)) / (1 - s); it is a weighted mean of the denoisers on the way, hence a
-softmax too. It is trained by an identity that only the true map fulfils, with cross entropy: a jump s -> t equals the
-jumps s -> u -> t (semigroup, the default). On the diagonal s = t it is the teacher's denoiser.
+softmax too. It is trained with cross entropy by an identity that only the true map fulfils: a jump s -> t equals the
+jumps s -> u -> t (semigroup). On the diagonal s = t it is the teacher's denoiser. Other identities:
+variants/fmlm_recipes.py; the recipe of the paper's first version: variants/fmlm_two_stage.py.
 
     python fmlm_distill.py --teacher runs/FLM_RUN           # distil a run of flm_train.py
     python fmlm_distill.py --data toy                       # no teacher: learn flow and map together
-    python fmlm_distill.py --teacher RUN --recipe lagrangian  # or eulerian; first version: variants/fmlm_two_stage.py
     torchrun --nproc_per_node 8 fmlm_distill.py --teacher RUN
     python fmlm_distill.py --eval runs/NAME --steps 1 2 4 --gamma 1   # perplexity, entropy, samples
     python fmlm_distill.py --resume runs/NAME
@@ -29,31 +29,35 @@ Symbols
     E                   net.embed                 (V, d)       the network reads x only through x E
 """
 
+from __future__ import annotations
+
 import os
 
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch: waiting threads spin a little, and starve no other
 
-import contextlib
 import copy
 import functools
 import math
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import checkpoint, cli
-from common.batches import Ranks, mixed_seed, row_noise, row_order
+from common.batches import Ranks, micro_batches, mixed_seed, row_noise, rows_at_once
 from common.errors import UserError
 from common.machine import use_bf16
+from common.meter import Meter
 from common.released import load_released
-from common.start import CHECKPOINT, start
-from common.text_run import TextRun
+from common.runlog import Averages
+from common.start import CHECKPOINT, pick_device, start
+from common.tensors import flex_attention, interpolate
+from common.text_run import TextRun, check_fit, load_judge, open_text
 
 # --- Arguments. With a teacher its data and network are taken over; SETTINGS holds what other data change. -----------
 
@@ -68,7 +72,7 @@ class RunArgs:
     eval: str = ""  # run folder to evaluate: no training
     released: str = ""  # official Lightning checkpoint (.ckpt) to evaluate: no training; give its --data
     resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
-    run_name: str = ""  # name of the run folder; default: fmlm, data, recipe, seed and time
+    run_name: str = ""  # name of the run folder; default: fmlm, data, seed and time
     run_dir: str = "runs"  # folder of all run folders
     data_dir: str = "data"  # where tokenized data, tokenizers and judges are cached
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
@@ -103,12 +107,10 @@ class ModelArgs:
 class DistillArgs:
     """Flow-map distillation [P 2]."""
 
-    recipe: Literal["semigroup", "lagrangian", "eulerian"] = "semigroup"  # identity the student learns
     space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
     reparam: bool = True  # times are measured in decoding accuracy; as the teacher
     diagonal: float = 0.5  # share of the rows with s = t
     boundary: float = 1 / 4  # share of the other rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
-    lagrangian_teacher: bool = False  # D_t of the Lagrangian recipe from the teacher; released: from the student
 
 
 @dataclass
@@ -173,15 +175,239 @@ def default_args(teacher: str = "", data: str = "austen") -> Args:
     return cli.override(Args(), dict(data=data) | SETTINGS.get(data.split(":")[0], {}) | dict(teacher=teacher) | taken)
 
 
+# --- Where noise and states live -------------------------------------------------------------------------------------
+
+
+class GramNoise(torch.autograd.Function):
+    """xi (..., d) standard normal -> noise of law N(0, E^T E) per token, the law of eps E for eps ~ N(0, I_V).
+
+    Backward to E: the expectation, given the noise, of the gradient eps^T g that eps E would have. Same mean, less
+    variance: with L L^T = E^T E and noise = xi L^T it is E L^-T (xi^T g).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, embed: Tensor, xi: Tensor) -> Tensor:
+        chol = torch.linalg.cholesky(embed.mT @ embed)  # (d, d)
+        ctx.save_for_backward(embed, chol, xi)
+        return xi @ chol.mT
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        embed, chol, xi = ctx.saved_tensors
+        outer = xi.flatten(0, -2).mT @ grad.flatten(0, -2)  # (d, d)
+        return embed @ torch.linalg.solve_triangular(chol.mT, outer, upper=True), None
+
+
+@dataclass(frozen=True)
+class EmbeddingSpace:
+    """States are x E, (.., d): exact, because the network reads x only through x E and every update is linear in x.
+
+    noise has the law of x_0 E, tokens and probabilities enter through E. [deviation: not in the paper; docs 4]
+    """
+
+    embed: Tensor  # E (V, d)
+
+    @property
+    def width(self) -> int:
+        return self.embed.shape[1]
+
+    def tokens(self, y: Tensor) -> Tensor:
+        return self.embed[y]
+
+    def noise(self, xi: Tensor) -> Tensor:
+        return GramNoise.apply(self.embed, xi)
+
+    def mean(self, probs: Tensor) -> Tensor:
+        return probs @ self.embed
+
+    def read(self, x: Tensor) -> Tensor:
+        return x
+
+
+@dataclass(frozen=True)
+class OneHotSpace:
+    """States are x itself, (.., V): the paper's words, and the reference for EmbeddingSpace."""
+
+    embed: Tensor  # E (V, d)
+
+    @property
+    def width(self) -> int:
+        return self.embed.shape[0]
+
+    def tokens(self, y: Tensor) -> Tensor:
+        return F.one_hot(y, len(self.embed)).to(self.embed.dtype)
+
+    def noise(self, xi: Tensor) -> Tensor:
+        return xi
+
+    def mean(self, probs: Tensor) -> Tensor:
+        return probs
+
+    def read(self, x: Tensor) -> Tensor:
+        return x @ self.embed
+
+
+Space = EmbeddingSpace | OneHotSpace
+
+
+def make_space(net: DiT, name: str) -> Space:
+    return {"embedding": EmbeddingSpace, "onehot": OneHotSpace}[name](net.embed)
+
+
+def interpolant(space: Space, tokens: Tensor, xi: Tensor, t: Tensor) -> Tensor:
+    """x_t = (1 - t) x_0 + t x_1 [P 1.1]: tokens (B, L), xi (B, L, W) standard normal, t (B,) -> (B, L, W)."""
+    t = t[:, None, None]
+    return (1 - t) * space.noise(xi) + t * space.tokens(tokens)
+
+
+# --- Time: measured in decoding accuracy -----------------------------------------------------------------------------
+
+
+def accuracy_table(vocab: int, points: int = 10_000) -> Tensor:
+    """(2, n) float64, rows t and tau(t), both strictly increasing from 0 to 1 [P 1.3].
+
+    The argmax of a noised one-hot t e_y + (1 - t) eps is y with probability q = E_z[Phi(z + t / (1 - t))^(V - 1)];
+    tau rescales q from [1/V, 1] to [0, 1]. Trapezoid rule in z, exact to rounding [deviation: the released code takes
+    100 Gauss-Hermite nodes, up to 1e-4 off].
+    """
+    t = torch.arange(points, dtype=torch.float64) / points
+    z = torch.linspace(-9, 9, 1_001, dtype=torch.float64)
+    weight = torch.exp(-0.5 * z**2)
+    weight /= weight.sum()
+    q = torch.cat([
+        torch.exp((vocab - 1) * torch.special.log_ndtr(z + (part / (1 - part))[:, None])) @ weight
+        for part in t.split(1_000)
+    ])  # fmt: skip
+    tau = (vocab * q - 1) / (vocab - 1)
+    tau[0] = 0
+    keep = torch.cat([torch.tensor([True]), tau[1:] > torch.cummax(tau, 0).values[:-1]]) & (tau < 1)
+    return torch.stack([torch.cat([row[keep], torch.ones(1, dtype=torch.float64)]) for row in (t, tau)])
+
+
+@dataclass(frozen=True)
+class Clock:
+    """t(tau) by linear interpolation in the table; without one they are equal."""
+
+    table: Tensor | None
+
+    def t(self, tau: Tensor) -> Tensor:
+        return tau if self.table is None else interpolate(tau, self.table[1], self.table[0])
+
+
+# --- Loss ------------------------------------------------------------------------------------------------------------
+
+Net = Callable[..., Tensor]  # (x E, *tau) -> logits
+
+
+def distill_loss(
+    student: Net, teacher: Net | None, space: Space, tokens: Tensor, tau_s: Tensor, tau_t: Tensor, xi: Tensor,
+    clock: Clock,
+) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
+    """Cross entropy of delta_{s,t} with its target, mean over tokens [P 2.2]; rows with s = t lie on the diagonal.
+
+    tokens (B, L), tau_s and tau_t (B,), xi (B, L, W) standard normal. Diagonal target: the teacher's softmax, or the
+    data if there is no teacher.
+    """
+    x = interpolant(space, tokens, xi, clock.t(tau_s))
+    log_probs = student(space.read(x), tau_s, tau_t).log_softmax(-1)  # (B, L, V)
+    same, off = tau_s == tau_t, tau_s != tau_t
+    with torch.no_grad():
+        target = torch.empty_like(log_probs)
+        if teacher:
+            target[same] = teacher(space.read(x[same]), tau_s[same]).softmax(-1)
+        else:
+            target[same] = F.one_hot(tokens[same], target.shape[-1]).to(target.dtype)
+        if off.any():
+            target[off] = semigroup_target(student, space, x[off], tau_s[off], tau_t[off], clock)
+    loss = -(target * log_probs).sum(-1).mean(-1)  # (B,)
+    info = {"loss": loss.mean(), "diagonal": loss[same].sum() / len(loss), "off_diagonal": loss[off].sum() / len(loss)}
+    return loss.mean(), {k: v.detach() for k, v in info.items()}
+
+
+def jump(space: Space, x: Tensor, probs: Tensor, s: Tensor, t: Tensor) -> Tensor:
+    """X_{s,t}(x) = ((1 - t) x + (t - s) delta) / (1 - s) [P 2.1]: x (B, L, W), probs (B, L, V), s < 1 and t (B,)."""
+    s, t = s[:, None, None], t[:, None, None]
+    return ((1 - t) * x + (t - s) * space.mean(probs)) / (1 - s)
+
+
+def two_times(step: int, batch: int, seed: int, d: DistillArgs) -> tuple[Tensor, Tensor]:
+    """tau_s <= tau_t (batch,) [P 2.2]: exact shares of diagonal, whole-jump and other rows, in random order.
+
+    Diagonal rows: stratified. Others: length dt and place both stratified, tau_s = place (1 - dt).
+    """
+    generator = torch.Generator().manual_seed(mixed_seed(seed, 1, step))
+
+    def stratified(n: int) -> Tensor:
+        place = torch.randperm(n, generator=generator)
+        return (place + torch.rand(n, generator=generator, dtype=torch.float64)) / max(n, 1)
+
+    same = round(batch * d.diagonal)
+    whole = round((batch - same) * d.boundary)
+    diagonal, dt, place = stratified(same), stratified(batch - same).clamp(min=1e-6), stratified(batch - same)
+    dt[:whole], place[:whole] = 1.0, 0.0
+    tau_s = place * (1 - dt)
+    order = torch.randperm(batch, generator=generator)
+    return torch.cat([diagonal, tau_s])[order], torch.cat([diagonal, tau_s + dt])[order].clamp(max=1.0)
+
+
+def semigroup_target(student: Net, space: Space, x: Tensor, tau_s: Tensor, tau_t: Tensor, clock: Clock) -> Tensor:
+    """delta_{s,t} = lambda delta_{s,u}(x) + (1 - lambda) delta_{u,t}(X_{s,u}(x)), u midway in tau [P 2.2].
+
+    A convex combination of two softmaxes of the running student: x (n, L, W), tau_s < tau_t (n,) -> (n, L, V).
+    """
+    tau_u = (tau_s + tau_t) / 2
+    s, u, t = clock.t(tau_s), clock.t(tau_u), clock.t(tau_t)
+    first = student(space.read(x), tau_s, tau_u).softmax(-1)
+    second = student(space.read(jump(space, x, first, s, u)), tau_u, tau_t).softmax(-1)
+    share = ((1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-8))[:, None, None]
+    return share * first + (1 - share) * second
+
+
+# --- Sampler ---------------------------------------------------------------------------------------------------------
+
+
+def tau_at(t: Tensor, clock: Clock) -> Tensor:
+    """tau(t), the inverse of clock.t."""
+    return t if clock.table is None else interpolate(t, clock.table[0], clock.table[1])
+
+
+def sample_flow_map(
+    net: Net, space: Space, x: Tensor, steps: int, clock: Clock, gamma: float, generator: torch.Generator
+) -> Tensor:
+    """Jumps on a uniform grid in tau, argmax at the end [P 2.6]: x (B, L, W) noise -> tokens (B, L).
+
+    With gamma > 0 every jump but the last goes past the next time, to noise level sqrt(1 - gamma^2) of that time's,
+    and comes back with fresh noise; at 1 that is a jump to the end and noise anew.
+    """
+    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    t, one = clock.t(tau), torch.ones(len(x), dtype=torch.float64, device=x.device)
+    for i in range(steps):
+        level = 1 - t[i + 1]
+        kept = level * math.sqrt(1 - gamma**2)
+        probs = net(space.read(x), tau[i] * one, tau_at(1 - kept, clock) * one).softmax(-1)
+        if i < steps - 1:
+            x = jump(space, x, probs, (t[i] * one).to(x.dtype), ((1 - kept) * one).to(x.dtype))
+        if i < steps - 1 and gamma:
+            fresh = space.noise(torch.randn(x.shape, generator=generator, device=x.device))
+            x = x + (kept - level).to(x.dtype) * space.mean(probs) + (gamma * level).to(x.dtype) * fresh
+    return probs.argmax(-1)
+
+
+@torch.no_grad()
+def generate(net: DiT, args: Args, clock: Clock, samples: int, steps: int) -> Tensor:
+    """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
+    net.eval()
+    device, space, texts = net.embed.device, make_space(net, args.distill.space), []
+    generator = torch.Generator(device).manual_seed(args.run.seed)
+    rows = rows_at_once(device, args.model.length)
+    for done in range(0, samples, rows):
+        shape = (min(rows, samples - done), args.model.length, space.width)
+        x = space.noise(torch.randn(shape, generator=generator, device=device))
+        texts.append(sample_flow_map(net, space, x, steps, clock, args.sample.gamma, generator))
+    return torch.cat(texts)
+
+
 # --- Network ---------------------------------------------------------------------------------------------------------
-
-
-@functools.cache
-def flex() -> Any:
-    """Fused attention with a cap, compiled once; only worth it on a GPU."""
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
@@ -190,7 +416,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, cap: float) -> Tensor:
     Written out: at short length faster than the fused kernels on a CPU, and those have no cap.
     """
     if q.is_cuda and cap and q.shape[2] >= 256:
-        return flex()(q, k, v, score_mod=lambda s, b, h, i, j: cap * torch.tanh(s / cap))
+        return flex_attention()(q, k, v, score_mod=lambda score, b, h, i, j: cap * torch.tanh(score / cap))
     if not cap and (q.is_cuda or q.shape[2] >= 256):
         return F.scaled_dot_product_attention(q, k, v)
     scores = (q @ k.mT) * q.shape[-1] ** -0.5
@@ -298,275 +524,7 @@ class DiT(nn.Module):
         return self.head(*self.trunk(h, *tau))
 
 
-# --- Time: measured in decoding accuracy -----------------------------------------------------------------------------
-
-
-def accuracy_table(vocab: int, points: int = 10_000) -> Tensor:
-    """(2, n) float64, rows t and tau(t), both strictly increasing from 0 to 1 [P 1.3].
-
-    The argmax of a noised one-hot t e_y + (1 - t) eps is y with probability q = E_z[Phi(z + t / (1 - t))^(V - 1)];
-    tau rescales q from [1/V, 1] to [0, 1]. Trapezoid rule in z, exact to rounding [deviation: the released code takes
-    100 Gauss-Hermite nodes, up to 1e-4 off].
-    """
-    t = torch.arange(points, dtype=torch.float64) / points
-    z = torch.linspace(-9, 9, 1_001, dtype=torch.float64)
-    weight = torch.exp(-0.5 * z**2)
-    weight /= weight.sum()
-    q = torch.cat([
-        torch.exp((vocab - 1) * torch.special.log_ndtr(z + (part / (1 - part))[:, None])) @ weight
-        for part in t.split(1_000)
-    ])  # fmt: skip
-    tau = (vocab * q - 1) / (vocab - 1)
-    tau[0] = 0
-    keep = torch.cat([torch.tensor([True]), tau[1:] > torch.cummax(tau, 0).values[:-1]]) & (tau < 1)
-    return torch.stack([torch.cat([row[keep], torch.ones(1, dtype=torch.float64)]) for row in (t, tau)])
-
-
-@dataclass(frozen=True)
-class Clock:
-    """t(tau) and tau(t) by linear interpolation in the table; without one they are equal."""
-
-    table: Tensor | None
-
-    def t(self, tau: Tensor) -> Tensor:
-        return tau if self.table is None else interpolate(tau, self.table[1], self.table[0])
-
-    def tau(self, t: Tensor) -> Tensor:
-        return t if self.table is None else interpolate(t, self.table[0], self.table[1])
-
-    def rate(self, t: Tensor) -> Tensor:
-        """d tau / d t"""
-        if self.table is None:
-            return torch.ones_like(t)
-        i = torch.searchsorted(self.table[0], t.double().contiguous()).clamp(1, self.table.shape[1] - 1)
-        step = self.table[:, i] - self.table[:, i - 1]
-        return (step[1] / step[0]).to(t.dtype)
-
-
-def interpolate(x: Tensor, xp: Tensor, fp: Tensor) -> Tensor:
-    """x any shape in [0, 1]; xp increasing (n,), fp (n,) -> values at x, in x's dtype."""
-    x64 = x.double().clamp(0, 1)
-    i = torch.searchsorted(xp, x64.contiguous()).clamp(1, len(xp) - 1)
-    share = (x64 - xp[i - 1]) / (xp[i] - xp[i - 1])
-    return (fp[i - 1] + share * (fp[i] - fp[i - 1])).to(x.dtype)
-
-
-# --- Where noise and states live -------------------------------------------------------------------------------------
-
-
-class GramNoise(torch.autograd.Function):
-    """xi (..., d) standard normal -> noise of law N(0, E^T E) per token, the law of eps E for eps ~ N(0, I_V).
-
-    Backward to E: the expectation, given the noise, of the gradient eps^T g that eps E would have. Same mean, less
-    variance: with L L^T = E^T E and noise = xi L^T it is E L^-T (xi^T g).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, embed: Tensor, xi: Tensor) -> Tensor:
-        chol = torch.linalg.cholesky(embed.mT @ embed)  # (d, d)
-        ctx.save_for_backward(embed, chol, xi)
-        return xi @ chol.mT
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        embed, chol, xi = ctx.saved_tensors
-        outer = xi.flatten(0, -2).mT @ grad.flatten(0, -2)  # (d, d)
-        return embed @ torch.linalg.solve_triangular(chol.mT, outer, upper=True), None
-
-
-@dataclass(frozen=True)
-class EmbeddingSpace:
-    """States are x E, (.., d): exact, because the network reads x only through x E and every update is linear in x.
-
-    noise has the law of x_0 E, tokens and probabilities enter through E. [deviation: not in the paper; docs 4]
-    """
-
-    embed: Tensor  # E (V, d)
-
-    @property
-    def width(self) -> int:
-        return self.embed.shape[1]
-
-    def tokens(self, y: Tensor) -> Tensor:
-        return self.embed[y]
-
-    def noise(self, xi: Tensor) -> Tensor:
-        return GramNoise.apply(self.embed, xi)
-
-    def mean(self, probs: Tensor) -> Tensor:
-        return probs @ self.embed
-
-    def read(self, x: Tensor) -> Tensor:
-        return x
-
-
-@dataclass(frozen=True)
-class OneHotSpace:
-    """States are x itself, (.., V): the paper's words, and the reference for EmbeddingSpace."""
-
-    embed: Tensor  # E (V, d)
-
-    @property
-    def width(self) -> int:
-        return self.embed.shape[0]
-
-    def tokens(self, y: Tensor) -> Tensor:
-        return F.one_hot(y, len(self.embed)).to(self.embed.dtype)
-
-    def noise(self, xi: Tensor) -> Tensor:
-        return xi
-
-    def mean(self, probs: Tensor) -> Tensor:
-        return probs
-
-    def read(self, x: Tensor) -> Tensor:
-        return x @ self.embed
-
-
-Space = EmbeddingSpace | OneHotSpace
-
-
-def make_space(net: DiT, name: str) -> Space:
-    return {"embedding": EmbeddingSpace, "onehot": OneHotSpace}[name](net.embed)
-
-
-# --- Flow map --------------------------------------------------------------------------------------------------------
-
-
-def col(x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, 1)"""
-    return x[:, None, None]
-
-
-def jump(space: Space, x: Tensor, probs: Tensor, s: Tensor, t: Tensor) -> Tensor:
-    """X_{s,t}(x) = ((1 - t) x + (t - s) delta) / (1 - s) [P 2.1]: x (B, L, W), probs (B, L, V), s < 1 and t (B,)."""
-    s, t = col(s), col(t)
-    return ((1 - t) * x + (t - s) * space.mean(probs)) / (1 - s)
-
-
-def two_times(step: int, batch: int, seed: int, d: DistillArgs) -> tuple[Tensor, Tensor]:
-    """tau_s <= tau_t (batch,) [P 2.2]: exact shares of diagonal, whole-jump and other rows, in random order.
-
-    Diagonal rows: stratified. Others: length dt and place both stratified, tau_s = place (1 - dt).
-    """
-    generator = torch.Generator().manual_seed(mixed_seed(seed, 1, step))
-
-    def stratified(n: int) -> Tensor:
-        place = torch.randperm(n, generator=generator)
-        return (place + torch.rand(n, generator=generator, dtype=torch.float64)) / max(n, 1)
-
-    same = round(batch * d.diagonal)
-    whole = round((batch - same) * d.boundary)
-    diagonal, dt, place = stratified(same), stratified(batch - same).clamp(min=1e-6), stratified(batch - same)
-    dt[:whole], place[:whole] = 1.0, 0.0
-    tau_s = place * (1 - dt)
-    order = torch.randperm(batch, generator=generator)
-    return torch.cat([diagonal, tau_s])[order], torch.cat([diagonal, tau_s + dt])[order].clamp(max=1.0)
-
-
-Net = Any  # (x E, *tau) -> logits
-
-
-def semigroup_target(student: Net, space: Space, x: Tensor, tau_s: Tensor, tau_t: Tensor, clock: Clock) -> Tensor:
-    """delta_{s,t} = lambda delta_{s,u}(x) + (1 - lambda) delta_{u,t}(X_{s,u}(x)), u midway in tau [P 2.2].
-
-    A convex combination of two softmaxes of the running student: x (n, L, W), tau_s < tau_t (n,) -> (n, L, V).
-    """
-    tau_u = (tau_s + tau_t) / 2
-    s, u, t = clock.t(tau_s), clock.t(tau_u), clock.t(tau_t)
-    first = student(space.read(x), tau_s, tau_u).softmax(-1)
-    second = student(space.read(jump(space, x, first, s, u)), tau_u, tau_t).softmax(-1)
-    share = col((1 - t) * (u - s) / ((1 - u) * (t - s)).clamp(min=1e-8))
-    return share * first + (1 - share) * second
-
-
-def lagrangian_target(
-    student: Net, denoiser: Net, space: Space, x: Tensor, tau_s: Tensor, tau_t: Tensor, clock: Clock
-) -> Tensor:
-    """delta_{s,t} = D_t(X_{s,t}(x)) - (t - s)(1 - t) / (1 - s) d/dt delta_{s,t}, back on the simplex [P 2.3]."""
-    s, t = clock.t(tau_s), clock.t(tau_t)
-    log_probs, rate = torch.func.jvp(
-        lambda tau: student(space.read(x), tau_s, tau).log_softmax(-1), (tau_t,), (clock.rate(t),)
-    )
-    probs = log_probs.exp()
-    end = denoiser(space.read(jump(space, x, probs, s, t)), tau_t).softmax(-1)
-    return project_to_simplex(end - col((t - s) * (1 - t) / (1 - s)) * probs * rate)
-
-
-def eulerian_target(
-    student: Net, denoiser: Net, space: Space, x: Tensor, tau_s: Tensor, tau_t: Tensor, clock: Clock
-) -> Tensor:
-    """delta_{s,t} = D_s(x) + (1 - s)(t - s) / (1 - t) d/ds delta_{s,t}, total derivative along the flow [P 2.4].
-
-    Not on the simplex; at t = 1 the factor has no finite value, so t is kept below 1 - 1e-3.
-    """
-    s, t = clock.t(tau_s), clock.t(tau_t)
-    start_probs = denoiser(space.read(x), tau_s).softmax(-1)
-    velocity = (space.mean(start_probs) - x) / col(1 - s)
-    log_probs, rate = torch.func.jvp(
-        lambda x, tau: student(space.read(x), tau, tau_t).log_softmax(-1), (x, tau_s), (velocity, clock.rate(s))
-    )
-    return start_probs + col((1 - s) * (t - s) / (1 - t).clamp(min=1e-3)) * log_probs.exp() * rate
-
-
-def project_to_simplex(v: Tensor) -> Tensor:
-    """Euclidean projection of (..., V), the sparsemax."""
-    ranked = v.sort(-1, descending=True).values
-    excess = ranked.cumsum(-1) - 1
-    count = torch.arange(1, v.shape[-1] + 1, device=v.device)
-    support = (ranked * count > excess).sum(-1, keepdim=True)  # at least 1
-    return (v - excess.gather(-1, support - 1) / support).clamp(min=0)
-
-
-# --- Losses ----------------------------------------------------------------------------------------------------------
-
-
-def distill_loss(
-    student: Net, teacher: Net | None, space: Space, tokens: Tensor, tau_s: Tensor, tau_t: Tensor, xi: Tensor,
-    clock: Clock, d: DistillArgs,
-) -> tuple[Tensor, dict[str, Tensor]]:  # fmt: skip
-    """Cross entropy of delta_{s,t} with its target, mean over tokens [P 2.2]; rows with s = t lie on the diagonal.
-
-    tokens (B, L), tau_s and tau_t (B,), xi (B, L, W) standard normal. Diagonal target: the teacher's softmax, without
-    a teacher the data. The Eulerian target is off the simplex: squared error summed over V.
-    """
-    s, same = col(clock.t(tau_s)), tau_s == tau_t
-    x = (1 - s) * space.noise(xi) + s * space.tokens(tokens)
-    log_probs = student(space.read(x), tau_s, tau_t).log_softmax(-1)  # (B, L, V)
-    with torch.no_grad():
-        own = lambda h, tau: student(h, tau, tau)  # noqa: E731
-        target, x, off = torch.empty_like(log_probs), x.detach(), ~same
-        if teacher:
-            target[same] = teacher(space.read(x[same]), tau_s[same]).softmax(-1)
-        else:
-            target[same] = F.one_hot(tokens[same], target.shape[-1]).to(target.dtype)
-        rows = (space, x[off], tau_s[off], tau_t[off], clock)
-        if not off.any():
-            pass
-        elif d.recipe == "semigroup":
-            target[off] = semigroup_target(student, *rows)
-        elif d.recipe == "lagrangian":
-            target[off] = lagrangian_target(student, teacher if d.lagrangian_teacher and teacher else own, *rows)
-        else:
-            target[off] = eulerian_target(student, teacher or own, *rows)
-    loss = -(target * log_probs).sum(-1).mean(-1)  # (B,)
-    if d.recipe == "eulerian":
-        loss = torch.where(off, (log_probs.exp() - target).square().sum(-1).mean(-1), loss)
-    info = {"loss": loss.mean(), "diagonal": loss[same].sum() / len(loss), "off_diagonal": loss[off].sum() / len(loss)}
-    return loss.mean(), {k: v.detach() for k, v in info.items()}
-
-
-class Objective(nn.Module):
-    """The loss as a module: what DistributedDataParallel wraps. The teacher is no part of it."""
-
-    def __init__(self, student: DiT, teacher: DiT | None, clock: Clock, d: DistillArgs) -> None:
-        super().__init__()
-        self.student, self.clock, self.d = student, clock, d
-        self.frozen = (teacher,)  # a tuple hides it from parameters()
-
-    def forward(self, tokens: Tensor, tau_s: Tensor, tau_t: Tensor, xi: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        (teacher,), space = self.frozen, make_space(self.student, self.d.space)
-        return distill_loss(self.student, teacher, space, tokens, tau_s, tau_t, xi, self.clock, self.d)
+# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def make_student(teacher: DiT | None, m: ModelArgs, vocab: int) -> DiT:
@@ -576,54 +534,10 @@ def make_student(teacher: DiT | None, m: ModelArgs, vocab: int) -> DiT:
     """
     student = DiT(m, vocab, times=2)
     if teacher is not None:
-        state = student.state_dict() | teacher.state_dict()
-        student.load_state_dict(state)
+        student.load_state_dict(student.state_dict() | teacher.state_dict())
         student.embed.requires_grad_(False)
     zero(student.times[1].mlp[2])
     return student
-
-
-# --- Sampler ---------------------------------------------------------------------------------------------------------
-
-
-def sample_flow_map(
-    net: Net, space: Space, x: Tensor, steps: int, clock: Clock, gamma: float, generator: torch.Generator
-) -> Tensor:
-    """Jumps on a uniform grid in tau, argmax at the end [P 2.6]: x (B, L, W) noise -> tokens (B, L).
-
-    With gamma > 0 every jump but the last goes past the next time, to noise level sqrt(1 - gamma^2) of that time's,
-    and comes back with fresh noise; at 1 that is a jump to the end and noise anew.
-    """
-    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    t, one = clock.t(tau), torch.ones(len(x), dtype=torch.float64, device=x.device)
-    for i in range(steps):
-        level = 1 - t[i + 1]
-        kept = level * math.sqrt(1 - gamma**2)
-        probs = net(space.read(x), tau[i] * one, clock.tau(1 - kept) * one).softmax(-1)
-        if i == steps - 1:
-            return probs.argmax(-1)
-        x = jump(space, x, probs, (t[i] * one).to(x.dtype), ((1 - kept) * one).to(x.dtype))
-        if gamma:
-            fresh = space.noise(torch.randn(x.shape, generator=generator, device=x.device))
-            x = x + (kept - level).to(x.dtype) * space.mean(probs) + (gamma * level).to(x.dtype) * fresh
-    raise ValueError(f"sample_flow_map needs at least one step, got {steps}")
-
-
-@torch.no_grad()
-def generate(net: DiT, steps: int, args: Args, clock: Clock, samples: int, seed: int) -> Tensor:
-    """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
-    net.eval()
-    device, space, out = net.embed.device, make_space(net, args.distill.space), []
-    generator = torch.Generator(device).manual_seed(seed)
-    rows = max(1, 2 ** (14 if device.type == "cuda" else 10) // args.model.length)  # what a CPU's cache holds
-    for done in range(0, samples, rows):
-        shape = (min(rows, samples - done), args.model.length, space.width)
-        x = space.noise(torch.randn(shape, generator=generator, device=device))
-        out.append(sample_flow_map(net, space, x, steps, clock, args.sample.gamma, generator))
-    return torch.cat(out)
-
-
-# --- Training --------------------------------------------------------------------------------------------------------
 
 
 def learning_rate(step: int, a: TrainArgs) -> float:
@@ -632,123 +546,109 @@ def learning_rate(step: int, a: TrainArgs) -> float:
     return a.lr * min(1.0, (step + 1) / max(a.warmup, 1), left)
 
 
-def train_step(
-    objective: nn.Module, net: DiT, ema: DiT, optimizer: torch.optim.Optimizer, step: int, data: np.ndarray,
-    ranks: Ranks, args: Args,
-) -> dict[str, Tensor]:  # fmt: skip
-    """One optimizer step on the global batch of `step`; every draw is a function of the seed and the step."""
-    a, seed, device = args.train, args.run.seed, net.embed.device
-    torch.manual_seed(mixed_seed(seed, 3, step, ranks.rank))  # dropout
-    mine = ranks.rows(a.batch)
-    index = row_order(step, a.batch, len(data), seed)[mine.start : mine.stop]
-    tau_s, tau_t = (tau[mine.start : mine.stop].to(device) for tau in two_times(step, a.batch, seed, args.distill))
-    width = make_space(net, args.distill.space).width
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate(step, a)
-    optimizer.zero_grad()
-    infos = []
-    micro = a.micro_batch or len(mine)
-    for first in range(0, len(mine), micro):
-        part = slice(first, min(first + micro, len(mine)))
-        tokens = torch.from_numpy(data[index[part]].astype(np.int64)).to(device)
-        xi = row_noise(step, mine[part], (tokens.shape[1], width), seed, device)
-        share = len(tokens) / len(mine)
-        last = part.stop == len(mine)
-        sync = contextlib.nullcontext() if last or ranks.world == 1 else objective.no_sync()
-        with sync:
-            loss, info = objective(tokens, tau_s[part].float(), tau_t[part].float(), xi)
-            (share * loss).backward()
-        infos.append({k: share * v for k, v in info.items()})
-    info = {k: torch.stack([i[k] for i in infos]).sum() for k in infos[0]}
-    info["grad_norm"] = nn.utils.clip_grad_norm_(objective.parameters(), a.clip)
-    optimizer.step()
-    decay = min(a.ema, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-    return info
-
-
 def train(run: TextRun, student: DiT, teacher: DiT | None, clock: Clock, args: Args) -> DiT:
-    """Returns the averaged student."""
-    a, d = args.train, args.distill
+    """Optimize; log, evaluate and save when due. Draws are functions of seed and step. Returns the averaged student."""
+    r, m, d, a, ranks, device = args.run, args.model, args.distill, args.train, run.ranks, run.device
     ema = copy.deepcopy(student).requires_grad_(False)
-    core = Objective(student, teacher, clock, d).to(run.device)
-    trained = [p for p in core.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
-    # Forward passes that make targets, per row.
-    forwards = (1 - d.diagonal) * {"semigroup": 2, "lagrangian": 3, "eulerian": 3}[d.recipe] + d.diagonal
-    run.attach(student, {"objective": core, "ema": ema, "optimizer": optimizer}, forwards)
-    objective: nn.Module = core
-    if args.run.compile:
+    trained = nn.ModuleDict({"student": student})
+    weights = [p for p in trained.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
+    averages = Averages()  # metrics since the last line of the log
+    run.open_log(a.total_steps, sum(p.numel() for p in student.parameters()), r.wandb_project, r.tensorboard)
+    run.track(averages, objective=trained, ema=ema, optimizer=optimizer)
+    meter = Meter(
+        student, batch=a.batch, layers=m.layers, length=m.length, width=m.width, processes=ranks.world,
+        bf16=use_bf16(m.precision, device), step=run.step, forwards=2 * (1 - d.diagonal) + d.diagonal,
+    )  # fmt: skip
+    if r.compile:
         student.trunk = torch.compile(student.trunk)
-    if run.ranks.world > 1:
-        objective = nn.parallel.DistributedDataParallel(core)
-    few = min(32, args.sample.samples)
-    while run.running():
-        core.train()
-        run.count(train_step(objective, student, ema, optimizer, run.step, run.data.train, run.ranks, args))
-        if run.due(args.run.eval_every) and run.chief:
-            run.glance(lambda steps: generate(ema, steps, args, clock, few, args.run.seed), (1, 2, 4, 8))
-    run.save()
+    space, few = make_space(student, d.space), min(32, args.sample.samples)
+    trained.train()
+    while run.step < a.total_steps and not run.stop_requested():
+        torch.manual_seed(mixed_seed(r.seed, 3, run.step, ranks.rank))  # dropout
+        batch_tau_s, batch_tau_t = (tau.to(device) for tau in two_times(run.step, a.batch, r.seed, d))  # (batch,)
+        infos = []
+        optimizer.zero_grad()
+        for places, tokens in micro_batches(run.data.train, run.step, a.batch, a.micro_batch, r.seed, ranks, device):
+            tau_s, tau_t = batch_tau_s[places].float(), batch_tau_t[places].float()
+            xi = row_noise(run.step, places, (m.length, space.width), r.seed, device)  # (B, L, W)
+            loss, info = distill_loss(student, teacher, space, tokens, tau_s, tau_t, xi, clock)
+            share = len(places) / (a.batch // ranks.world)
+            (share * loss).backward()
+            infos.append({k: share * v for k, v in info.items()})
+        ranks.average_gradients(weights)
+        grad_norm = nn.utils.clip_grad_norm_(weights, a.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(run.step, a)
+        optimizer.step()
+        decay = min(a.ema, (1 + run.step) / (10 + run.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
+        averages.add({k: torch.stack([info[k] for info in infos]).sum() for k in info} | {"grad_norm": grad_norm})
+        run.step += 1
+
+        if run.due(r.log_every):
+            metrics = ranks.mean(averages.take(), device)
+            run.stop_if_not_finite(metrics)
+            run.log_training(metrics, meter.take(run.step))
+        if run.due(r.eval_every) and ranks.chief:
+            run.log_samples(functools.partial(generate, ema, args, clock, few), (1, 2, 4, 8))
+        if run.due(r.checkpoint_every):
+            run.save_checkpoint()
+    run.save_checkpoint()
     return ema
 
 
 # What a checkpoint's weights fit.
-FIXED = ("teacher", "data", "tokenizer", "length", "layers", "width", "heads", "cond_width", "recipe", "seed", "batch")
+FIXED = ("teacher", "data", "tokenizer", "length", "layers", "width", "heads", "cond_width", "seed", "batch")
 AT_LEAST = dict(
     length=3, layers=1, width=2, heads=1, cond_width=1, total_steps=1, batch=1, samples=1, log_every=1, eval_every=1,
     checkpoint_every=1, lr=0.0, gamma=0.0, diagonal=0.0, boundary=0.0,
 )  # fmt: skip
 
 
-def check(args: Args, vocab: int, world: int) -> None:
-    """Raises UserError on combinations that cannot work."""
-    d, m = args.distill, args.model
-    if d.space == "embedding" and vocab <= m.width:
-        raise UserError(f"--space embedding needs a vocabulary larger than --width ({vocab} <= {m.width}); use onehot")
-    if not (0 <= d.diagonal <= 1 and 0 <= d.boundary <= 1 and 0 <= args.sample.gamma <= 1):
-        raise UserError("--diagonal, --boundary and --gamma must lie in [0, 1]")
-    if m.width % m.heads or m.width // m.heads % 2:
-        raise UserError(f"--width {m.width} must be an even multiple of --heads {m.heads}")
-    if args.train.batch % world:
-        raise UserError(f"--batch {args.train.batch} must be a multiple of the {world} processes")
-
-
 def main(argv: list[str]) -> None:
-    args, saved, run_dir = start(
+    args, saved, folder = start(
         argv, default_args, chosen_by=("teacher", "data"), description=__doc__,
-        folder_name="fmlm__{data}__{recipe}__s{seed}", fixed=FIXED, at_least=AT_LEAST,
+        folder_name="fmlm__{data}__s{seed}", fixed=FIXED, at_least=AT_LEAST,
     )  # fmt: skip
-    with checkpoint.StopSignal() as stop:
-        run = TextRun(cli.flatten(args), run_dir, stop, saved)
-        vocab = run.data.tokenizer.vocab_size
-        check(args, vocab, run.ranks.world)
-        torch.manual_seed(args.run.seed)
+    r, m, d, sample = args.run, args.model, args.distill, args.sample
+    if not (d.diagonal <= 1 and d.boundary <= 1 and sample.gamma <= 1):
+        raise UserError("--diagonal, --boundary and --gamma must lie in [0, 1]")
+    with checkpoint.StopSignal() as stop, Ranks.join() as ranks:
+        device, data_dir = pick_device(r.device, r.threads), Path(r.data_dir)
+        torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
+        data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
+        vocab = data.tokenizer.vocab_size
+        check_fit(d.space, vocab, m.width, m.heads, args.train.batch, ranks.world, sample.steps)
+        judge = load_judge(sample.judge, sample.judge_path, data, data_dir, device) if ranks.chief else None
+        torch.manual_seed(r.seed)
         teacher = None
-        if args.run.teacher and not (args.run.eval or args.run.released):
-            teacher = DiT(args.model, vocab).to(run.device).requires_grad_(False).eval()
-            if args.run.teacher.endswith(".ckpt"):
-                load_released(Path(args.run.teacher), teacher)
+        if r.teacher and not (r.eval or r.released):
+            teacher = DiT(m, vocab).to(device).requires_grad_(False).eval()
+            if r.teacher.endswith(".ckpt"):
+                load_released(Path(r.teacher), teacher)
             else:
-                teacher.load_state_dict(checkpoint.load(Path(args.run.teacher) / CHECKPOINT)["ema"])
-        net = make_student(teacher, args.model, vocab).to(run.device)
-        if teacher is None and args.model.embed_init == "frequency":
-            net.scale_rows(torch.from_numpy(run.data.counts()).to(run.device))
-        clock = Clock(accuracy_table(vocab).to(run.device) if args.distill.reparam else None)
-        try:
-            if args.run.eval:
+                teacher.load_state_dict(checkpoint.load(Path(r.teacher) / CHECKPOINT)["ema"])
+        net = make_student(teacher, m, vocab).to(device)
+        if teacher is None and m.embed_init == "frequency":
+            net.scale_rows(torch.from_numpy(data.counts()).to(device))
+        clock = Clock(accuracy_table(vocab).to(device) if d.reparam else None)
+        with TextRun(
+            folder, saved, stop=stop, args=cli.flatten(args), ranks=ranks, device=device, data=data, judge=judge
+        ) as run:
+            if r.eval:
                 net.load_state_dict(saved["ema"])
-            elif args.run.released:
-                load_released(Path(args.run.released), net)
+            elif r.released:
+                load_released(Path(r.released), net)
             else:
                 net = train(run, net, teacher, clock, args)
             if stop.requested:
-                print(f"saved; go on with: python {sys.argv[0]} --resume {run_dir}")
-            elif run.chief:
-                make = lambda steps: generate(net, steps, args, clock, args.sample.samples, args.run.seed)  # noqa: E731
-                run.evaluate(make, f"_gamma{args.sample.gamma:g}" if args.sample.gamma else "")
-        finally:
-            run.close()
+                print(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
+            elif ranks.chief:
+                make = functools.partial(generate, net, args, clock, sample.samples)
+                tag = f"_gamma{sample.gamma:g}" if sample.gamma else ""
+                run.evaluate(make, sample.steps, sample.samples, sample.show, tag)
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def measure(vocab: int, space_name: str, repeats: int = 3) -> None:
     def step() -> None:
         net.zero_grad()
         xi = torch.randn(a.batch, m.length, width)
-        flm.flm_loss(net, tokens, t, t, xi, args.flow, a.loss_rows)[0].backward()
+        flm.flm_loss(net, tokens, t, t, xi, args.flow, a.loss_rows).backward()
 
     def read() -> None:
         net.zero_grad()
@@ -70,7 +70,7 @@ def measure(vocab: int, space_name: str, repeats: int = 3) -> None:
     with torch.no_grad():
         space = flm.make_space(net.eval(), space_name)
         x = space.noise(torch.randn(rows, m.length, width))
-        call = cpu_seconds(lambda: flm.sample_euler(net, x, calls, clock, args.flow, args.sample), repeats) / calls
+        call = cpu_seconds(lambda: flm.sample_euler(net, x, calls, clock, space), repeats) / calls
     print(
         f"| {vocab:,} | {m.layers}x{m.width}, L {m.length}, {a.batch} rows | {space_name} | {whole:.2f} | "
         f"{a.batch * m.length / whole:,.0f} | {part:.3f} | {part / whole:.1%} | {peak:.2f} | "

@@ -1,7 +1,7 @@
 """Rows and random draws of every step as functions of the seed: the same in any number of processes."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypeVar
@@ -9,14 +9,14 @@ from typing import TypeVar
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a torchrun; one process without it."""
+    """The processes of a torchrun, which it leaves as a context manager; one process without it."""
 
     rank: int = 0
     world: int = 1
@@ -31,6 +31,31 @@ class Ranks:
             dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
         return ranks
 
+    def __enter__(self) -> "Ranks":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.world > 1:
+            dist.destroy_process_group()
+
+    @property
+    def chief(self) -> bool:
+        """Whether this is the first process, which alone writes and prints."""
+        return self.rank == 0
+
+    def first(self, make: Callable[[], T]) -> T:
+        """make() in the first process, then in the others, which find what it left on disk."""
+        if self.rank:
+            dist.barrier()
+        made = make()
+        if self.world > 1 and self.chief:
+            dist.barrier()
+        return made
+
+    def any(self, flag: bool, device: torch.device) -> bool:
+        """Whether it is true in any process."""
+        return self.mean({"flag": float(flag)}, device)["flag"] > 0
+
     def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
         """Mean of each value over the processes."""
         if self.world == 1:
@@ -39,35 +64,38 @@ class Ranks:
         dist.all_reduce(total)
         return dict(zip(values, (total / self.world).tolist(), strict=True))
 
-    def first(self, make: Callable[[], T]) -> T:
-        """make() in the first process, then in the others, which find what it left on disk."""
-        if self.rank:
-            dist.barrier()
-        made = make()
-        if self.world > 1 and not self.rank:
-            dist.barrier()
-        return made
-
-    def leave(self) -> None:
-        if self.world > 1:
-            dist.destroy_process_group()
-
-    def any(self, flag: bool, device: torch.device) -> bool:
-        """Whether it is true in any process."""
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replaces every gradient by its mean over the processes; all have gradients of the same parameters."""
         if self.world == 1:
-            return flag
-        total = torch.tensor(float(flag), device=device)
-        dist.all_reduce(total)
-        return bool(total > 0)
-
-    def rows(self, batch: int) -> range:
-        """Rows of the global batch that this process computes."""
-        return range(self.rank * batch // self.world, (self.rank + 1) * batch // self.world)
+            return
+        for p in parameters:
+            if p.grad is not None:
+                dist.all_reduce(p.grad)
+                p.grad /= self.world
 
 
 def mixed_seed(*parts: int) -> int:
     """One seed from several small numbers."""
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
+
+
+def micro_batches(
+    data: np.ndarray, step: int, batch: int, micro: int, seed: int, ranks: Ranks, device: torch.device
+) -> Iterator[tuple[range, Tensor]]:
+    """This process's part of the batch of a step, in pieces: (places in the global batch, token ids (n, L)).
+
+    data (N, L) of integers; batch: rows over all processes, a multiple of their number; micro: rows in a piece, 0 all.
+    """
+    order = row_order(step, batch, len(data), seed)
+    mine = range(ranks.rank * batch // ranks.world, (ranks.rank + 1) * batch // ranks.world)
+    for first in range(0, len(mine), micro or len(mine)):
+        places = mine[first : first + (micro or len(mine))]
+        yield places, token_ids(data[order[places]], device)
+
+
+def token_ids(rows: np.ndarray, device: torch.device) -> Tensor:
+    """Stored rows (n, L) as int64 on the device."""
+    return torch.from_numpy(rows.astype(np.int64)).to(device)
 
 
 def row_order(step: int, batch: int, rows: int, seed: int) -> np.ndarray:
@@ -83,11 +111,16 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
     return np.random.default_rng([seed, epoch]).permutation(rows)
 
 
-def row_noise(step: int, rows: range, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Standard normal (len(rows), *shape): a function of seed, step and the row's place in the global batch.
+def row_noise(step: int, places: range, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
+    """Standard normal (len(places), *shape): a function of seed, step and the row's place in the global batch.
 
     So any number of processes and micro-batches draws the same noise.
     """
     generator = torch.Generator(device)
-    seeds = (mixed_seed(seed, 2, step, row) for row in rows)
+    seeds = (mixed_seed(seed, 2, step, place) for place in places)
     return torch.stack([torch.randn(shape, generator=generator.manual_seed(s), device=device) for s in seeds])
+
+
+def rows_at_once(device: torch.device, length: int) -> int:
+    """Rows whose logits exist at a time outside training: what a CPU's cache holds, what a GPU's memory does."""
+    return max(1, 2 ** (14 if device.type == "cuda" else 10) // length)

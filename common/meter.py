@@ -3,7 +3,6 @@
 import resource
 import sys
 import time
-from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -17,46 +16,36 @@ class Meter:
     """
 
     def __init__(
-        self, tokens: int, weights: int, attention: int, processes: int, bf16: bool, device: torch.device,
-        forwards: float = 0.0,
+        self, net: nn.Module, *, batch: int, layers: int, length: int, width: int, processes: int, bf16: bool,
+        step: int, forwards: float = 0.0,
     ) -> None:  # fmt: skip
-        """tokens of an optimizer step; weights in products; attention: layers * length * width; further forwards."""
-        self.tokens, self.device, self.steps = tokens, device, 0
-        self.work = tokens * (3 + forwards) * (2 * weights + 4 * attention) / processes
-        x = torch.randn(2048, 2048, device=device, dtype=torch.bfloat16 if bf16 else torch.float32)
-        self.peak = max(2 * 2048**3 / self._seconds(lambda: x @ x) for _ in range(4))
-        self.started = time.perf_counter()
+        """batch: rows of a step, over all processes; forwards: passes without gradients in a step, per row.
 
-    def _seconds(self, f: Callable[[], object]) -> float:
+        step: the one that training begins with.
+        """
+        self.device, self.tokens = next(net.parameters()).device, batch * length
+        weights = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
+        self.work = self.tokens * (3 + forwards) * (2 * weights + 4 * layers * length * width) / processes
+        x = torch.randn(2048, 2048, device=self.device, dtype=torch.bfloat16 if bf16 else torch.float32)
+        self.peak = max(2 * 2048**3 / self._seconds(x) for _ in range(4))
+        self.started, self.step = time.perf_counter(), step
+
+    def _seconds(self, x: torch.Tensor) -> float:
         start = time.perf_counter()
-        f()
+        _ = x @ x
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
 
-    def take(self) -> dict[str, float]:
-        """Means over the `steps` counted since the last call."""
-        seconds = (time.perf_counter() - self.started) / max(self.steps, 1)
-        self.started, self.steps = time.perf_counter(), 0
+    def take(self, step: int) -> dict[str, float]:
+        """Means over the steps since the last call; step: how many are made now."""
+        seconds = (time.perf_counter() - self.started) / (step - self.step)
+        self.started, self.step = time.perf_counter(), step
         return {
             "time/tokens_per_second": self.tokens / seconds,
             "time/mfu": self.work / seconds / self.peak,
             "time/memory_gib": memory(self.device) / 2**30,
         }
-
-    @staticmethod
-    def text(speed: dict[str, float]) -> dict[str, str]:
-        """For the progress line."""
-        return {
-            "tokens/s": f"{speed['time/tokens_per_second']:,.0f}",
-            "MFU": f"{speed['time/mfu']:.0%}",
-            "memory": f"{speed['time/memory_gib']:.1f} GiB",
-        }
-
-
-def products(net: nn.Module) -> int:
-    """Weights of all linear layers."""
-    return sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
 
 
 def memory(device: torch.device) -> int:

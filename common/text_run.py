@@ -1,192 +1,192 @@
-"""One language-model run: its processes, data, folder, log and counters, how it is saved, resumed and evaluated."""
+"""One language-model run: its folder, log and checkpoints, and how its samples are scored and shown."""
 
 import math
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property
+from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from common import checkpoint
 from common.batches import Ranks
+from common.errors import UserError
+from common.files import write_atomic
 from common.judge import get_judge
 from common.judge.metrics import REAL, Judge, format_table, score_texts, split_real, unigram_entropy
-from common.machine import use_bf16
-from common.meter import Meter, products
-from common.runlog import Averages, RunLog
-from common.start import CHECKPOINT, pick_device
-from common.text import load_text, toy_probabilities
-from common.textplots import plot_scores, write_scores
+from common.runlog import Averages, RunLog, write_json
+from common.start import CHECKPOINT
+from common.text import TextData, load_text, toy_probabilities
+from common.textplots import plot_scores
+
+Generate = Callable[[int], torch.Tensor]  # number of network calls -> token rows (samples, L)
 
 
 class TextRun:
-    """Holds everything but the networks and optimizers, which `attach` brings in. Only the first process writes.
-
-    `args` are the flat arguments of the script ({name: value}); this class reads: data, length, data_dir, tokenizer,
-    tokenizer_path, device, threads, total_steps, batch, precision, layers, width, seed, log_every, eval_every,
-    checkpoint_every, wandb_project, tensorboard, steps, samples, judge, judge_path, show.
-    """
+    """Writes log, checkpoints and samples to the run folder, from the first process; saves what it is told to track."""
 
     def __init__(
-        self, args: Mapping[str, Any], run_dir: Path, stop: checkpoint.StopSignal, saved: dict[str, Any] | None
-    ) -> None:
-        self.flat, self.dir, self.stop, self.saved = dict(args), run_dir, stop, saved
-        a = self.a = SimpleNamespace(**args)
-        self.ranks = Ranks.join()
-        self.chief = self.ranks.rank == 0
-        self.device = pick_device(a.device)
-        if a.threads:
-            torch.set_num_threads(a.threads)
-        torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
-        path = Path(a.tokenizer_path) if a.tokenizer_path else None
-        load = lambda: load_text(  # noqa: E731
-            a.data, length=a.length, data_dir=Path(a.data_dir), tokenizer=a.tokenizer, tokenizer_path=path
-        )
-        self.data = self.ranks.first(load)  # the others find what the first process built
-        self.step, self.averages = 0, Averages()
+        self, folder: Path, saved: dict[str, Any] | None, *, stop: checkpoint.StopSignal, args: Mapping[str, Any],
+        ranks: Ranks, device: torch.device, data: TextData, judge: Judge | None,
+    ) -> None:  # fmt: skip
+        """saved: the checkpoint to go on from; args: all arguments, to be recorded; judge: of the first process."""
+        self.folder, self.saved, self.stop, self.args = folder, saved, stop, dict(args)
+        self.ranks, self.device, self.data, self.judge = ranks, device, data, judge
+        self.step, self.total_steps = 0, 0  # optimizer steps made, and to make
+        self.log: RunLog | None = None
+        self.parts: dict[str, Any] = {}
 
-    def attach(self, net: nn.Module, parts: Mapping[str, Any], forwards: float = 0.0) -> None:
-        """Begin training `net`. parts: what a checkpoint holds, {name: module or optimizer}; restored on a resume.
+    def open_log(self, total_steps: int, weights: int, wandb_project: str, tensorboard: bool) -> None:
+        """Open the log of a new run, or go on with that of the checkpoint. weights: how many a checkpoint must hold.
 
-        forwards: passes over a batch without gradients in a step, beside the one with; only to measure speed.
+        Raises UserError if the run folder cannot be written or has no room for them, and what `RunLog` raises.
         """
-        a, saved, self.parts = self.a, self.saved, parts
-        bytes_needed = 3 * 16 * sum(p.numel() for p in net.parameters())
-        if self.chief:
-            checkpoint.check_run_dir(self.dir, bytes_needed)
-            _ = self.judge  # one that cannot be had is said before training
-        if saved:
-            for name, part in parts.items():
-                part.load_state_dict(saved[name])
-            self.step = saved["step"]
-            self.averages.load_state_dict(saved["averages"], self.device)
-        if self.chief:
+        self.step, self.total_steps = self.saved["step"] if self.saved else 0, total_steps
+        if self.ranks.chief:
+            checkpoint.check_run_dir(self.folder, 3 * 16 * weights)
             self.log = RunLog(
-                self.dir,
-                total_steps=a.total_steps,
-                wandb_project=a.wandb_project,
-                tensorboard=a.tensorboard,
-                resume_bytes=saved["log"] if saved else None,
-                args=self.flat,
-            )
-        bf16, attention = use_bf16(a.precision, self.device), a.layers * a.length * a.width
-        self.meter = Meter(a.batch * a.length, products(net), attention, self.ranks.world, bf16, self.device, forwards)
-        self.saved = None
+                self.folder, args=self.args, total_steps=total_steps, wandb_project=wandb_project,
+                tensorboard=tensorboard, resume_bytes=self.saved["log"] if self.saved else None,
+            )  # fmt: skip
 
-    def running(self) -> bool:
-        """Whether to make another step: not finished, no process asked to stop."""
-        return self.step < self.a.total_steps and not self.ranks.any(self.stop.requested, self.device)
+    def track(self, averages: Averages, **parts: Any) -> None:
+        """What a checkpoint holds: averages, modules and optimizers by name; restored here from that of the run."""
+        self.parts = {"averages": averages} | parts
+        if self.saved:
+            averages.load_state_dict(self.saved["averages"], self.device)
+            for name, part in parts.items():
+                part.load_state_dict(self.saved[name])
+            self.saved = None  # its memory
 
-    def count(self, metrics: Mapping[str, torch.Tensor]) -> None:
-        """After a step: its metrics. Logs and saves when due; a value that is not finite ends the run with a dump."""
-        a = self.a
-        self.averages.add(dict(metrics))
-        self.step, self.meter.steps = self.step + 1, self.meter.steps + 1
-        if self.due(a.log_every):
-            means, speed = self.ranks.mean(self.averages.take(), self.device), self.meter.take()
-            if bad := [k for k, v in means.items() if not math.isfinite(v)]:
-                self.save("nonfinite.pt")
-                sys.exit(f"stopped at step {self.step}: {', '.join(bad)} not finite; see {self.dir / 'nonfinite.pt'}")
-            if self.chief:
-                self.log.log(self.step, {f"train/{k}": v for k, v in means.items()} | speed)
-                self.log.progress(self.step, {"loss": f"{means['loss']:.3f}"} | self.meter.text(speed))
-        if self.due(a.checkpoint_every):
-            self.save()
+    def stop_requested(self) -> bool:
+        """Whether any process was asked to stop."""
+        return self.ranks.any(self.stop.requested, self.device)
 
     def due(self, every: int) -> bool:
         """Whether the step just made is one in `every`, or the last."""
-        return self.step % every == 0 or self.step == self.a.total_steps
+        return self.step % every == 0 or self.step == self.total_steps
 
-    def note(self, metrics: Mapping[str, float], text: str) -> None:
-        """Log and print; only in the first process."""
-        if self.chief:
-            self.log.log(self.step, dict(metrics))
-            self.log.say(f"step {self.step}: {text}")
+    def stop_if_not_finite(self, metrics: Mapping[str, float]) -> None:
+        """End the process with exit code 1, and a dump beside the last good checkpoint, if a value is not finite."""
+        if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
+            self.save_checkpoint("nonfinite.pt")
+            sys.exit(f"stopped at step {self.step}: {', '.join(bad)} not finite; see {self.folder / 'nonfinite.pt'}")
 
-    def save(self, name: str = CHECKPOINT) -> None:
-        if self.chief:
-            state = {
-                "args": {k: list(v) if isinstance(v, tuple) else v for k, v in self.flat.items()},
-                "step": self.step,
-                "averages": self.averages.state_dict(),
-                "log": self.log.position(),
-                "tokenizer": self.data.tokenizer.name,
-                "vocab_size": self.data.tokenizer.vocab_size,
+    def log_training(self, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl and the progress line."""
+        if self.log:
+            self.log.log(self.step, {f"train/{k}": v for k, v in metrics.items()} | speed)
+            fields = {
+                "loss": f"{metrics['loss']:.3f}",
+                "tokens/s": f"{speed['time/tokens_per_second']:,.0f}",
+                "MFU": f"{speed['time/mfu']:.0%}",
+                "memory": f"{speed['time/memory_gib']:.1f} GiB",
             }
-            checkpoint.save(self.dir / name, state | {k: part.state_dict() for k, part in self.parts.items()})
+            self.log.progress(self.step, fields)
 
-    def close(self) -> None:
-        if hasattr(self, "log"):
-            self.log.close()
-        self.ranks.leave()
+    def log_validation(self, metrics: Mapping[str, float]) -> None:
+        """A line of metrics.jsonl; the first value is printed too."""
+        self.log.log(self.step, dict(metrics))
+        name, value = next(iter(metrics.items()))
+        self.log.say(f"step {self.step}: {name} {value:.3f}")
 
-    def texts(self, rows: np.ndarray, literal: bool = False) -> list[str]:
-        """rows (n, L) -> n texts; literal: separators as the tokenizer writes them, which GPT-2 judges expect."""
-        separators = None if literal else "\n"
-        return [self.data.tokenizer.decode(row, separators=separators) for row in rows.tolist()]
-
-    def training_texts(self) -> Iterator[str]:
-        """The training split without the cuts between rows, some thousand tokens at a time."""
-        rows = self.data.train
-        for i in range(0, len(rows), 512):
-            part = rows[i : i + 512]
-            yield from self.texts(part) if self.data.name == "toy" else self.texts(part[:, 1:-1].reshape(1, -1))
-
-    @cached_property
-    def judge(self) -> Judge:
-        a = self.a
-        path = Path(a.judge_path) if a.judge_path else None
-        texts = self.training_texts()
-        return get_judge(a.judge, data_dir=Path(a.data_dir), train_texts=texts, path=path, device=self.device)
-
-    def judged(self, rows: np.ndarray) -> list[str]:
-        """Texts as the judge is to read them."""
-        return self.texts(rows, literal=self.a.judge.startswith("gpt2"))
-
-    def glance(self, generate: Callable[[int], torch.Tensor], steps: Sequence[int]) -> None:
-        """During training: perplexity, entropy and one sample at each number of steps, logged and printed."""
+    def log_samples(self, generate: Generate, steps: Sequence[int]) -> None:
+        """Log perplexity and entropy of samples in each number of network calls; print these and one sample each."""
         metrics, shown = {}, []
         for n in steps:
             rows = generate(n).cpu().numpy()
-            perplexity = self.judge.perplexity(self.judged(rows), max_length=rows.shape[1])
-            metrics |= {f"eval/perplexity_{n}": perplexity, f"eval/entropy_{n}": unigram_entropy(rows)}
-            entropy = metrics[f"eval/entropy_{n}"]
-            shown.append(f"{n:4d} calls: perplexity {perplexity:.1f}, entropy {entropy:.2f}: {self.texts(rows)[0]!r}")
-        self.note(metrics, "\n  ".join([f"{len(rows)} samples, judge {self.judge.name}", *shown]))
+            perplexity = self.judge.perplexity(self._judged(rows), max_length=rows.shape[1])
+            entropy = unigram_entropy(rows)
+            metrics |= {f"eval/perplexity_{n}": perplexity, f"eval/entropy_{n}": entropy}
+            sample = decode(self.data, rows[:1])[0]
+            shown.append(f"{n:4d} calls: perplexity {perplexity:.1f}, entropy {entropy:.2f}: {sample!r}")
+        self.log.log(self.step, metrics)
+        self.log.say("\n  ".join([f"step {self.step}: {len(rows)} samples, judge {self.judge.name}", *shown]))
 
-    def evaluate(self, generate: Callable[[int], torch.Tensor], tag: str = "") -> None:
+    def save_checkpoint(self, name: str = CHECKPOINT) -> None:
+        """Write everything that is tracked."""
+        if self.log:
+            args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
+            state = {k: part.state_dict() for k, part in self.parts.items()}
+            checkpoint.save(self.folder / name, {"args": args, "step": self.step, "log": self.log.position()} | state)
+
+    def evaluate(self, generate: Generate, steps: Sequence[int], samples: int, show: int, tag: str = "") -> None:
         """Print samples and the table of perplexity, entropy and distances; write samples, table and figure.
 
-        generate(steps) gives token rows (samples, L); tag sets the files of another sampler apart.
+        tag: part of the files' names, to set another sampler's apart.
         """
-        a, data = self.a, self.data
-        self.dir.mkdir(parents=True, exist_ok=True)
-        real, reference = split_real(data.valid, a.samples)
-        makers = {f"{n} steps": lambda n=n: generate(n).cpu().numpy() for n in a.steps}
+        self.folder.mkdir(parents=True, exist_ok=True)
+        real, reference = split_real(self.data.valid, samples)
         scores, shown = [], []
-        for label, make in (makers | {REAL: lambda: real}).items():
-            rows = make()
-            texts = self.texts(rows)
-            score = score_texts(
-                label, rows, self.judged(rows), self.judge, reference_rows=reference, train_rows=data.train
-            )
-            scores.append(score)
-            if data.name == "toy":
+        for n in (*steps, None):
+            label = f"{n} steps" if n else REAL
+            rows = generate(n).cpu().numpy() if n else real
+            judged, train = self._judged(rows), self.data.train
+            scores.append(score_texts(label, rows, judged, self.judge, reference_rows=reference, train_rows=train))
+            if self.data.name == "toy":
                 shown.append(f"{label}: total variation distance from the language {toy_distance(rows):.3f}")
-            file = self.dir / f"samples_{label.replace(' ', '_')}{tag}.txt"
-            file.write_text("\n----\n".join(texts) + "\n")
-            shown += [f"\n{label} ({file}):", *("  " + text.replace("\n", "\n  ") for text in texts[: a.show])]
-        table, name = format_table(scores), f"evaluation_{a.judge}{tag}"
-        (self.dir / f"{name}.md").write_text(table + "\n")
-        write_scores(self.dir / f"{name}.json", scores)
-        plot_scores({self.dir.name: scores}, self.dir / f"{name}.png", f"{data.name}: {a.samples} samples")
+            texts, file = decode(self.data, rows), self.folder / f"samples_{label.replace(' ', '_')}{tag}.txt"
+            write_atomic(file, ("\n----\n".join(texts) + "\n").encode())
+            shown += [f"\n{label} ({file}):", *("  " + text.replace("\n", "\n  ") for text in texts[:show])]
+        table, name = format_table(scores), f"evaluation_{self.judge.name}{tag}"
+        write_atomic(self.folder / f"{name}.md", f"{table}\n".encode())
+        write_json(self.folder / f"{name}.json", [asdict(score) for score in scores])
+        plot_scores({self.folder.name: scores}, self.folder / f"{name}.png", f"{self.data.name}: {samples} samples")
         print("\n".join([*shown, "", table]), flush=True)
+
+    def _judged(self, rows: np.ndarray) -> list[str]:
+        """Texts as the judge is to read them: GPT-2 expects separators as the tokenizer writes them."""
+        return decode(self.data, rows, separators=None if self.judge.name.startswith("gpt2") else "\n")
+
+    def __enter__(self) -> "TextRun":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self.log:
+            self.log.close()
+
+
+def open_text(name: str, length: int, data_dir: Path, tokenizer: str, tokenizer_path: str, ranks: Ranks) -> TextData:
+    """Rows of a corpus, tokenized by the first process. tokenizer_path "": fetched. Raises what `load_text` raises."""
+    path = Path(tokenizer_path) if tokenizer_path else None
+    return ranks.first(
+        lambda: load_text(name, length=length, data_dir=data_dir, tokenizer=tokenizer, tokenizer_path=path)
+    )
+
+
+def check_fit(
+    space: str, vocab: int, width: int, heads: int, batch: int, processes: int, steps: Sequence[int]
+) -> None:  # fmt: skip
+    """Raises UserError on sizes that do not fit each other, and on numbers of network calls below 1."""
+    if space == "embedding" and vocab <= width:
+        raise UserError(f"--space embedding needs a vocabulary larger than --width ({vocab} <= {width}); use onehot")
+    if width % heads or width // heads % 2:
+        raise UserError(f"--width {width} must be an even multiple of --heads {heads}")
+    if batch % processes:
+        raise UserError(f"--batch {batch} must be a multiple of the {processes} processes")
+    if min(steps, default=1) < 1:
+        raise UserError(f"--steps {min(steps)}: a text needs at least 1 network call")
+
+
+def load_judge(name: str, path: str, data: TextData, data_dir: Path, device: torch.device) -> Judge:
+    """The judge of a run; an n-gram judge learns from the training split. Raises what `get_judge` raises."""
+    file = Path(path) if path else None
+    return get_judge(name, data_dir=data_dir, train_texts=_training_texts(data), path=file, device=device)
+
+
+def _training_texts(data: TextData) -> Iterator[str]:
+    """The training split without the cuts between rows, some thousand tokens at a time."""
+    for i in range(0, len(data.train), 512):
+        part = data.train[i : i + 512]
+        yield from decode(data, part if data.name == "toy" else part[:, 1:-1].reshape(1, -1))
+
+
+def decode(data: TextData, rows: np.ndarray, separators: str | None = "\n") -> list[str]:
+    """rows (n, L) -> n texts; separators: what stands for them, None: as the tokenizer writes them."""
+    return [data.tokenizer.decode(row, separators=separators) for row in rows.tolist()]
 
 
 def toy_distance(rows: np.ndarray) -> float:

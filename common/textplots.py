@@ -1,24 +1,11 @@
 """Figures of generated text: perplexity over the number of network calls, and against entropy."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from common.files import replacing
 from common.judge.metrics import REAL, TextScore
-from common.runlog import write_json
-
-
-def write_scores(path: Path, scores: Sequence[TextScore]) -> None:
-    """The lines of a table as JSON, atomically."""
-    write_json(path, [asdict(score) for score in scores])
-
-
-def read_scores(path: Path) -> list[TextScore]:
-    """What `write_scores` wrote."""
-    return [TextScore(**row | {"distances": tuple(row["distances"])}) for row in json.loads(path.read_text())]
 
 
 def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: str = "") -> None:

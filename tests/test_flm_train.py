@@ -2,7 +2,9 @@
 
 import ast
 import math
+import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -11,7 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import flm_train as flm
-from common import cli, machine
+from common import checkpoint, cli, machine
+from common.errors import UserError
+from common.runlog import read_metrics
+from common.tensors import interpolate
+from common.text_run import check_fit
+from tests.helpers import differing
+from variants import flm_ablations, flm_sampling
 
 SCRIPT = Path(flm.__file__)
 PI = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
@@ -32,9 +40,13 @@ class Oracle(nn.Module):
         return PI.log() + t * x / (1 - t) ** 2
 
 
-def small(**changes: object) -> flm.Args:
+def small(module: ModuleType = flm, **changes: object) -> flm.Args:
     values = dict(layers=2, width=32, heads=2, cond_width=16, length=6, precision="fp32", space="onehot", batch=16)
-    return cli.override(flm.Args(), values | changes)
+    return cli.override(module.Args(), values | changes)
+
+
+def tau_at(t: Tensor, clock: flm.Clock) -> Tensor:
+    return interpolate(t, clock.table[0], clock.table[1])
 
 
 def perturbed(net: nn.Module, scale: float = 0.1) -> nn.Module:
@@ -57,18 +69,18 @@ def perturbed(net: nn.Module, scale: float = 0.1) -> nn.Module:
                   0.95: 0.8560, 0.99: 0.8695, 0.999: 0.8820}),
     ],
 )  # fmt: skip
-def test_time_at_given_decoding_accuracy(vocab: int, values: dict[float, float]) -> None:
+def test_clock_t_at_given_decoding_accuracy(vocab: int, values: dict[float, float]) -> None:
     clock = flm.Clock(flm.accuracy_table(vocab))
     tau = torch.tensor(list(values), dtype=torch.float64)
     want = torch.tensor(list(values.values()), dtype=torch.float64)
     torch.testing.assert_close(clock.t(tau), want, atol=1e-4, rtol=0)
-    torch.testing.assert_close(clock.tau(clock.t(tau)), tau, atol=1e-9, rtol=0)
+    torch.testing.assert_close(tau_at(clock.t(tau), clock), tau, atol=1e-9, rtol=0)
     ends = torch.tensor([0.0, 1.0])
-    assert torch.equal(clock.t(ends), ends) and torch.equal(clock.tau(ends), ends)
+    assert torch.equal(clock.t(ends), ends) and torch.equal(tau_at(ends, clock), ends)
 
 
 @pytest.mark.parametrize("vocab", [2, 5, 200])
-def test_decoding_accuracy_by_monte_carlo(vocab: int) -> None:
+def test_accuracy_table_by_monte_carlo(vocab: int) -> None:
     """The argmax of t e_y + (1 - t) eps is y with probability 1/V + (1 - 1/V) tau."""
     clock, generator, n = flm.Clock(flm.accuracy_table(vocab)), torch.Generator().manual_seed(0), 40_000
     for tau in (0.1, 0.5, 0.9):
@@ -80,14 +92,14 @@ def test_decoding_accuracy_by_monte_carlo(vocab: int) -> None:
         assert (x.argmax(-1) == 0).double().mean().item() == pytest.approx(want, abs=4 * error)
 
 
-def test_two_tokens_have_a_closed_form() -> None:
+def test_accuracy_table_of_two_tokens_has_a_closed_form() -> None:
     """V = 2: q = Phi(m / sqrt 2) with m = t / (1 - t)."""
     t = torch.linspace(0.01, 0.9, 50, dtype=torch.float64)
     q = torch.special.ndtr(t / (1 - t) / math.sqrt(2))
-    torch.testing.assert_close(flm.Clock(flm.accuracy_table(2)).tau(t), 2 * q - 1, atol=1e-7, rtol=0)
+    torch.testing.assert_close(tau_at(t, flm.Clock(flm.accuracy_table(2))), 2 * q - 1, atol=1e-7, rtol=0)
 
 
-def test_times_are_stratified_over_the_global_batch() -> None:
+def test_stratified_times_cover_the_global_batch() -> None:
     tau = flm.stratified_times(7, 64, seed=3)
     assert torch.equal((tau * 64).long().sort().values, torch.arange(64))
     assert not torch.equal(tau, flm.stratified_times(8, 64, seed=3))
@@ -97,22 +109,22 @@ def test_times_are_stratified_over_the_global_batch() -> None:
 # --- network ----------------------------------------------------------------------------------------------------------
 
 
-def test_initial_loss_is_ln_v() -> None:
+def test_flm_loss_is_ln_v_at_the_start() -> None:
     args = small()
     net = flm.DiT(args.model, 50)
     tokens = torch.randint(0, 50, (4, 6))
-    loss, _ = flm.flm_loss(net, tokens, torch.rand(4), torch.rand(4), torch.randn(4, 6, 50), args.flow)
+    loss = flm.flm_loss(net, tokens, torch.rand(4), torch.rand(4), torch.randn(4, 6, 50), args.flow)
     assert loss.item() == pytest.approx(math.log(50), abs=1e-5)
 
 
-def test_parameter_count_is_the_published_one() -> None:
+def test_dit_has_the_published_number_of_parameters() -> None:
     m = cli.override(flm.default_args("lm1b"), {}).model
     with torch.device("meta"):
         net = flm.DiT(m, 30_522)
     assert sum(p.numel() for p in net.parameters()) == pytest.approx(139.29e6, abs=5e3)
 
 
-def test_rows_scaled_by_frequency_show_more_of_the_token() -> None:
+def test_scale_rows_shows_more_of_the_token() -> None:
     """Norms go with sqrt(frequency), Frobenius norm stays; the share of x E's signal that noise leaves is p-weighted
     mean of e_y^T E (E^T E)^-1 E^T e_y, d / V for random rows."""
     torch.manual_seed(0)
@@ -134,7 +146,7 @@ def test_rows_scaled_by_frequency_show_more_of_the_token() -> None:
     assert signal_before == pytest.approx(32 / vocab, rel=0.1) and signal() > 10 * signal_before
 
 
-def test_logits_are_capped_and_positions_matter() -> None:
+def test_dit_caps_logits_and_sees_positions_and_time() -> None:
     args = small(logit_cap=2.0)
     net = perturbed(flm.DiT(args.model, 50), 0.5).eval()
     h, tau = 3 * torch.randn(2, 6, 32), torch.rand(2)
@@ -144,7 +156,7 @@ def test_logits_are_capped_and_positions_matter() -> None:
     assert not torch.allclose(net(h, 1 - tau), out, atol=1e-3)
 
 
-def test_attention_cap() -> None:
+def test_attention_caps_scores() -> None:
     q, k, v = (torch.randn(1, 1, 4, 8, dtype=torch.float64) for _ in range(3))
     scores = q @ k.mT / math.sqrt(8)
     want = (0.5 * torch.tanh(scores / 0.5)).softmax(-1) @ v
@@ -153,7 +165,7 @@ def test_attention_cap() -> None:
 
 
 @pytest.mark.parametrize("units", [True, False])
-def test_automatic_precision_is_that_of_the_hardware(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_use_bf16_follows_the_hardware(units: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "CPU_BF16", units)
     torch.manual_seed(0)
     net = perturbed(flm.DiT(small(precision="auto").model, vocab=11))
@@ -170,45 +182,44 @@ def test_automatic_precision_is_that_of_the_hardware(units: bool, monkeypatch: p
 # --- loss -------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("changes", [{}, {"loss": "mse"}, {"loss": "mse", "softmax": False}])
-def test_losses_against_the_plain_formula(changes: dict) -> None:
-    args = small(**changes)
+@pytest.mark.parametrize(("module", "changes"), [(flm, {}), (flm_ablations, {}), (flm_ablations, {"softmax": False})])
+def test_flm_loss_is_the_plain_formula(module: ModuleType, changes: dict) -> None:
+    args = small(module, **changes)
     net = perturbed(flm.DiT(args.model, 12))
     tokens, tau, t, xi = torch.randint(0, 12, (5, 6)), torch.rand(5), torch.rand(5), torch.randn(5, 6, 12)
     onehot = F.one_hot(tokens, 12).float()
     out = net(((1 - t[:, None, None]) * xi + t[:, None, None] * onehot) @ net.embed, tau)
-    if not changes:
+    if module is flm:
         want = F.cross_entropy(out.flatten(0, 1), tokens.flatten())
     else:
-        out = out if args.flow.softmax is False else out.softmax(-1)
+        out = out.softmax(-1) if args.flow.softmax else out
         want = (out - onehot).square().sum(-1).mean()
-    loss, _ = flm.flm_loss(net, tokens, tau, t, xi, args.flow)
-    torch.testing.assert_close(loss, want)
+    torch.testing.assert_close(module.flm_loss(net, tokens, tau, t, xi, args.flow), want)
 
 
-def test_velocity_loss_and_its_denoiser() -> None:
-    args = small(loss="mse", predict="velocity")
+def test_denoise_and_loss_of_a_velocity() -> None:
+    args = small(flm_ablations, predict="velocity")
     net = perturbed(flm.DiT(args.model, 12))
     tokens, tau, t, xi = torch.randint(0, 12, (5, 6)), torch.rand(5), torch.rand(5), torch.randn(5, 6, 12)
     onehot, s = F.one_hot(tokens, 12).float(), t[:, None, None]
     x = (1 - s) * xi + s * onehot
-    loss, _ = flm.flm_loss(net, tokens, tau, t, xi, args.flow)
+    loss = flm_ablations.flm_loss(net, tokens, tau, t, xi, args.flow)
     torch.testing.assert_close(loss, (net(x @ net.embed, tau) - (onehot - xi)).square().sum(-1).mean())
     exact = x + (1 - s) * (onehot - xi)  # what the denoiser is if the velocity is right
     torch.testing.assert_close(exact, onehot)
-    probs = flm.denoise(net, flm.OneHotSpace(net.embed), x, tau, t, args.flow)
+    probs = flm_ablations.denoise(net, flm.OneHotSpace(net.embed), x, tau, t, args.flow)
     torch.testing.assert_close(probs, x + (1 - s) * net(x @ net.embed, tau))
 
 
 @pytest.mark.parametrize("space", ["embedding", "onehot"])
-def test_rows_at_a_time_change_nothing(space: str) -> None:
+def test_flm_loss_by_rows_changes_nothing(space: str) -> None:
     args = small(space=space, width=8, heads=1)
     net = perturbed(flm.DiT(args.model, 12))
     width = flm.make_space(net, space).width
     batch = (torch.randint(0, 12, (5, 6)), torch.rand(5), torch.rand(5), torch.randn(5, 6, width))
     gradients = []
     for rows in (0, 2):
-        loss, _ = flm.flm_loss(net, *batch, args.flow, rows)
+        loss = flm.flm_loss(net, *batch, args.flow, rows)
         gradients.append([loss, *torch.autograd.grad(loss, list(net.parameters()))])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -217,7 +228,7 @@ def test_rows_at_a_time_change_nothing(space: str) -> None:
 # --- embedding space --------------------------------------------------------------------------------------------------
 
 
-def test_noise_has_the_law_of_projected_noise() -> None:
+def test_gram_noise_has_the_law_of_projected_noise() -> None:
     torch.manual_seed(0)
     embed = torch.randn(40, 5, dtype=torch.float64)
     noise = flm.EmbeddingSpace(embed).noise(torch.randn(200_000, 5, dtype=torch.float64))
@@ -225,7 +236,7 @@ def test_noise_has_the_law_of_projected_noise() -> None:
     assert (noise.T @ noise / len(noise) - gram).norm() / gram.norm() < 0.02
 
 
-def test_gradient_is_the_conditional_mean_of_the_dense_one() -> None:
+def test_gram_noise_gradient_is_the_conditional_mean_of_the_dense_one() -> None:
     """For xi = eps E L^-T the backward equals eps^T g projected on the span of E, where the rest has mean 0."""
     torch.manual_seed(0)
     embed = torch.randn(30, 4, dtype=torch.float64, requires_grad=True)
@@ -239,7 +250,7 @@ def test_gradient_is_the_conditional_mean_of_the_dense_one() -> None:
     torch.testing.assert_close(ours, span @ span.mT @ (eps.mT @ g))
 
 
-def test_training_gradients_agree_in_expectation() -> None:
+def test_flm_loss_gradients_of_both_spaces_agree_in_expectation() -> None:
     torch.manual_seed(0)
     args = small(width=8, heads=1, length=3)
     net = perturbed(flm.DiT(args.model, 30).double(), 0.3)
@@ -250,7 +261,7 @@ def test_training_gradients_agree_in_expectation() -> None:
         width, grads = flm.make_space(net, space).width, []
         for _ in range(40):
             t = torch.rand(512, dtype=torch.float64)
-            loss, _ = flm.flm_loss(net, tokens, t, t, torch.randn(512, 3, width, dtype=torch.float64), f)
+            loss = flm.flm_loss(net, tokens, t, t, torch.randn(512, 3, width, dtype=torch.float64), f)
             grads.append(torch.autograd.grad(loss, net.embed)[0])
         grads = torch.stack(grads)
         means.append(grads.mean(0))
@@ -260,17 +271,16 @@ def test_training_gradients_agree_in_expectation() -> None:
     assert errors[1].sum() < 0.7 * errors[0].sum()  # and less variance
 
 
-def test_sampling_writes_identical_tokens_in_both_spaces() -> None:
+def test_sample_euler_writes_identical_tokens_in_both_spaces() -> None:
     torch.manual_seed(0)
-    args = small(width=16, heads=1)
-    net = perturbed(flm.DiT(args.model, 40).double(), 0.3).eval()
+    net = perturbed(flm.DiT(small(width=16, heads=1).model, 40).double(), 0.3).eval()
     x = torch.randn(8, 6, 40, dtype=torch.float64)
     clock = flm.Clock(flm.accuracy_table(40))
     with torch.no_grad():
         for steps in (1, 3, 16):
-            plain = flm.sample_euler(net, x, steps, clock, args.flow, args.sample)
-            f = cli.override(args, {"space": "embedding"}).flow
-            assert torch.equal(plain, flm.sample_euler(net, x @ net.embed, steps, clock, f, args.sample))
+            plain = flm.sample_euler(net, x, steps, clock, flm.OneHotSpace(net.embed))
+            projected = flm.sample_euler(net, x @ net.embed, steps, clock, flm.EmbeddingSpace(net.embed))
+            assert torch.equal(plain, projected)
     assert len(plain.unique()) > 1
 
 
@@ -283,36 +293,40 @@ def frequencies(tokens: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def test_euler_with_the_exact_denoiser_samples_pi() -> None:
-    args, n = small(), 40_000
-    x = torch.randn(n, 1, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    got = frequencies(flm.sample_euler(Oracle(), x, 128, CLOCK, args.flow, args.sample))
+def test_sample_euler_with_the_exact_denoiser_samples_pi() -> None:
+    net = Oracle()
+    x = torch.randn(40_000, 1, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    got = frequencies(flm.sample_euler(net, x, 128, CLOCK, flm.OneHotSpace(net.embed)))
     assert (got - PI).abs().max() < 0.01
-    one = flm.sample_euler(Oracle(), x, 1, CLOCK, args.flow, args.sample)
+    one = flm.sample_euler(net, x, 1, CLOCK, flm.OneHotSpace(net.embed))
     assert (one == 0).all()  # one step writes the most frequent token everywhere
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("steps", [1, 2, 5])
-def test_bridge_samples_pi_at_any_number_of_steps(steps: int) -> None:
-    args, n, generator = small(sampler="bridge"), 40_000, torch.Generator().manual_seed(0)
-    x = torch.randn(n, 1, V, generator=generator, dtype=torch.float64)
-    tokens = flm.sample_bridge(Oracle(), x, steps, CLOCK, args.flow, args.sample, generator)
+def test_sample_bridge_samples_pi_in_any_number_of_steps(steps: int) -> None:
+    net, generator = Oracle(), torch.Generator().manual_seed(0)
+    x = torch.randn(40_000, 1, V, generator=generator, dtype=torch.float64)
+    sample = small(flm_sampling).sample
+    tokens = flm_sampling.sample_bridge(net, x, steps, CLOCK, flm.OneHotSpace(net.embed), sample, generator)
     assert (frequencies(tokens) - PI).abs().max() < 0.01
 
 
 def test_bridge_coefficients_keep_the_interpolant() -> None:
-    """x_s = a x_t + b x_1 + sqrt(v) noise has the law of the interpolant at s when x_t has that at t."""
-    t, s = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 0.8))
-    a, b, v = flm.bridge_coefficients(t, s)
-    assert (a * t + b).item() == pytest.approx(s.item())
-    assert (a**2 * (1 - t) ** 2 + v).item() == pytest.approx((1 - s.item()) ** 2)
+    """a x_t + b x_1 + sqrt(v) noise has the law of the interpolant at the next time when x_t has that at t."""
+    t, t_next = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 0.8))
+    a, b, v = flm_sampling.bridge_coefficients(t, t_next)
+    assert (a * t + b).item() == pytest.approx(t_next.item())
+    assert (a**2 * (1 - t) ** 2 + v).item() == pytest.approx((1 - t_next.item()) ** 2)
 
 
 def test_draw_by_enumeration() -> None:
     probs = torch.tensor([0.1, 0.5, 0.25, 0.15])
     uniform = torch.linspace(0.0005, 0.9995, 1000)
-    share = lambda **k: torch.bincount(flm.draw(probs.expand(1000, 4), uniform, **k), minlength=4) / 1000  # noqa: E731
+
+    def share(**how: float) -> Tensor:
+        return torch.bincount(flm_sampling.draw(probs.expand(1000, 4), uniform, **how), minlength=4) / 1000
+
     torch.testing.assert_close(share(temperature=1.0, top_p=1.0), probs, atol=2e-3, rtol=0)
     squared = probs**2 / (probs**2).sum()
     torch.testing.assert_close(share(temperature=0.5, top_p=1.0), squared, atol=2e-3, rtol=0)
@@ -322,12 +336,13 @@ def test_draw_by_enumeration() -> None:
 
 
 @torch.no_grad()
-def test_guidance_leaves_the_weak_network_behind() -> None:
-    args = small()
-    net = perturbed(flm.DiT(args.model, 12), 0.3).eval()
-    x, tau = torch.randn(4, 6, 12), torch.tensor(0.5)
-    space = flm.OneHotSpace(net.embed)
-    run = lambda **k: flm.guided(net, space, x, tau, tau, args.flow, small(**k).sample)  # noqa: E731
+def test_guided_leaves_the_weak_network_behind() -> None:
+    net = perturbed(flm.DiT(small().model, 12), 0.3).eval()
+    x, tau, space = torch.randn(4, 6, 12), torch.full((4,), 0.5), flm.OneHotSpace(net.embed)
+
+    def run(**changes: float) -> Tensor:
+        return flm_sampling.guided(net, space, x, tau, small(flm_sampling, **changes).sample)
+
     strong = run()
     assert torch.equal(run(guidance=3.0, guidance_dropout=0.0), strong)
     torch.manual_seed(0)
@@ -340,40 +355,36 @@ def test_guidance_leaves_the_weak_network_behind() -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-def steps_of(args: flm.Args, n: int) -> tuple[list[float], flm.DiT]:
-    torch.manual_seed(0)
-    net = perturbed(flm.DiT(args.model, 12), 0.05)
-    ema = flm.copy.deepcopy(net)
-    optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
-    objective = flm.Objective(net, args.flow, args.train.loss_rows)
-    data = np.random.default_rng(0).integers(0, 12, (40, 6)).astype(np.uint16)
-    clock = flm.Clock(flm.accuracy_table(12))
-    ranks = flm.Ranks()
-    infos = [flm.train_step(objective, net, ema, optimizer, k, data, clock, ranks, args) for k in range(n)]
-    return [i["loss"].item() for i in infos], net
-
-
-def test_micro_batches_and_rows_give_the_step_of_the_whole_batch() -> None:
-    whole, net = steps_of(small(), 5)
-    parts, other = steps_of(small(micro_batch=6, loss_rows=2), 5)
-    assert parts == pytest.approx(whole, abs=1e-5)
-    for p, q in zip(net.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(p, q, atol=1e-5, rtol=1e-4)
+def test_train_in_pieces_gives_the_steps_of_the_whole_batch(tmp_path: Path) -> None:
+    flags = ["--data", "toy", "--layers", "1", "--width", "32", "--batch", "16", "--total-steps", "5", "--threads", "1"]
+    flags += ["--log-every", "1", "--samples", "4", "--steps", "1", "--run-dir", str(tmp_path), "--lr", "1e-3"]
+    runs = {"whole": ["--micro-batch", "0"], "parts": ["--micro-batch", "6", "--loss-rows", "2"]}
+    losses, weights = {}, {}
+    for name, pieces in runs.items():
+        flm.main([*flags, "--data-dir", str(tmp_path), "--run-name", name, *pieces])
+        losses[name] = [row["train/loss"] for row in read_metrics(tmp_path / name) if "train/loss" in row]
+        weights[name] = checkpoint.load(tmp_path / name / "checkpoint.pt")["net"]
+    assert len(losses["whole"]) == 5 and losses["parts"] == pytest.approx(losses["whole"], abs=1e-5)
+    for name, value in weights["whole"].items():
+        torch.testing.assert_close(value, weights["parts"][name], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("changes", "name", "want"),
+    ("module", "changes", "name", "want"),
     [
-        ({}, "valid/ce", math.log(64)),  # an untrained network is uniform
-        ({"loss": "mse", "softmax": False}, "valid/mse", 1.0),  # ... or zero: the one-hot is the whole error
-        ({"loss": "mse", "predict": "velocity"}, "valid/mse", None),
+        (flm, {}, "valid/ce", math.log(64)),  # an untrained network is uniform
+        (flm_ablations, {}, "valid/ce", math.log(64)),
+        (flm_ablations, {"softmax": False}, "valid/mse", 1.0),  # ... or zero: the one-hot is the whole error
+        (flm_ablations, {"predict": "velocity"}, "valid/mse", None),
     ],
 )
-def test_validation_is_a_cross_entropy_only_of_distributions(changes: dict, name: str, want: float | None) -> None:
-    args = small(**changes)
+def test_validate_gives_cross_entropy_only_of_distributions(
+    module: ModuleType, changes: dict, name: str, want: float | None
+) -> None:
+    args = small(module, **changes)
     net, clock = flm.DiT(args.model, 64), flm.Clock(flm.accuracy_table(64))
     rows = np.random.default_rng(0).integers(0, 64, (256, 6)).astype(np.uint16)
-    out = flm.validate(net, rows, clock, args)
+    out = module.validate(net, rows, clock, args)
     assert list(out) == [name, *(f"{name}_quarter{i}" for i in range(1, 5))]
     if want is None:  # D = x at zero velocity, D - x_1 = (1 - t)(x_0 - x_1): (1 - t)^2 (V + 1) on average
         t = clock.t((torch.arange(256, dtype=torch.float64) + 0.5) / 256)
@@ -381,7 +392,7 @@ def test_validation_is_a_cross_entropy_only_of_distributions(changes: dict, name
     assert out[name] == pytest.approx(want, rel=0.02)
 
 
-def test_learning_rate_schedule() -> None:
+def test_learning_rate_warms_up_and_decays() -> None:
     a = small(lr=1.0, warmup=10, total_steps=100, decay=0.2).train
     rates = [flm.learning_rate(k, a) for k in range(100)]
     assert rates[0] == 0.1 and rates[9:80] == [1.0] * 71
@@ -392,31 +403,65 @@ def test_learning_rate_schedule() -> None:
     ("changes", "words"),
     [
         ({"space": "embedding", "width": 64}, "--space embedding needs"),
-        ({"predict": "velocity"}, "--predict velocity needs"),
-        ({"softmax": False}, "--loss ce needs"),
         ({"heads": 3}, "--width 32"),
+        ({"processes": 3}, "--batch 16"),
+        ({"steps": (4, 0)}, "--steps 0"),
     ],
 )
-def test_impossible_combinations_are_said(changes: dict, words: str) -> None:
-    with pytest.raises(flm.UserError, match=words):
-        flm.check(small(**changes), vocab=50, world=1)
-    with pytest.raises(flm.UserError, match="--batch 16"):
-        flm.check(small(), vocab=50, world=3)
+def test_check_fit_says_what_cannot_work(changes: dict, words: str) -> None:
+    sizes = dict(space="onehot", vocab=50, width=32, heads=2, batch=16, processes=2, steps=(1, 4))
+    check_fit(**sizes)
+    with pytest.raises(UserError, match=words):
+        check_fit(**sizes | changes)
 
 
-def test_every_flag_is_documented_and_read() -> None:
-    """In the script, in common/text_run.py (as a.NAME), or by name where a run starts."""
-    folder, flags = SCRIPT.parent, cli.flatten(flm.Args())
-    trees = {p: ast.parse((folder / p).read_text()) for p in (SCRIPT.name, "common/start.py", "common/text_run.py")}
-    reads = {n.value for p, t in trees.items() if p != SCRIPT.name for n in ast.walk(t) if isinstance(n, ast.Constant)}
-    for path, tree in trees.items():
-        nodes = [n for n in ast.walk(tree) if isinstance(n, ast.Attribute)]
-        reads |= {n.attr for n in nodes if path == SCRIPT.name or ast.unparse(n.value) in ("a", "self.a")}
+def test_main_of_the_ablations_refuses_a_velocity_in_embedding_space() -> None:
+    with pytest.raises(UserError, match="--predict velocity needs --space onehot"):
+        flm_ablations.main(["--predict", "velocity"])
+
+
+# --- arguments and copies ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("data", ["austen", *flm.SETTINGS])
+def test_default_args_are_the_same_on_every_device(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = []
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        values.append([module.default_args(data) for module in (flm, flm_ablations, flm_sampling)])
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("module", [flm, flm_ablations, flm_sampling])
+def test_args_are_documented_and_read(module: ModuleType) -> None:
+    """Every flag has its comment, and is read in the script or by name where a run starts."""
+    script, flags = Path(module.__file__), cli.flatten(module.Args())
+    tree, start = ast.parse(script.read_text()), ast.parse((SCRIPT.parent / "common" / "start.py").read_text())
+    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    reads |= {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)}
     assert [f for f in flags if f not in reads] == []
-    lines = SCRIPT.read_text().splitlines()
+    lines = script.read_text().splitlines()
     fields = [
-        n for c in trees[SCRIPT.name].body if isinstance(c, ast.ClassDef) and c.name.endswith("Args")
+        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args")
         for n in c.body if c.name != "Args" and isinstance(n, ast.AnnAssign)
     ]  # fmt: skip
     assert {n.target.id for n in fields} == set(flags)
     assert [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]] == []
+
+
+@pytest.mark.parametrize(
+    ("variant", "own"),
+    [
+        (flm_ablations, {"RunArgs", "FlowArgs", "flm_loss", "denoise", "sample_euler", "generate", "validate", "main"}),
+        (
+            flm_sampling,
+            {"SampleArgs", "guided", "draw", "bridge_coefficients", "sample_bridge", "sample_euler"}
+            | {"generate", "sampler_tag", "main"},
+        ),
+    ],
+)
+def test_variants_of_flm_train_are_short_diffs(variant: ModuleType, own: set[str]) -> None:
+    changed = differing(flm, variant)
+    assert changed == own, f"{changed ^ own}: carry a change of the script with python tools/carry.py flm_train.py"
+    printed = subprocess.run(["diff", SCRIPT, variant.__file__], capture_output=True, text=True).stdout
+    assert 50 < len(printed.splitlines()) < 150

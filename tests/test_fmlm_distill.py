@@ -1,8 +1,10 @@
 """fmlm_distill.py against the exact flow map of one token with known distribution pi."""
 
+import ast
 import math
 import subprocess
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ import flm_train as flm
 import fmlm_distill as fmlm
 from common import cli
 from tests.helpers import differing
-from variants import fmlm_two_stage
+from variants import fmlm_recipes, fmlm_two_stage
 
 SCRIPT = Path(fmlm.__file__)
 PI = torch.tensor([0.4, 0.3, 0.15, 0.1, 0.05], dtype=torch.float64)
@@ -30,7 +32,10 @@ def denoiser(x: Tensor, t: Tensor) -> Tensor:
 def flow(x: Tensor, s: Tensor, t: Tensor, steps: int = 400) -> Tensor:
     """X_{s,t}(x) by Runge-Kutta on dx/dt = (D - x) / (1 - t)."""
     h = (t - s) / steps
-    b = lambda x, r: (denoiser(x, r) - x) / (1 - r)  # noqa: E731
+
+    def b(x: Tensor, r: Tensor) -> Tensor:
+        return (denoiser(x, r) - x) / (1 - r)
+
     for i in range(steps):
         r = s + i * h
         k1 = b(x, r)
@@ -74,22 +79,25 @@ def test_semigroup_target_of_the_exact_map_is_the_map(rows: tuple) -> None:
 
 def test_lagrangian_target_of_the_exact_map_is_the_map(rows: tuple) -> None:
     x, tau_s, tau_t = rows
-    got = fmlm.lagrangian_target(exact_student, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK)
+    got = fmlm_recipes.lagrangian_target(exact_student, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK)
     torch.testing.assert_close(got, exact_student(x, tau_s, tau_t).exp(), atol=1e-5, rtol=0)
 
 
 def test_eulerian_target_of_the_exact_map_is_the_map(rows: tuple) -> None:
     x, tau_s, tau_t = rows
-    got = fmlm.eulerian_target(exact_student, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK)
+    got = fmlm_recipes.eulerian_target(exact_student, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK)
     torch.testing.assert_close(got, exact_student(x, tau_s, tau_t).exp(), atol=1e-5, rtol=0)
 
 
-def test_a_wrong_map_is_not_its_own_target(rows: tuple) -> None:
+def test_targets_of_a_wrong_map_are_not_the_map(rows: tuple) -> None:
     x, tau_s, tau_t = rows
-    wrong = lambda x, s, t: exact_teacher(x, s)  # noqa: E731  one Euler step taken for the map
+
+    def wrong(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return exact_teacher(x, s)  # one Euler step taken for the map
+
     for got in (
         fmlm.semigroup_target(wrong, SPACE, x, tau_s, tau_t, CLOCK),
-        fmlm.lagrangian_target(wrong, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK),
+        fmlm_recipes.lagrangian_target(wrong, exact_teacher, SPACE, x, tau_s, tau_t, CLOCK),
     ):
         assert (got - wrong(x, tau_s, tau_t).exp()).abs().max() > 0.01
 
@@ -114,12 +122,16 @@ def test_residual_loss_is_zero_for_the_exact_residual(rows: tuple) -> None:
             s = CLOCK.t(tau_s)[:, None, None]
             return (x - s * F.one_hot(torch.zeros(20, 1, dtype=torch.long), V)) / (1 - s)
 
-    weight = lambda tau: torch.zeros(20, 1, dtype=torch.float64)  # noqa: E731
+    def weight(tau: Tensor) -> Tensor:
+        return torch.zeros(20, 1, dtype=torch.float64)
+
+    def zero(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
     tokens = torch.zeros(20, 1, dtype=torch.long)
     space = Fixed(torch.eye(V, dtype=torch.float64))
     loss, _ = fmlm_two_stage.residual_loss(residual, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK, weight)
     assert loss.item() < 1e-9
-    zero = lambda x, s, t: torch.zeros_like(x)  # noqa: E731
     wrong, _ = fmlm_two_stage.residual_loss(zero, exact_teacher, space, tokens, tau_s, tau_t, x, CLOCK, weight)
     assert wrong > 1e-3
     nets = (exact_student, residual, exact_teacher)
@@ -133,7 +145,7 @@ def test_residual_loss_is_zero_for_the_exact_residual(rows: tuple) -> None:
 @pytest.mark.parametrize(
     ("data", "batch", "want"), [("lm1b", 512, (256, 8)), ("lm1b", 128, (64, 2)), ("austen", 16, (8, 2))]
 )
-def test_shares_of_the_batch(data: str, batch: int, want: tuple[int, int]) -> None:
+def test_two_times_shares_of_the_batch(data: str, batch: int, want: tuple[int, int]) -> None:
     """The paper's counts for its settings; a quarter of the others whole jumps where a batch is small."""
     tau_s, tau_t = fmlm.two_times(3, batch, 1, fmlm.default_args("", data).distill)
     whole = (tau_s == 0) & (tau_t == 1)
@@ -143,10 +155,13 @@ def test_shares_of_the_batch(data: str, batch: int, want: tuple[int, int]) -> No
     assert torch.equal(same, torch.arange(want[0]))  # stratified
 
 
-def test_boundary_target_is_the_second_jump(rows: tuple) -> None:
+def test_semigroup_target_from_noise_to_data_is_the_second_jump(rows: tuple) -> None:
     """From 0 to 1: lambda is 0, the target is delta_{u,1}(X_{0,u}(x))."""
     x = torch.randn(6, 1, V, dtype=torch.float64)
-    net = lambda x, s, t: x * (1 + s + 2 * t)[:, None, None]  # noqa: E731  any network
+
+    def net(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
+        return x * (1 + s + 2 * t)[:, None, None]  # any network
+
     zero, one = torch.zeros(6, dtype=torch.float64), torch.ones(6, dtype=torch.float64)
     half = one / 2
     u = CLOCK.t(half)
@@ -155,27 +170,34 @@ def test_boundary_target_is_the_second_jump(rows: tuple) -> None:
     torch.testing.assert_close(fmlm.semigroup_target(net, SPACE, x, zero, one, CLOCK), want)
 
 
-def test_projection_to_the_simplex() -> None:
+def test_project_to_simplex_is_the_nearest_point() -> None:
     v = torch.randn(200, 7, dtype=torch.float64)
-    p = fmlm.project_to_simplex(v)
+    p = fmlm_recipes.project_to_simplex(v)
     assert (p >= 0).all() and torch.allclose(p.sum(-1), torch.ones(200, dtype=torch.float64))
-    torch.testing.assert_close(fmlm.project_to_simplex(p), p)
+    torch.testing.assert_close(fmlm_recipes.project_to_simplex(p), p)
     # optimality: (v - p)(q - p) <= 0 for every corner q of the simplex
     inner = ((v - p)[:, None] * (torch.eye(7, dtype=torch.float64) - p[:, None])).sum(-1)
     assert inner.max() < 1e-12
 
 
-def test_rate_of_the_clock() -> None:
+def test_tau_at_is_the_inverse_of_the_clock() -> None:
+    tau = torch.linspace(0, 1, 30, dtype=torch.float64)
+    torch.testing.assert_close(fmlm.tau_at(CLOCK.t(tau), CLOCK), tau, atol=1e-9, rtol=0)
+    assert torch.equal(fmlm.tau_at(tau, fmlm.Clock(None)), tau)
+
+
+def test_tau_rate_is_the_derivative_of_tau() -> None:
     t, h = torch.linspace(0.05, 0.6, 30, dtype=torch.float64) + 1e-5, 1e-6
-    torch.testing.assert_close(CLOCK.rate(t), (CLOCK.tau(t + h) - CLOCK.tau(t - h)) / (2 * h), atol=1e-3, rtol=1e-3)
+    difference = (fmlm.tau_at(t + h, CLOCK) - fmlm.tau_at(t - h, CLOCK)) / (2 * h)
+    torch.testing.assert_close(fmlm_recipes.tau_rate(t, CLOCK), difference, atol=1e-3, rtol=1e-3)
 
 
 # --- student ----------------------------------------------------------------------------------------------------------
 
 
-def small(**changes: object) -> fmlm.Args:
+def small(module: ModuleType = fmlm, **changes: object) -> fmlm.Args:
     values = dict(layers=2, width=32, heads=2, cond_width=16, length=6, precision="fp32", space="onehot", batch=16)
-    return cli.override(fmlm.Args(), values | changes)
+    return cli.override(module.Args(), values | changes)
 
 
 def trained_teacher(args: fmlm.Args, vocab: int) -> fmlm.DiT:
@@ -186,20 +208,23 @@ def trained_teacher(args: fmlm.Args, vocab: int) -> fmlm.DiT:
     return teacher
 
 
-def test_student_starts_as_the_teacher() -> None:
+def test_make_student_starts_as_the_teacher() -> None:
     args = small()
     teacher = trained_teacher(args, 12)
     student = fmlm.make_student(teacher, args.model, 12).eval()
     h, tau = torch.randn(4, 6, 32), torch.rand(4)
     for other in (tau, torch.ones(4), torch.rand(4)):
         assert torch.equal(student(h, tau, other), teacher(h, tau))
-    raw = fmlm_two_stage.make_student(teacher, args.model, 12, raw=True)
-    assert (raw(h, tau, tau) == 0).all()
+    residual = fmlm_two_stage.make_residual(teacher, args.model, 12)
+    assert (residual(h, tau, tau) == 0).all() and residual.cap == 0
 
 
-@pytest.mark.parametrize("recipe", ["semigroup", "lagrangian", "eulerian"])
-def test_diagonal_rows_learn_the_teacher_and_spaces_agree(recipe: str) -> None:
-    args = small(recipe=recipe, width=8, heads=1)
+@pytest.mark.parametrize(
+    ("module", "recipe"), [(fmlm, {}), (fmlm_recipes, {"recipe": "lagrangian"}), (fmlm_recipes, {"recipe": "eulerian"})]
+)
+def test_distill_loss_teaches_the_diagonal_and_spaces_agree(module: ModuleType, recipe: dict) -> None:
+    args = small(module, width=8, heads=1, **recipe)
+    more = (args.distill,) if recipe else ()
     teacher = trained_teacher(args, 12).double()
     student = fmlm.make_student(teacher, args.model, 12).double().eval()
     student.times[1].mlp[2].weight.data.normal_()
@@ -213,7 +238,7 @@ def test_diagonal_rows_learn_the_teacher_and_spaces_agree(recipe: str) -> None:
 
     results = []
     for space in (fmlm.OneHotSpace(student.embed), Projected(student.embed)):
-        loss, info = fmlm.distill_loss(student, teacher, space, tokens, tau_s, tau_t, eps, clock, args.distill)
+        loss, info = module.distill_loss(student, teacher, space, tokens, tau_s, tau_t, eps, clock, *more)
         gradients = torch.autograd.grad(loss, [p for p in student.parameters() if p.requires_grad], allow_unused=True)
         results.append([loss, *[g for g in gradients if g is not None]])
     for a, b in zip(*results, strict=True):
@@ -225,12 +250,15 @@ def test_diagonal_rows_learn_the_teacher_and_spaces_agree(recipe: str) -> None:
     torch.testing.assert_close(info["diagonal"], want)
 
 
-def test_forward_derivative_against_finite_differences() -> None:
+def test_dit_forward_derivative_is_that_of_finite_differences() -> None:
     args = small()
     student = fmlm.make_student(trained_teacher(args, 12), args.model, 12).double().eval()
     student.times[1].mlp[2].weight.data.normal_()
     h, s, t = torch.randn(3, 6, 32, dtype=torch.float64), *torch.rand(2, 3, dtype=torch.float64)
-    f = lambda t: student(h, s, t).log_softmax(-1)  # noqa: E731
+
+    def f(t: Tensor) -> Tensor:
+        return student(h, s, t).log_softmax(-1)
+
     _, rate = torch.func.jvp(f, (t,), (torch.ones_like(t),))
     torch.testing.assert_close(rate, (f(t + 1e-6) - f(t - 1e-6)) / 2e-6, atol=1e-6, rtol=1e-4)
 
@@ -240,7 +268,7 @@ def test_forward_derivative_against_finite_differences() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize(("steps", "gamma"), [(1, 0.0), (3, 0.0), (3, 1.0), (4, 0.7)])
-def test_exact_map_samples_pi_in_any_number_of_steps(steps: int, gamma: float) -> None:
+def test_sample_flow_map_samples_pi_in_any_number_of_steps(steps: int, gamma: float) -> None:
     """Without renoising exactly; gamma = 1 is multistep consistency sampling with the soft delta, a little off."""
 
     def student(x: Tensor, tau_s: Tensor, tau_t: Tensor) -> Tensor:
@@ -255,7 +283,7 @@ def test_exact_map_samples_pi_in_any_number_of_steps(steps: int, gamma: float) -
 
 
 @torch.no_grad()
-def test_gamma_sets_mean_and_noise() -> None:
+def test_sample_flow_map_gamma_sets_mean_and_noise() -> None:
     """gamma 0: x_{i+1} is the deterministic jump; gamma 1: mean t delta, standard deviation 1 - t."""
     seen: list[Tensor] = []
 
@@ -277,41 +305,63 @@ def test_gamma_sets_mean_and_noise() -> None:
     assert (seen[5] - mean).std().item() == pytest.approx(0.6 * (1 - t), rel=0.02)
 
 
-# --- the two scripts --------------------------------------------------------------------------------------------------
+# --- arguments and copies ---------------------------------------------------------------------------------------------
+
+CARRY = "carry a change of the script with python tools/carry.py"
 
 
-def test_shared_text_is_identical() -> None:
+@pytest.mark.parametrize("data", ["austen", *fmlm.SETTINGS])
+def test_default_args_are_the_same_on_every_device(data: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = []
+    for available in (False, True):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda available=available: available)
+        values.append([module.default_args("", data) for module in (fmlm, fmlm_recipes, fmlm_two_stage)])
+    assert values[0] == values[1]
+
+
+@pytest.mark.parametrize("module", [fmlm, fmlm_recipes, fmlm_two_stage])
+def test_args_are_documented_and_read(module: ModuleType) -> None:
+    """Every flag has its comment, and is read in the script or by name where a run starts."""
+    script, flags = Path(module.__file__), cli.flatten(module.Args())
+    tree, start = ast.parse(script.read_text()), ast.parse((SCRIPT.parent / "common" / "start.py").read_text())
+    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
+    reads |= {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)}
+    assert [f for f in flags if f not in reads] == []
+    lines = script.read_text().splitlines()
+    fields = [
+        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args")
+        for n in c.body if c.name != "Args" and isinstance(n, ast.AnnAssign)
+    ]  # fmt: skip
+    assert {n.target.id for n in fields} == set(flags)
+    assert [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]] == []
+
+
+def test_text_shared_with_flm_train_is_identical() -> None:
+    message = f"{CARRY} flm_train.py"
     texts = [Path(module.__file__).read_text() for module in (flm, fmlm)]
-    parts = [text[text.index("# --- Network ---") :] for text in texts]
-    network = parts[0][: parts[0].index("# --- Loss ---")]
-    assert parts[1].startswith(network)
-    for name in ("ModelArgs", "learning_rate"):
-        pieces = []
-        for text in texts:
-            start = text.index(f"class {name}") if name == "ModelArgs" else text.index(f"def {name}")
-            pieces.append(text[start : text.index("\n\n\n", start)])
-        assert pieces[0] == pieces[1], name
+    for title in ("Where noise and states live", "Time: measured in decoding accuracy", "Network"):
+        sections = [text.split(f"\n# --- {title} ---")[1].split("\n# --- ")[0] for text in texts]
+        assert sections[0] == sections[1], f"{title}: {message}"
+    assert not {"ModelArgs", "learning_rate"} & differing(flm, fmlm), message
 
 
-def test_the_first_version_is_a_short_diff_of_the_script() -> None:
-    own = {"DistillArgs", "residual_loss", "regression_loss", "Objective", "zero_last", "make_student"}
-    assert differing(fmlm, fmlm_two_stage) == own | {"two_times", "train", "check"}
-    printed = subprocess.run(["diff", SCRIPT, fmlm_two_stage.__file__], capture_output=True, text=True).stdout
-    assert 50 < len(printed.splitlines()) < 150
-
-
-def test_two_stage_trains_the_residual_first_then_the_student() -> None:
-    args = small()
-    teacher = trained_teacher(args, 12)
-    student = fmlm.make_student(teacher, args.model, 12)
-    residual = fmlm_two_stage.make_student(teacher, args.model, 12, raw=True)
-    residual.output.weight.data.normal_()
-    clock = fmlm.Clock(fmlm.accuracy_table(12))
-    objective = fmlm_two_stage.Objective(student, teacher, residual, clock, args.distill)
-    assert not any(p is q for p in objective.parameters() for q in teacher.parameters())
-    tokens, tau_s, tau_t = torch.randint(0, 12, (4, 6)), torch.rand(4) * 0.4, torch.rand(4) * 0.4 + 0.5
-    for stage, trained, still in ((1, residual, student), (2, student, residual)):
-        objective.stage = stage
-        objective.zero_grad()
-        objective(tokens, tau_s, tau_t, torch.randn(4, 6, 12))[0].backward()
-        assert trained.output.weight.grad.abs().sum() > 0 and still.output.weight.grad is None
+@pytest.mark.parametrize(
+    ("variant", "own"),
+    [
+        (
+            fmlm_recipes,
+            {"RunArgs", "DistillArgs", "distill_loss", "map_target", "semigroup_target", "col", "tau_rate", "train"}
+            | {"lagrangian_target", "eulerian_target", "project_to_simplex", "FIXED", "main"},
+        ),
+        (
+            fmlm_two_stage,
+            {"RunArgs", "DistillArgs", "distill_loss", "residual_loss", "regression_loss", "two_times", "train"}
+            | {"semigroup_target", "make_residual", "AT_LEAST", "main"},
+        ),
+    ],
+)
+def test_variants_of_fmlm_distill_are_short_diffs(variant: ModuleType, own: set[str]) -> None:
+    changed = differing(fmlm, variant)
+    assert changed == own, f"{changed ^ own}: {CARRY} fmlm_distill.py"
+    printed = subprocess.run(["diff", SCRIPT, variant.__file__], capture_output=True, text=True).stdout
+    assert 50 < len(printed.splitlines()) < 200

@@ -62,7 +62,7 @@ def saved(folder: Path, content: dict) -> Path:
 
 
 @pytest.mark.parametrize("weighting", [False, True])
-def test_averaged_weights_arrive_under_our_names(
+def test_load_released_gives_averaged_weights_our_names(
     tmp_path: Path, capsys: pytest.CaptureFixture, weighting: bool
 ) -> None:
     content = official(times=2, weighting=weighting)
@@ -86,7 +86,7 @@ def test_averaged_weights_arrive_under_our_names(
         assert torch.equal(average[theirs], ours)
 
 
-def test_what_does_not_fit_is_said_in_one_line(tmp_path: Path) -> None:
+def test_load_released_says_in_one_line_what_does_not_fit(tmp_path: Path) -> None:
     def error(content: object, net: nn.Module) -> str:
         with pytest.raises(UserError) as caught:
             load_released(saved(tmp_path, content), net)
