@@ -26,13 +26,13 @@ STORE = ROOT / "benchmarks" / "flm"
 SEEDS = (1, 2, 3)
 TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 FRONTIER_STEPS = 32
-ABLATIONS: dict[str, list[str]] = {
-    "softmax_ce": [],
-    "softmax_mse": ["--loss", "mse"],
-    "raw_mse": ["--loss", "mse", "--no-softmax"],
-    "velocity_mse": ["--loss", "mse", "--predict", "velocity", "--space", "onehot"],
-    "no_reparam": ["--no-reparam"],
-    "onehot_noise": ["--space", "onehot"],
+ABLATIONS: dict[str, list[str]] = {  # name -> script and flags
+    "softmax_ce": ["flm_train.py"],
+    "softmax_mse": ["variants/flm_ablations.py"],
+    "raw_mse": ["variants/flm_ablations.py", "--no-softmax"],
+    "velocity_mse": ["variants/flm_ablations.py", "--predict", "velocity", "--space", "onehot"],
+    "no_reparam": ["flm_train.py", "--no-reparam"],
+    "onehot_noise": ["flm_train.py", "--space", "onehot"],
 }
 
 
@@ -67,16 +67,16 @@ def judge(seeds: list[int], name: str) -> None:
 
 
 def ablations(steps: int) -> None:
-    for name, flags in ABLATIONS.items():
+    for name, (script, *flags) in ABLATIONS.items():
         budget = ["--total-steps", str(steps), "--steps", "32", "128", "--seed", "1"]
-        run_one("flm_train.py", f"flm_ablation_{name}", [*budget, *flags])
+        run_one(script, f"flm_ablation_{name}", [*budget, *flags])
 
 
 def frontier() -> None:
     """Evaluations of the first seed's FLM: bridge sampling over temperature, and FMLM over gamma."""
     for t in TEMPERATURES:
         flags = ("--sampler=bridge", f"--temperature={t}", f"--steps={FRONTIER_STEPS}")
-        evaluate("flm_train.py", f"flm_s{SEEDS[0]}", *flags)
+        evaluate("variants/flm_sampling.py", f"flm_s{SEEDS[0]}", *flags)
     for gamma in GAMMAS:
         evaluate("fmlm_distill.py", f"fmlm_s{SEEDS[0]}", "--gamma", gamma, "--steps", "2", "4", "8")
 
@@ -180,7 +180,9 @@ def ablations_table() -> str:
     lines = []
     for name in ABLATIONS:
         run = runs.read(STORE)[f"flm_ablation_{name}"]
-        proper = run.args["softmax"] and run.args["predict"] == "denoiser"  # else no cross entropy
+        proper = (
+            run.args.get("softmax", True) and run.args.get("predict", "denoiser") == "denoiser"
+        )  # else no cross entropy
         cross_entropy = f"{run.last('valid/ce'):.3f}" if proper else "-"
         scores = [f"{score.perplexity:.1f}, {score.entropy:.2f}" for score in read_scores(run, "ngram")[:2]]
         lines.append((name, cross_entropy, *scores))

@@ -25,8 +25,8 @@ COPIES: dict[str, tuple[str, ...]] = {  # script -> files that share its text
         "variants/ogpo_released.py",
     ),
     "ogpo_pixels.py": ("variants/ogpo_pixels_reference.py",),
-    "flm_train.py": ("fmlm_distill.py",),
-    "fmlm_distill.py": ("variants/fmlm_two_stage.py",),
+    "flm_train.py": ("fmlm_distill.py", "variants/flm_ablations.py", "variants/flm_sampling.py"),
+    "fmlm_distill.py": ("variants/fmlm_recipes.py", "variants/fmlm_two_stage.py"),
 }
 
 
