@@ -5,7 +5,7 @@ python benchmarks/tasks.py run --tasks door pen --policies DIR  # Adroit: traine
 python benchmarks/tasks.py store               # keep the finished runs in tasks/runs.jsonl.gz
 python benchmarks/tasks.py report              # tasks/results.md, tasks/curves.png from tasks/ alone
 python benchmarks/tasks.py frames              # tasks/frames.png from the runs' videos
-python benchmarks/tasks.py settings            # the table of settings in docs/tasks.md
+python benchmarks/tasks.py settings            # the tables of settings in docs/tasks.md
 """
 
 import argparse
@@ -206,37 +206,45 @@ def frames() -> None:
     Image.fromarray(np.concatenate(rows)).save(STORE / "frames.png", optimize=True)
 
 
-def settings_table() -> str:
-    """The settings of every task as a Markdown table; neighbours with the same ones share a line."""
+def settings_tables() -> str:
+    """The settings of every task as three narrow Markdown tables; neighbours with the same ones share a line."""
     from ogpo_state import default_args
     from settings.ogpo import SOURCES
 
-    groups: dict[tuple[str, ...], list[str]] = {}
+    groups: tuple[dict[tuple[str, ...], list[str]], ...] = ({}, {}, {})
     for preset in ("laptop", "paper"):
         for name in TASKS:
             args = default_args(name, preset, "ogpo+ca")
-            t, p, b = args.task, args.policy, args.pretrain
+            t, p, c = args.task, args.policy, args.critic
             made = TASKS[name].suite == "adroit" and preset == "laptop"
             demos = f"{t.num_demos} of a policy file, noise {t.demo_noise:g}" if made else t.demos
             if demos == "scripted":
                 demos = f"{t.num_demos} scripted, noise {t.demo_noise:g}"
             elif demos == "robomimic":
                 demos = f"robomimic-{TASKS[name].datasets[0]}"
-            cells = (
-                preset, f"{p.chunk}", f"{p.flow_steps}", f"{args.critic.gamma:g}",
-                f"{t.horizon:,}" + (f" ({t.collect_horizon:,})" if t.collect_horizon else ""),
-                f"{args.critic.reward_offset:+g}, {args.critic.success_bonus:+g}", demos,
-                f"{b.bc_stop_success:g}", f"{p.best_of_n}, {f'least of {n}' if (n := p.best_of_n_heads) else 'mean'}",
-                f"{args.actor.actor_lr:g}", f"{args.run.update_every}",
-                f"{args.run.total_steps:,}",
-                next(text for (s, task), text in SOURCES.items() if s == preset and fnmatch(name, task)),
-            )  # fmt: skip
-            groups.setdefault(cells, []).append(name)
-    return runs.table(
-        "| task | preset | H | K | gamma | cap | reward | demonstrations | cloned to | best of | actor lr "
-        "| steps an update | steps | source |",
-        "|---|---|---:|---:|---:|---:|---|---|---:|---|---:|---:|---:|---|",
-        [(", ".join(names), *cells) for cells, names in groups.items()],
+            cap = f"{t.horizon:,}" + (f" ({t.collect_horizon:,})" if t.collect_horizon else "")
+            reward = f"{c.reward_offset:+g}, {c.success_bonus:+g}"
+            best = f"{p.best_of_n}, {f'least of {n}' if (n := p.best_of_n_heads) else 'mean'}"
+            lr, every, steps = f"{args.actor.actor_lr:g}", f"{args.run.update_every}", f"{args.run.total_steps:,}"
+            source = next(text for (s, task), text in SOURCES.items() if s == preset and fnmatch(name, task))
+            rows = (
+                (preset, cap, reward, demos, f"{args.pretrain.bc_stop_success:g}"),
+                (preset, f"{p.chunk}", f"{p.flow_steps}", f"{c.gamma:g}", best, lr, every, steps),
+                (preset, source),
+            )
+            for group, cells in zip(groups, rows, strict=True):
+                group.setdefault(cells, []).append(name)
+    heads = (
+        ("| task | preset | cap | reward | demonstrations | cloned to |", "|---|---|---:|---|---|---:|"),
+        (
+            "| task | preset | H | K | gamma | best of | actor lr | steps an update | steps |",
+            "|---|---|---:|---:|---:|---|---:|---:|---:|",
+        ),
+        ("| task | preset | source |", "|---|---|---|"),
+    )
+    return "\n\n".join(
+        runs.table(*head, [(", ".join(names), *cells) for cells, names in group.items()])
+        for group, head in zip(groups, heads, strict=True)
     )
 
 
@@ -252,7 +260,7 @@ def main() -> None:
     if args.what == "run":
         sys.exit(run(args.jobs, args.tasks, args.seeds, args.policies))
     elif args.what == "settings":
-        print(settings_table())
+        print(settings_tables())
     else:
         {"store": store, "report": report, "frames": frames}[args.what]()
 

@@ -356,21 +356,3 @@ def test_tasks_page_has_the_settings_that_are_used() -> None:
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") > 10 and done.stdout in (ROOT / "docs" / "tasks.md").read_text()
-
-
-@pytest.mark.parametrize(
-    ("file", "head", "lines", "pages"),
-    [
-        ("tasks/results.md", "| task | aim", 10, ("README.md", "docs/tasks.md")),
-        ("pixels/results.md", "| task | seed", 1, ("docs/ogpo_pixels.md",)),
-        ("study/results.md", "| claim", 5, ("docs/ogpo_study.md",)),
-        ("study/diagnostics.md", "| run", 5, ("docs/ogpo_study.md",)),
-        ("study/diagnostics.md", "| first updates", 3, ("docs/ogpo_study.md",)),
-    ],
-)
-def test_docs_have_the_results_that_are_stored(file: str, head: str, lines: int, pages: tuple[str, ...]) -> None:
-    stored = (ROOT / "benchmarks" / file).read_text()
-    table = stored[stored.index(head) :].split("\n\n")[0].rstrip()
-    assert table.count("\n") > lines
-    for page in pages:
-        assert table in (ROOT / page).read_text()
