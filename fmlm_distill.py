@@ -202,7 +202,7 @@ class GramNoise(torch.autograd.Function):
 class EmbeddingSpace:
     """States are x E, (.., d): exact, because the network reads x only through x E and every update is linear in x.
 
-    noise has the law of x_0 E, tokens and probabilities enter through E. [deviation: not in the paper; docs 4]
+    noise has the law of x_0 E, tokens and probabilities enter through E. [deviation: not in the paper; P 1.6]
     """
 
     embed: Tensor  # E (V, d)
@@ -499,7 +499,7 @@ class DiT(nn.Module):
         """E's rows times sqrt(frequency), the sum of their squares kept; count (V,): tokens in the training text.
 
         [deviation: x E has d numbers for V tokens, so noise covers a token of random rows sqrt(V / d) times more than
-        in x itself. Trained rows are large for frequent tokens; starting so saves half of a short training, docs 4]
+        in x itself. Trained rows are large for frequent tokens; starting so saves half of a short training, P 1.6]
         """
         share = (count + 1) / (count + 1).sum()
         self.embed *= (len(share) * share)[:, None].sqrt()
