@@ -394,10 +394,7 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
-    """q, uniform draws (M, n, N) -> index (n,) of the candidate with the best minimum of `heads` random heads [S 1.8].
-
-    Its heads are drawn without replacement [C]; 0: the mean of all.
-    """
+    """q, draws (M, n, N) -> best candidate (n,): least of `heads` distinct random heads; 0: mean of all [S 1.8]."""
     if heads == 0:
         return q.mean(0).argmax(-1)
     picked = draws.argsort(0)[:heads]
@@ -641,15 +638,13 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     run.save()
 
 
-def train(run: Run, agent: Agent, args: Args) -> None:
+def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
     """Collect with the best-of-N policy into a buffer that starts empty; update; log, evaluate and save when due."""
     r, t, c = args.run, args.task, args.critic
-    chunk, horizon, obs_dim = args.policy.chunk, t.collect_horizon or t.horizon, agent.encoder.features + run.obs_dim
+    chunk, horizon = args.policy.chunk, t.collect_horizon or t.horizon
     envs = run.closing(make_vec_env(r.env, t.num_envs, horizon=horizon, chunk=chunk, pixels=run.pixels))
     episodes = Episodes(envs, r.seed, run.encode)
-    buffer = ReplayBuffer(r.replay_size, obs_dim, run.act_dim * chunk, 1, rewards=chunk)  # a row is a whole chunk
     averages, rng = Averages(), np.random.default_rng(r.seed)  # metrics since the last log line; rows of the buffer
-    run.check_disk(2 * r.total_steps // chunk * buffer.row_bytes)  # an episode of one chunk takes two rows
     run.track(buffer=buffer, episodes=episodes, averages=averages, rng=rng)
     while run.step < r.total_steps and not run.stop.requested:
         if (over := episodes.over()).any():
@@ -700,6 +695,8 @@ def main(argv: list[str]) -> None:
     flat = cli.flatten(args)
     with checkpoint.StopSignal() as stop, Run(folder, saved, stop, flat, r.env, t.horizon, device, pixels) as run:
         run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
+        if not r.eval:
+            run.check_disk(0)  # before the work of demonstrations; for the buffer when the encoder is there
         demos = None
         if not (r.eval or (saved and saved["agent"]["bc_done"])):
             demos = get_demos(
@@ -711,11 +708,14 @@ def main(argv: list[str]) -> None:
         run.track(agent=agent)
         run.policies = {"ode": partial(act_ode, agent, args), "bon": partial(act_best_of_n, agent, args)}
         if not r.eval:
+            chunk, obs_dim = args.policy.chunk, agent.encoder.features + run.obs_dim
+            buffer = ReplayBuffer(r.replay_size, obs_dim, run.act_dim * chunk, 1, rewards=chunk)  # a row is a chunk
+            run.check_disk(min(r.replay_size, 2 * r.total_steps // chunk) * buffer.row_bytes)
             run.open_log(r.total_steps, r.wandb_project, r.tensorboard)
             if not agent.bc_done:
                 pretrain(run, agent, demos, args)
             if agent.bc_done:
-                train(run, agent, args)
+                train(run, agent, buffer, args)
             run.save()
             if stop.requested:
                 run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")

@@ -8,7 +8,6 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
-from scipy.stats import binomtest
 from torch import Tensor
 
 from common.errors import UserError, first_line
@@ -70,6 +69,8 @@ class EvalResult:
 
 def wilson(k: int, n: int) -> tuple[float, float]:
     """Wilson 95 % interval of `k` successes in `n` trials. Raises ValueError if there can be no such k."""
+    from scipy.stats import binomtest  # takes a second to import, which no start should wait for
+
     interval = binomtest(k, n).proportion_ci(0.95, method="wilson")
     return float(interval.low), float(interval.high)
 

@@ -78,7 +78,6 @@ class Run:
 
     def open_log(self, total_steps: int, wandb_project: str, tensorboard: bool) -> None:
         """Open the log of a new run, or go on with that of the checkpoint. Errors are those of `RunLog`."""
-        self.check_disk(0)
         self.log = RunLog(
             self.folder,
             total_steps=total_steps,

@@ -38,7 +38,10 @@ def new_run_dir(root: Path, name: str) -> Path:
 
 
 class Averages:
-    """Means of scalar tensors since they were last taken; they stay on their device until then."""
+    """Means of scalar tensors since they were last taken; they stay on their device until then.
+
+    Rows that a checkpoint brings back are on the CPU, and join the others on their device when taken.
+    """
 
     def __init__(self) -> None:
         self.rows: list[dict[str, torch.Tensor]] = []
@@ -61,7 +64,7 @@ class Averages:
     def state_dict(self) -> list[dict[str, torch.Tensor]]:
         return self.rows
 
-    def load_state_dict(self, rows: list[dict[str, torch.Tensor]], device: torch.device | None = None) -> None:
+    def load_state_dict(self, rows: list[dict[str, torch.Tensor]]) -> None:
         self.rows = rows
 
 

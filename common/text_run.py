@@ -56,8 +56,7 @@ class TextRun:
         """What a checkpoint holds: averages, modules and optimizers by name; restored here from that of the run."""
         self.parts = {"averages": averages} | parts
         if self.saved:
-            averages.load_state_dict(self.saved["averages"], self.device)
-            for name, part in parts.items():
+            for name, part in self.parts.items():
                 part.load_state_dict(self.saved[name])
             self.saved = None  # its memory
 

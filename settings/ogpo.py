@@ -42,7 +42,7 @@ HAND = dict(
     update_every=5, eval_every=10_000, total_steps=60_000,
 )  # fmt: skip
 HANDS = {"door": 0.1, "hammer": 0.2, "pen": 0.3, "relocate": 0.1}  # and the noise at which their experts stumble
-# (preset, task pattern) -> changes to the defaults; later rows win over earlier. A task's cap is in common/envs.
+# (preset, task pattern) -> changes to the defaults; later rows win over earlier. A task's cap is in settings/tasks.py.
 SETTINGS: dict[tuple[str, str], dict] = {
     ("paper", "*"): PAPER,
     ("paper", "toy"): dict(num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),

@@ -255,8 +255,9 @@ def trained(monkeypatch: pytest.MonkeyPatch, success_at: int, horizon: int) -> t
     run.track = lambda **parts: kept.update(parts)
     agent = SimpleNamespace(encoder=SimpleNamespace(features=0), rng=Rng(0, torch.device("cpu")))
     changes = dict(total_steps=min(success_at, horizon), start_training=10**9, success_bonus=100.0, reward_offset=0.0)
-    op.train(run, agent, cli.override(op.default_args("toy"), changes | dict(replay_size=100)))
-    return run, kept["buffer"], kept["episodes"]
+    buffer = ReplayBuffer(100, 1, 4, 1, rewards=4)
+    op.train(run, agent, buffer, cli.override(op.default_args("toy"), changes))
+    return run, buffer, kept["episodes"]
 
 
 @pytest.mark.parametrize(("success_at", "rows"), [(6, 2), (8, 2), (99, 2)])

@@ -1,1 +1,1 @@
-"""Commands beside the scripts: none is needed to train."""
+"""Makers of demonstrations, which a script calls through common/demos, and commands beside the scripts."""

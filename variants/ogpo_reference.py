@@ -326,10 +326,7 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
-    """q, uniform draws (M, n, N) -> index (n,) of the candidate with the best minimum of `heads` random heads [S 1.8].
-
-    Its heads are drawn without replacement [C]; 0: the mean of all.
-    """
+    """q, draws (M, n, N) -> best candidate (n,): least of `heads` distinct random heads; 0: mean of all [S 1.8]."""
     if heads == 0:
         return q.mean(0).argmax(-1)
     picked = draws.argsort(0)[:heads]
@@ -585,13 +582,12 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     run.save()
 
 
-def train(run: Run, agent: Agent, args: Args) -> None:
+def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
     """Collect with the best-of-N policy into a buffer that starts empty; update; log, evaluate and save when due."""
     r, t, c = args.run, args.task, args.critic
     envs = run.closing(make_vec_env(r.env, t.num_envs, horizon=t.collect_horizon or t.horizon))
-    episodes, buffer = Episodes(envs, r.seed), ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
+    episodes = Episodes(envs, r.seed)
     averages, rng = Averages(), np.random.default_rng(r.seed)  # metrics since the last log line; rows of the buffer
-    run.check_disk(2 * r.total_steps * buffer.row_bytes)  # an episode of one step takes two rows
     run.track(buffer=buffer, episodes=episodes, averages=averages, rng=rng)
     while run.step < r.total_steps and not run.stop.requested:
         if (over := episodes.over()).any():
@@ -631,6 +627,9 @@ def main(argv: list[str]) -> None:
         compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
     with checkpoint.StopSignal() as stop, Run(folder, saved, stop, cli.flatten(args), r.env, t.horizon, device) as run:
         run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
+        if not r.eval:
+            buffer = ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
+            run.check_disk(min(r.replay_size, 2 * r.total_steps) * buffer.row_bytes)  # an episode of one step has two
         demos = None
         if not (r.eval or (saved and saved["agent"]["bc_done"])):
             demos = get_demos(r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key)
@@ -643,7 +642,7 @@ def main(argv: list[str]) -> None:
             if not agent.bc_done:
                 pretrain(run, agent, demos, args)
             if agent.bc_done:
-                train(run, agent, args)
+                train(run, agent, buffer, args)
             run.save()
             if stop.requested:
                 run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
