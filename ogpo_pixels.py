@@ -52,6 +52,7 @@ from common.envs import Pixels, make_env, make_vec_env
 from common.episodes import Episodes
 from common.evaluate import act_on_arrays, write_views
 from common.machine import compile_functions
+from common.ranges import Count, Natural, NonNegative, Positive, Real, Seed, Several, Side, Size, Threads, Unit, Workers
 from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
 from common.run import Run, due
@@ -71,42 +72,42 @@ class RunArgs:
     env: str = "lift"  # a task of docs/tasks.md, or your own Gymnasium environment as package.module:EnvId
     preset: Literal["laptop", "paper"] = "laptop"  # settings that learn on two CPU cores, or the paper's
     variant: Literal["ogpo", "ogpo+", "ogpo+ca"] = "ogpo+ca"  # plain; + success buffer, best-of-N; + conservative A
-    seed: int = 1  # seeds networks, noise, batches and environments
+    seed: Seed = 1  # seeds networks, noise, batches and environments
     eval: str = ""  # run folder to evaluate: no training; prints success over --eval-episodes of both policies
     resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
     run_name: str = ""  # name of the run folder; default: env, variant, seed and time
     run_dir: str = "runs"  # folder of all run folders
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu. It changes the speed only
-    threads: int = 1  # torch threads on a CPU; networks this small run best with one
+    threads: Threads = 1  # torch threads on a CPU; networks this small run best with one
     compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler)
     video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
-    total_steps: int = 20_000  # environment steps
-    start_training: int = 2_000  # environment steps collected before the first update
-    update_every: int = 4  # environment steps per update (one actor and one critic step)
-    replay_size: int = 1_000_000  # replay rows
-    log_every: int = 500  # environment steps between lines of metrics.jsonl
-    checkpoint_every: int = 5_000  # environment steps between checkpoints; the last two are kept
+    total_steps: Natural = 20_000  # environment steps
+    start_training: Natural = 2_000  # environment steps collected before the first update
+    update_every: Count = 4  # environment steps per update (one actor and one critic step)
+    replay_size: Count = 1_000_000  # replay rows
+    log_every: Count = 500  # environment steps between lines of metrics.jsonl
+    checkpoint_every: Count = 5_000  # environment steps between checkpoints; the last two are kept
 
 
 @dataclass
 class TaskArgs:
     """Environment, demonstrations and evaluation protocol."""
 
-    horizon: int = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's
-    collect_horizon: int = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
-    num_envs: int = 1  # environments collecting in parallel processes
+    horizon: Count = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's
+    collect_horizon: Natural = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
+    num_envs: Workers = 1  # environments collecting in parallel processes
     demos: str = "scripted"  # scripted, robomimic, minari (docs/tasks.md), POLICY.npz to roll out, or FILE.hdf5
-    num_demos: int = 60  # number of demonstrations made by an expert
-    demo_noise: float = 0.5  # noise of that expert's actions, in units of the action range
+    num_demos: Count = 60  # number of demonstrations made by an expert
+    demo_noise: NonNegative = 0.5  # noise of that expert's actions, in units of the action range
     filter_key: str = ""  # only the demonstrations under mask/<key> of the file
     data_dir: str = "data"  # where demonstrations are cached
-    eval_every: int = 4_000  # environment steps between evaluations during training
-    eval_interval_episodes: int = 20  # episodes of each evaluation during training
-    eval_episodes: int = 100  # episodes of the first and last evaluation and of --eval
-    eval_envs: int = 2  # evaluation processes
-    eval_seed: int = 0  # first of the fixed seeds of the evaluation episodes
+    eval_every: Count = 4_000  # environment steps between evaluations during training
+    eval_interval_episodes: Count = 20  # episodes of each evaluation during training
+    eval_episodes: Count = 100  # episodes of the first and last evaluation and of --eval
+    eval_envs: Workers = 2  # evaluation processes
+    eval_seed: Seed = 0  # first of the fixed seeds of the evaluation episodes
 
 
 @dataclass
@@ -114,9 +115,9 @@ class PixelArgs:
     """Cameras, and the encoder of their images."""
 
     cameras: tuple[str, ...] = ("agentview", "robot0_eye_in_hand")  # names in the simulator's model
-    image_size: int = 84  # width and height in pixels
-    channels: int = 32  # patterns that the convolutional encoder looks for in each image; two features each
-    shift: int = 4  # pixels by which images are shifted at random while cloning
+    image_size: Side = 84  # width and height in pixels
+    channels: Size = 32  # patterns that the convolutional encoder looks for in each image; two features each
+    shift: Natural = 4  # pixels by which images are shifted at random while cloning
     backbone: str = ""  # folder or hub name of a frozen `transformers` vision model, in place of that encoder
     prompt: str = ""  # fixed text for a backbone that takes one (PaliGemma)
     render_check: bool = False  # write cameras_*.png of one episode's start into the run folder, and stop
@@ -126,14 +127,14 @@ class PixelArgs:
 class PolicyArgs:
     """Flow policy over action chunks [S 1.1-1.3] and how it acts [S 1.8]."""
 
-    chunk: int = 4  # H, environment steps per action chunk, all executed
-    flow_steps: int = 4  # K, denoising steps
-    actor_hidden: tuple[int, ...] = (256, 256, 256)  # widths of the velocity network
-    noise_std: float = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
-    noise_clip: float = 3.0  # standard normal draws are clipped to this many deviations [C]
-    best_of_n: int = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
-    best_of_n_heads: int = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
-    actor_ema: float = 0.02  # step size of the target actor towards the actor
+    chunk: Size = 4  # H, environment steps per action chunk, all executed
+    flow_steps: Size = 4  # K, denoising steps
+    actor_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of the velocity network
+    noise_std: Positive = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
+    noise_clip: Positive = 3.0  # standard normal draws are clipped to this many deviations [C]
+    best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
+    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
+    actor_ema: Unit = 0.02  # step size of the target actor towards the actor
 
 
 @dataclass
@@ -141,12 +142,12 @@ class PretrainArgs:
     """Behaviour cloning by flow matching [S 1.2], stopped while the policy is still mediocre."""
 
     cloned: str = ""  # run folder whose cloned policy to start from, instead of cloning again
-    bc_steps: int = 20_000  # most gradient steps
-    bc_lr: float = 3e-4  # learning rate
-    bc_batch: int = 256  # chunks per step
-    bc_stop_success: float = 0.5  # stop at the first evaluation above it, keep the last policy at or below it
-    bc_eval_every: int = 100  # gradient steps between evaluations
-    bc_eval_episodes: int = 32  # episodes of each of them
+    bc_steps: Natural = 20_000  # most gradient steps
+    bc_lr: NonNegative = 3e-4  # learning rate
+    bc_batch: Size = 256  # chunks per step
+    bc_stop_success: Unit = 0.5  # stop at the first evaluation above it, keep the last policy at or below it
+    bc_eval_every: Count = 100  # gradient steps between evaluations
+    bc_eval_episodes: Count = 32  # episodes of each of them
 
 
 @dataclass
@@ -154,34 +155,34 @@ class ActorArgs:
     """Policy extraction [S 1.4-1.6] and success-buffer regularization [S 1.8]."""
 
     advantage: Literal["conservative", "vanilla"] = "conservative"  # over the heads of the critic [S 1.5]
-    states: int = 64  # replay states per update
-    group: int = 8  # G, chains per state
-    clip: float = 0.01  # epsilon of the clipped objective, on the normalised ratio
-    bc_coef: float = 1.0  # lambda, weight of the flow-matching loss on successful episodes; 0 turns it off
-    success_batch: int = 256  # chunks per success batch, drawn with replacement
-    success_min: int = 64  # none before this many chunk starts have succeeded; paper: 256
-    actor_lr: float = 3e-4  # peak learning rate
-    actor_lr_min: float = 3e-4  # learning rate at the start and end of each period
-    actor_lr_warmup: int = 0  # updates of the actor in the linear warm-up at the start of each period
-    actor_lr_period: int = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: constant
+    states: Size = 64  # replay states per update
+    group: Several = 8  # G, chains per state
+    clip: NonNegative = 0.01  # epsilon of the clipped objective, on the normalised ratio
+    bc_coef: NonNegative = 1.0  # lambda, weight of the flow-matching loss on successful episodes; 0 turns it off
+    success_batch: Size = 256  # chunks per success batch, drawn with replacement
+    success_min: Natural = 64  # none before this many chunk starts have succeeded; paper: 256
+    actor_lr: NonNegative = 3e-4  # peak learning rate
+    actor_lr_min: NonNegative = 3e-4  # learning rate at the start and end of each period
+    actor_lr_warmup: Natural = 0  # updates of the actor in the linear warm-up at the start of each period
+    actor_lr_period: Natural = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: constant
 
 
 @dataclass
 class CriticArgs:
     """Critic ensemble on chunked temporal-difference targets [S 1.7]."""
 
-    reward_offset: float = -1.0  # added to every raw reward: -1 per step makes speed count [C]
-    success_bonus: float = 5.0  # added on the step that succeeds [C]
-    gamma: float = 0.99  # discount per environment step
-    heads: int = 4  # M, independent critics
-    critic_hidden: tuple[int, ...] = (256, 256, 256)  # widths of each critic
-    critic_batch: int = 256  # chunks per update
-    critic_lr: float = 1e-3  # learning rate; Adam moves a value by about this much an update, over a range of 100
-    critic_ema: float = 0.05  # step size of the target critics
-    next_samples: int = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
-    critic_warmup: int = 250  # updates of the critics alone
-    choose_successes: int = 2  # successful episodes, and critic_warmup, before best-of-N acts
-    critic_successes: int = 10  # successful episodes, and critic_warmup, before the actor moves
+    reward_offset: Real = -1.0  # added to every raw reward: -1 per step makes speed count [C]
+    success_bonus: Real = 5.0  # added on the step that succeeds [C]
+    gamma: Unit = 0.99  # discount per environment step
+    heads: Size = 4  # M, independent critics
+    critic_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of each critic
+    critic_batch: Size = 256  # chunks per update
+    critic_lr: NonNegative = 1e-3  # learning rate; Adam moves a value by about this much an update, over a range of 100
+    critic_ema: Unit = 0.05  # step size of the target critics
+    next_samples: Size = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
+    critic_warmup: Natural = 250  # updates of the critics alone
+    choose_successes: Natural = 2  # successful episodes, and critic_warmup, before best-of-N acts
+    critic_successes: Natural = 10  # successful episodes, and critic_warmup, before the actor moves
 
 
 @dataclass
@@ -683,7 +684,7 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
 def main(argv: list[str]) -> None:
     args, saved, folder = start(
         argv, default_args, chosen_by=("env", "preset", "variant"), description=__doc__,
-        folder_name="{env}__{variant}__s{seed}", fixed=settings.FIXED_PIXELS, at_least=settings.AT_LEAST_PIXELS,
+        folder_name="{env}__{variant}__s{seed}", fixed=settings.FIXED_PIXELS, check=settings.check,
     )  # fmt: skip
     r, t, device = args.run, args.task, pick_device(args.run.device, args.run.threads)
     pixels = Pixels(args.pixels.cameras, args.pixels.image_size)

@@ -1,8 +1,11 @@
 """Command line: nested argument groups with flat flags, defaults from tables, one-line errors."""
 
 import argparse
+import contextlib
 import dataclasses
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
@@ -48,22 +51,41 @@ def override(args: T, values: Mapping[str, Any]) -> T:
 
 def peek(argv: Sequence[str], *names: str) -> dict[str, str]:
     """Values of the given string flags if present, before the real parse (they choose the defaults)."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for name in names:
         parser.add_argument(f"--{name}", default=None)
-    known, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    try:
+        known, _ = parser.parse_known_args([a for a in argv if a not in ("-h", "--help")])
+    except argparse.ArgumentError as error:
+        raise UserError(f"{error.argument_name}: {error.message}; see --help") from error
     return {k: v for k, v in vars(known).items() if v is not None}
 
 
 def parse(default: T, argv: Sequence[str], description: str) -> T:
-    """Parse flags over `default`; --help shows these defaults. A bad flag prints a box and exits with 2."""
-    return tyro.cli(
-        type(default),
-        default=default,
-        args=list(argv),
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    """Parse flags over `default`; --help shows these defaults. Raises UserError on a bad flag."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(
+                type(default),
+                default=default,
+                args=list(argv),
+                description=description,
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(f"{_unboxed(said.getvalue())}; see --help") from None
+
+
+def _unboxed(box: str) -> str:
+    """tyro's message in one line: what is wrong, and the flag it guesses was meant."""
+    lines = [line.strip("│ ") for line in box.splitlines() if line.startswith("│")]
+    parts = " ".join(lines).split("─" * 8)  # between horizontal rules
+    guess = re.search(r"Perhaps you meant:\s+(--\S+)", box.replace("│", " "))
+    said = " ".join(parts[0].split()).removeprefix("Error parsing ").rstrip(".")
+    return said + (f"; perhaps {guess[1]}" if guess else "")
 
 
 def parse_saved(
@@ -90,13 +112,6 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
     """Raises UserError if the value of a flag that chooses defaults is none of its choices."""
     if value not in choices:
         raise UserError(f"--{name} {value}: expected one of {', '.join(choices)}")
-
-
-def check_at_least(flat: Mapping[str, Any], least: Mapping[str, float]) -> None:
-    """Raises UserError naming the first argument below its least value."""
-    for name, low in least.items():
-        if flat[name] < low:
-            raise UserError(f"--{name.replace('_', '-')} {flat[name]}: must be at least {low:g}; see --help")
 
 
 def run(main: Callable[[], None]) -> None:

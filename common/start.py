@@ -10,6 +10,7 @@ import torch
 
 from common import checkpoint, cli
 from common.errors import UserError
+from common.ranges import check_ranges
 from common.runlog import new_run_dir
 
 CHECKPOINT = "checkpoint.pt"
@@ -24,16 +25,22 @@ def start(
     description: str,
     folder_name: str,
     fixed: Collection[str],
-    at_least: Mapping[str, float],
+    check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[T, dict[str, Any] | None, Path]:
     """Arguments, the checkpoint to go on from (None: a new run) and the run folder.
 
     A new run takes its defaults from default_args(**{the flags `chosen_by`}), --eval and --resume from the saved run.
     `folder_name` is a format string of argument names, used if no name was given; the time is added.
     Raises UserError on a run folder without checkpoint, one that already exists, a changed argument among the
-    `fixed` ones, a value below `at_least`.
+    `fixed` ones, a value outside the range that stands beside the argument, and what `check` raises on all of them.
     """
     flags = cli.peek(argv, *chosen_by, "eval", "resume")
+    if empty := [name for name, value in flags.items() if not value]:
+        raise UserError(f"--{empty[0]} is empty; give a value or leave the flag out")
+    if "eval" in flags and "resume" in flags:
+        raise UserError(
+            "--eval and --resume exclude each other: the first only evaluates a run, the second trains it on"
+        )
     if old := flags.get("eval") or flags.get("resume"):
         run_dir, saved = Path(old), checkpoint.load(Path(old) / CHECKPOINT)
         args = cli.parse_saved(default_args(), saved["args"], argv, description, fixed)
@@ -43,7 +50,12 @@ def start(
         flat = cli.flatten(args)
         made = f"{folder_name.format(**flat)}__{time.strftime('%Y%m%d-%H%M%S')}"
         run_dir = new_run_dir(Path(flat["run_dir"]), flat["run_name"] or re.sub(r"[:/\\]+", "-", made))
-    cli.check_at_least(cli.flatten(args), at_least)
+    flat = cli.flatten(args)
+    check_ranges(type(args), flat)
+    if check:
+        check(flat)
+    if "resume" in flags and flat["total_steps"] < saved["step"]:
+        raise UserError(f"--total-steps {flat['total_steps']}: the run has made {saved['step']} already; give more")
     return args, saved, run_dir
 
 
@@ -57,7 +69,7 @@ def pick_device(name: str, threads: int = 0) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        torch.zeros(1, device=name)
+        torch.zeros(1, device=name).item()  # a device that holds no numbers is none
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {name}: {str(error).splitlines()[0]}; use auto, cpu or cuda") from error
     return torch.device(name)

@@ -3,12 +3,13 @@
 preset < task < variant, later rows win over earlier, and a flag on the command line wins over all.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from common import cli
 from common.envs import resolve
+from common.errors import UserError
 
 T = TypeVar("T")
 
@@ -130,13 +131,21 @@ VARIANTS: dict[str, dict] = {
 # A checkpoint's weights and buffer fit only these settings.
 FIXED = ("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "heads", "num_envs", "replay_size")
 FIXED_PIXELS = (*FIXED, "cameras", "image_size", "channels", "backbone", "prompt")
-AT_LEAST = dict(
-    chunk=1, flow_steps=1, best_of_n=1, group=2, states=1, heads=1, update_every=1, num_envs=1, eval_envs=1,
-    eval_episodes=1, bc_eval_episodes=1, eval_interval_episodes=1, horizon=1, critic_batch=1, success_batch=1,
-    bc_batch=1, bc_eval_every=1, log_every=1, eval_every=1, checkpoint_every=1, num_demos=1, threads=1, next_samples=1,
-    noise_std=1e-6, clip=0.0,
-)  # fmt: skip
-AT_LEAST_PIXELS = AT_LEAST | dict(image_size=16, channels=1, shift=0)
+
+
+def check(flat: Mapping[str, Any]) -> None:
+    """Raises UserError on arguments that do not fit each other."""
+    shortest = min(flat["horizon"], flat["collect_horizon"] or flat["horizon"])
+    if flat["chunk"] > shortest:
+        raise UserError(f"--chunk {flat['chunk']}: longer than an episode of {shortest} steps; see --horizon")
+    if flat["replay_size"] <= flat["horizon"]:
+        raise UserError(f"--replay-size {flat['replay_size']}: must be above --horizon {flat['horizon']}")
+    if flat["best_of_n_heads"] > flat["heads"]:
+        raise UserError(f"--best-of-n-heads {flat['best_of_n_heads']}: there are {flat['heads']} --heads")
+    if flat["start_training"] > flat["total_steps"] > 0:
+        raise UserError(
+            f"--start-training {flat['start_training']}: after the last step, --total-steps {flat['total_steps']}"
+        )
 
 
 def apply(

@@ -48,6 +48,7 @@ from common.batches import Ranks, micro_batches, mixed_seed, row_noise, rows_at_
 from common.errors import UserError
 from common.machine import use_bf16
 from common.meter import Meter
+from common.ranges import Count, Fraction, Natural, NonNegative, Positive, RowLength, Seed, Several, Size, Threads, Unit
 from common.released import load_released
 from common.runlog import Averages
 from common.start import CHECKPOINT, pick_device, start
@@ -63,7 +64,7 @@ class RunArgs:
 
     teacher: str = ""  # run folder of flm_train.py or official .ckpt; needed
     data: str = "austen"  # the teacher's; else austen, toy, lm1b, openwebtext, a text file or folder, or a hub name
-    seed: int = 1  # seeds weights, row order, times and noise
+    seed: Seed = 1  # seeds weights, row order, times and noise
     eval: str = ""  # run folder to evaluate: no training
     released: str = ""  # official Lightning checkpoint (.ckpt) to evaluate: no training; give its --data
     resume: str = ""  # run folder to continue from its newest checkpoint, exactly as if it had not stopped
@@ -71,30 +72,30 @@ class RunArgs:
     run_dir: str = "runs"  # folder of all run folders
     data_dir: str = "data"  # where tokenized data, tokenizers and judges are cached
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
-    threads: int = 0  # torch threads on a CPU; 0: torch's default
+    threads: Threads = 0  # torch threads on a CPU; 0: torch's default
     compile: bool = False  # torch.compile the network; on a CPU it needs a C++ compiler and pays after minutes
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
-    log_every: int = 50  # steps between lines of metrics.jsonl
-    eval_every: int = 500  # steps between samples in one, two and four calls
-    checkpoint_every: int = 500  # steps between checkpoints; the last two are kept
+    log_every: Count = 50  # steps between lines of metrics.jsonl
+    eval_every: Count = 500  # steps between samples in one, two and four calls
+    checkpoint_every: Count = 500  # steps between checkpoints; the last two are kept
 
 
 @dataclass
 class ModelArgs:
     """DiT denoiser [P 3]."""
 
-    length: int = 64  # L, tokens per row
+    length: RowLength = 64  # L, tokens per row
     tokenizer: str = ""  # austen, gpt2 or bert-base-uncased; default: the data's own
     tokenizer_path: str = ""  # file or folder of the tokenizer's files, instead of fetching them
-    layers: int = 4  # transformer blocks
-    width: int = 256  # d
-    heads: int = 4  # attention heads
-    cond_width: int = 128  # width of the time embedding
-    dropout: float = 0.0  # on both residual branches; paper: 0.1
+    layers: Size = 4  # transformer blocks
+    width: Several = 256  # d
+    heads: Size = 4  # attention heads
+    cond_width: Size = 128  # width of the time embedding
+    dropout: Fraction = 0.0  # on both residual branches; paper: 0.1
     embed_init: Literal["frequency", "uniform"] = "frequency"  # sizes of E's rows at the start; paper: uniform
-    logit_cap: float = 30.0  # logits become cap * tanh(logits / cap); 0: off
-    attention_cap: float = 50.0  # the same for attention scores; 0: off
+    logit_cap: NonNegative = 30.0  # logits become cap * tanh(logits / cap); 0: off
+    attention_cap: NonNegative = 50.0  # the same for attention scores; 0: off
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # of blocks and output layer; auto: bf16 where it is fast
 
 
@@ -104,35 +105,35 @@ class DistillArgs:
 
     space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
     reparam: bool = True  # times are measured in decoding accuracy; as the teacher
-    boundary: float = 1 / 4  # share of the rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
-    stage_one: float = 0.5  # share of the steps that train the residual network [P 2.5]
+    boundary: Unit = 1 / 4  # share of the rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
+    stage_one: Unit = 0.5  # share of the steps that train the residual network [P 2.5]
 
 
 @dataclass
 class TrainArgs:
     """Optimization [P 4]."""
 
-    total_steps: int = 3_000  # optimizer steps
-    batch: int = 16  # rows per optimizer step, over all processes
-    micro_batch: int = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
-    lr: float = 1e-3  # peak learning rate
-    warmup: int = 100  # steps of linear warm-up
-    decay: float = 0.3  # last share of the steps, over which the learning rate falls linearly to 0; paper: 0
-    beta2: float = 0.95  # AdamW
-    clip: float = 1.0  # gradient-norm clip
-    ema: float = 0.99  # decay of the averaged weights, min(ema, (1 + n) / (10 + n)); they are what samples
+    total_steps: Count = 3_000  # optimizer steps
+    batch: Size = 16  # rows per optimizer step, over all processes
+    micro_batch: Natural = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
+    lr: NonNegative = 1e-3  # peak learning rate
+    warmup: Natural = 100  # steps of linear warm-up
+    decay: Unit = 0.3  # last share of the steps, over which the learning rate falls linearly to 0; paper: 0
+    beta2: Fraction = 0.95  # AdamW
+    clip: Positive = 1.0  # gradient-norm clip
+    ema: Fraction = 0.99  # decay of the averaged weights, min(ema, (1 + n) / (10 + n)); they are what samples
 
 
 @dataclass
 class SampleArgs:
     """Sampling and evaluation [P 2.6, 5]."""
 
-    steps: tuple[int, ...] = (1, 2, 4, 8, 32, 128)  # numbers of network calls to evaluate
-    samples: int = 256  # texts per number of steps
-    gamma: float = 0.0  # renoising after every jump: 0 none, 1 all; the paper evaluates LM1B at 0.8, OWT at 1
+    steps: tuple[Size, ...] = (1, 2, 4, 8, 32, 128)  # numbers of network calls to evaluate
+    samples: Size = 256  # texts per number of steps
+    gamma: Unit = 0.0  # renoising after every jump: 0 none, 1 all; the paper evaluates LM1B at 0.8, OWT at 1
     judge: str = "ngram"  # ngram, smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl
     judge_path: str = ""  # file or folder of the judge's weights, instead of fetching them
-    show: int = 3  # samples printed
+    show: Natural = 3  # samples printed
 
 
 @dataclass
@@ -614,16 +615,12 @@ def train(run: TextRun, student: DiT, teacher: DiT, clock: Clock, args: Args) ->
 
 # What a checkpoint's weights fit.
 FIXED = ("teacher", "data", "tokenizer", "length", "layers", "width", "heads", "cond_width", "seed", "batch")
-AT_LEAST = dict(
-    length=3, layers=1, width=2, heads=1, cond_width=1, total_steps=1, batch=1, samples=1, log_every=1, eval_every=1,
-    checkpoint_every=1, lr=0.0, gamma=0.0, boundary=0.0,
-)  # fmt: skip
 
 
 def main(argv: list[str]) -> None:
     args, saved, folder = start(
         argv, default_args, chosen_by=("teacher", "data"), description=__doc__,
-        folder_name="fmlm_two_stage__{data}__s{seed}", fixed=FIXED, at_least=AT_LEAST,
+        folder_name="fmlm_two_stage__{data}__s{seed}", fixed=FIXED,
     )  # fmt: skip
     r, m, d, sample = args.run, args.model, args.distill, args.sample
     if not (d.boundary <= 1 and sample.gamma <= 1):
