@@ -121,7 +121,7 @@ def test_main_of_variants_refuses_wrong_lines(name: str, monkeypatch: pytest.Mon
         ("ogpo_state", "--env lift --chunk 200", "longer than an episode of 150 steps"),
         ("ogpo_state", "--env lift --collect-horizon 3", "longer than an episode of 3 steps"),
         ("ogpo_state", "--env lift --best-of-n-heads 9", "there are 4 --heads"),
-        ("ogpo_state", "--env lift --start-training 4000 --total-steps 100", "after the last of --total-steps 100"),
+        ("ogpo_state", "--env lift --start-training 4000 --total-steps 100", "after the last step"),
         ("ogpo_state", "--env lift --replay-size 150", "must be above --horizon 300"),
         ("ogpo_pixels", "--eval a --resume b", "exclude each other"),
         ("flm_train", "--steps", "give at least one value"),
