@@ -110,25 +110,26 @@ def critics_table() -> str:
     )
 
 
-def dip_table() -> str:
-    """Success over the first updates of the actor, by seed."""
-    first = next(iter(dips().values()))
-    updates = next(iter(first.values())).keys()
-    return runs.table(
-        f"| first updates | {' | '.join(updates)} |",
-        "|---|" + "---|" * len(updates),
-        [
-            (
-                f"{env}: {CONFIGS[config].title}",
-                *(" ".join(f"{row[n]:.2f}" for row in by_seed.values()) for n in updates),
-            )
-            for (env, config), by_seed in dips().items()
-        ],
-    )
+def dip_tables() -> dict[str, str]:
+    """{task: success over the first updates of the actor, all seeds in a cell, a column a configuration}"""
+    found: dict[str, dict[str, dict[int, dict[str, float]]]] = {}
+    for (env, config), by_seed in dips().items():
+        found.setdefault(env, {})[CONFIGS[config].title] = by_seed
+    return {
+        env: runs.table(
+            f"| {env}, updates | {' | '.join(by_title)} |",
+            "|---|" + "---|" * len(by_title),
+            [
+                (n, *(" ".join(f"{row[n]:.2f}" for row in by_seed.values()) for by_seed in by_title.values()))
+                for n in next(iter(next(iter(by_title.values())).values()))
+            ],
+        )
+        for env, by_title in found.items()
+    }
 
 
 def tables() -> dict[str, str]:
-    return {"diagnostics/critics": critics_table(), "diagnostics/dip": dip_table()}
+    return {"diagnostics/critics": critics_table()} | {f"dip/{env}": table for env, table in dip_tables().items()}
 
 
 def report() -> None:
@@ -142,8 +143,7 @@ def report() -> None:
         "",
         f"Success of the noise-free policy over {stats.DIP_EPISODES} episodes after so many updates of the actor, by "
         "seed (0: the cloned policy):",
-        "",
-        dip_table(),
+        *(f"\n{table}" for table in dip_tables().values()),
     ]
     (stats.STORE / "diagnostics.md").write_text("\n".join(text) + "\n")
     plot_critics().savefig(stats.STORE / "diagnostics.png", dpi=110)

@@ -133,15 +133,29 @@ def scores_table(judge: str) -> str:
 
 
 def calls_table(prefix: str) -> str:
-    """Perplexity / entropy of every seed over the number of network calls, judge ngram."""
+    """Perplexity / entropy over the number of network calls, every seed, judge ngram."""
     found = stored(prefix, "ngram")
-    calls = [score.text.removesuffix(" steps") for score in next(iter(found.values()))[:-1]]
     return runs.table(
-        f"| calls | {' | '.join(calls)} | held-out text |",
-        "|---|" + "---|" * (len(calls) + 1),
+        f"| calls | {' | '.join(f'seed {seed}' for seed in found)} |",
+        "|---|" + "---|" * len(found),
         [
-            (f"seed {seed}", *(f"{score.perplexity:,.0f} / {score.entropy:.2f}" for score in table))
-            for seed, table in found.items()
+            (
+                "held-out text" if line[0].text == REAL else line[0].text.removesuffix(" steps"),
+                *(f"{score.perplexity:,.0f} / {score.entropy:.2f}" for score in line),
+            )
+            for line in zip(*found.values(), strict=True)
+        ],
+    )
+
+
+def minutes_table() -> str:
+    """Wall time of every seed, training and evaluation."""
+    return runs.table(
+        f"| minutes | {' | '.join(f'seed {seed}' for seed in SEEDS)} |",
+        "|---|" + "---:|" * len(SEEDS),
+        [
+            (method, *(f"{run.minutes:.1f}" for run in runs.read_seeds(STORE, prefix, SEEDS).values()))
+            for prefix, method in METHODS.items()
         ],
     )
 
@@ -206,6 +220,7 @@ def tables() -> dict[str, str]:
     return {
         **{f"flm/{judge}": scores_table(judge) for judge in JUDGES},
         **{f"{prefix}/calls": calls_table(prefix) for prefix in METHODS},
+        "flm/minutes": minutes_table(),
         "flm/bridge": bridge_table(),
         "flm/gamma": gamma_table(),
         "flm/ablations": ablations_table(),
@@ -225,15 +240,12 @@ def report() -> None:
         unit = next(iter(stored("flm", judge).values()))[0].unit
         text += ["", f"## Judge {judge}, perplexity per {unit}", "", scores_table(judge)]
         plot_scores(judge)
-    times = [
-        f"{prefix} " + ", ".join(f"{run.minutes:.1f}" for run in runs.read_seeds(STORE, prefix, SEEDS).values())
-        for prefix in METHODS
-    ]
     text += [
         "",
-        "Seed 3 was timed alone on two cores; the other seeds ran side by side with one thread each, and their FMLM "
-        "times lack what came before an interruption. Wall time, minutes, training and evaluation: "
-        f"{'; '.join(times)}.",
+        "Wall time, training and evaluation. Seed 3 was timed alone on two cores; the other seeds ran side by side "
+        "with one thread each, and their FMLM times lack what came before an interruption.",
+        "",
+        minutes_table(),
         "",
         f"## Bridge sampling, {FRONTIER_STEPS} calls, seed {SEEDS[0]}: temperature",
         "",

@@ -16,7 +16,6 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from common.envs import TASKS, Pixels, make_env
-from common.envs.robosuite_env import env_kwargs, suite
 from common.replay import ReplayBuffer
 from ogpo_pixels import default_args
 
@@ -33,6 +32,8 @@ def rate(step: object, actions: np.ndarray) -> float:
 
 def compare(name: str) -> str:
     """The task's line of the table: medians of the turns."""
+    from common.envs.robosuite_env import env_kwargs, suite  # which the sizes below do without
+
     task, cameras = TASKS[name], default_args(name, "laptop", "ogpo+ca").pixels.cameras
     pixels = Pixels(cameras, SIZE)
     kwargs = env_kwargs(task.action_dim // 7) | dict(
@@ -58,21 +59,14 @@ def compare(name: str) -> str:
     return f"| {name} | {a:.1f} | {b:.1f} | {c:.1f} | {b / a:.1f} | {c / a:.1f} |"
 
 
-def memory() -> list[str]:
-    """Bytes of a replay buffer for a million environment steps, from a slice of 10,000 rows."""
+def memory() -> dict[str, float]:
+    """Bytes that replay needs for an environment step, with features, images or every step's images in its rows."""
     rows, features, felt, act = 10_000, 128, 9, 7
     kept = ReplayBuffer(rows, features + felt, act * CHUNK, 1, rewards=CHUNK)
     arrays = (kept.obs, kept.actions, kept.rewards, kept.terminated, kept.ends, kept.starts.rows)
     size = sum(x.nbytes for x in (*arrays, kept.success_starts.rows)) / rows
-    images = np.zeros((100, 2, SIZE, SIZE, 3), np.uint8).nbytes / 100
-    million = 1_000_000 / CHUNK
-    return [
-        f"A row (a chunk of {CHUNK} steps) holds {size:,.0f} bytes with {features} features, {size + images:,.0f} with "
-        f"both images as well.",
-        f"A million environment steps: {size * million / 2**30:.2f} GiB with features, "
-        f"{(size + images) * million / 2**30:.1f} GiB with images, "
-        f"{images * 1e6 / 2**30:.0f} GiB with the images of every step.",
-    ]
+    images = float(np.zeros((2, SIZE, SIZE, 3), np.uint8).nbytes)
+    return {"features": size / CHUNK, "images of a chunk": (size + images) / CHUNK, "images of every step": images}
 
 
 if __name__ == "__main__":
@@ -81,4 +75,5 @@ if __name__ == "__main__":
     print("|---|---:|---:|---:|---:|---:|")
     for task in sys.argv[1:] or ("lift", "can", "square", "tool_hang", "transport"):
         print(compare(task), flush=True)
-    print("\n" + "\n".join(memory()))
+    print("\nReplay of a million environment steps, GiB:")
+    print("\n".join(f"{what}: {size * 1e6 / 2**30:.2f}" for what, size in memory().items()))

@@ -12,6 +12,7 @@ import lift
 import pixels
 import study
 import tasks
+import toy
 from runs import ROOT
 
 
@@ -27,7 +28,7 @@ def measured() -> dict[str, str]:
 def tables() -> dict[str, str]:
     """{name: Markdown table}, without a newline at the end."""
     found: dict[str, str] = {}
-    for benchmark in (lift, tasks, pixels, flm, study, diagnose):
+    for benchmark in (lift, tasks, pixels, flm, study, diagnose, toy):
         found |= benchmark.tables()
     return found | measured()
 

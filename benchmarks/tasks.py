@@ -13,6 +13,7 @@ import os
 import sys
 from fnmatch import fnmatch
 from pathlib import Path
+from textwrap import wrap
 
 import numpy as np
 
@@ -33,6 +34,7 @@ AIMS = {
     **dict.fromkeys(("square", "mt10"), 0.85),
     "pen": 0.8,
 }
+NAMES_WIDTH = 50  # characters of tasks' names in a line of the tables of settings
 FRAMES = ("can", "peg-insert-side", "hammer")  # one task a family
 
 
@@ -207,7 +209,7 @@ def frames() -> None:
 
 
 def settings_tables() -> str:
-    """The settings of every task as three narrow Markdown tables; neighbours with the same ones share a line."""
+    """The settings of every task as three narrow Markdown tables; tasks with the same ones share a line, or a few."""
     from ogpo_state import default_args
     from settings.ogpo import SOURCES
 
@@ -243,7 +245,14 @@ def settings_tables() -> str:
         ("| task | preset | source |", "|---|---|---|"),
     )
     return "\n\n".join(
-        runs.table(*head, [(", ".join(names), *cells) for cells, names in group.items()])
+        runs.table(
+            *head,
+            [
+                (line.rstrip(","), *cells)
+                for cells, names in group.items()
+                for line in wrap(", ".join(names), NAMES_WIDTH, break_on_hyphens=False)
+            ],
+        )
         for group, head in zip(groups, heads, strict=True)
     )
 

@@ -25,10 +25,11 @@ import study
 import study_stats
 import tables
 import tasks
+import toy
 import update_speed
 
 ROOT = Path(__file__).resolve().parent.parent
-STORES = ("flm", "lift", "lift/tuning", "pixels", "study", "tasks")
+STORES = ("flm", "lift", "lift/tuning", "pixels", "study", "tasks", "toy")
 
 
 def finished(folder: Path, rows: list[dict], args: dict, seconds: int) -> Path:
@@ -108,6 +109,7 @@ def test_read_gives_back_every_stored_line(name: str) -> None:
         (flm, "flm/results.md"),
         (study, "study/results.md"),
         (diagnose, "study/diagnostics.md"),
+        (toy, "toy/results.md"),
     ],
 )
 def test_report_remakes_the_stored_page(module: types.ModuleType, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -118,14 +120,14 @@ def test_report_remakes_the_stored_page(module: types.ModuleType, page: str, mon
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(path))
     module.report()
     assert written == {ROOT / "benchmarks" / page: stored}
-    assert figures and all(path.exists() for path in figures)
+    assert (figures or module is toy) and all(path.exists() for path in figures)
 
 
 def test_tables_has_every_table_of_the_stored_pages() -> None:
     found = tables.tables()
     assert all(table.count("\n") >= 2 and not table.endswith("\n") for table in found.values())
-    for name in ("lift/results.md", "tasks/results.md", "pixels/results.md", "flm/results.md", "study/results.md"):
-        paragraphs = (ROOT / "benchmarks" / name).read_text().rstrip().split("\n\n")
+    for name in ("lift", "tasks", "pixels", "flm", "study", "toy"):
+        paragraphs = (ROOT / "benchmarks" / name / "results.md").read_text().rstrip().split("\n\n")
         pages = [paragraph.strip() for paragraph in paragraphs if paragraph.startswith("|")]
         assert pages and not set(pages) - set(found.values()), name
 
@@ -155,6 +157,9 @@ def started(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[t
     elif module is pixels:
         for name in pixels.NAMES:
             pixels.run_one(name, 1)
+    elif module is toy:
+        for name in toy.COMMANDS:
+            toy.run_one(name)
     elif module is study:
         study.run(list(study.FIGURES), (1,), jobs=1)
         found.append(("ogpo_state.py", study.run_flags("lift", "clone", 1)))
@@ -171,7 +176,7 @@ def started(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[t
     return found
 
 
-@pytest.mark.parametrize("module", [lift, tasks, pixels, study, diagnose, flm])
+@pytest.mark.parametrize("module", [lift, tasks, pixels, study, diagnose, flm, toy])
 def test_commands_parse_by_their_scripts(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of a benchmark is one that its script, as it is now, accepts; a flag sets what it names."""
     refused = {}
@@ -179,7 +184,8 @@ def test_commands_parse_by_their_scripts(module: types.ModuleType, monkeypatch: 
     for script, flags in commands:
         try:
             program = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-            chosen = cli.peek(flags, *(("data",) if module is flm else ("env", "preset", "variant")))
+            names = ("env", "preset", "variant") if "ogpo" in script else ("data",)
+            chosen = cli.peek(flags, *names)
             args = cli.flatten(cli.parse(program.default_args(**chosen), flags, ""))
             assert args.items() >= chosen.items()
         except (Exception, SystemExit) as error:
@@ -278,3 +284,12 @@ def test_update_speed_main_prints_both_advantages(
     update_speed.main()
     out = capsys.readouterr().out
     assert "vanilla" in out and "with an advantage 1.000" in out and "conservative" in out
+
+
+def test_toy_results_are_the_printed_distances(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(toy, "RUNS", tmp_path)
+    words = "total variation distance from the language"
+    (tmp_path / "run.txt").write_text(f"step 5\n1 steps: {words} 0.500\nreal text: {words} 0.075\n\n1 steps (x.txt):\n")
+    (tmp_path / "robot.txt").write_text("success 0.50\n")
+    assert toy.results(tmp_path / "run") == {"distances": {"1 steps": 0.5, "real text": 0.075}}
+    assert toy.results(tmp_path / "robot") == {}

@@ -1,12 +1,16 @@
-"""The docs: tags of scripts, links, flags, tables and numbers are those of the code and of the stored results."""
+"""The docs: tags of scripts, links, flags and tables are those of the code and of the stored results."""
 
 import ast
 import re
-from collections.abc import Callable
+import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import tables
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = sorted(p for p in (*ROOT.glob("*.py"), *ROOT.glob("variants/*.py")))
@@ -74,7 +78,7 @@ def test_slug_is_that_of_github() -> None:
 @pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=name)
 def test_page_links_resolve(page: Path) -> None:
     broken = []
-    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+    for target in re.findall(r"(?:\]\(|^\[[^]]+\]: )([^)\s]+)", without_code(page.read_text()), re.MULTILINE):
         if target.startswith(("http://", "https://")):
             continue
         path, _, anchor = target.partition("#")
@@ -134,13 +138,7 @@ SETTINGS = {("docs/tasks.md", "task"), ("docs/tasks.md", "`--env`"), ("docs/flm_
             ("docs/fmlm_distill.md", "`--data`")}  # fmt: skip
 
 
-@pytest.fixture
-def stored(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """{name: Markdown table} of all stored results."""
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    import tables
-
-    return tables.tables()
+STORED = tables.tables()  # {name: Markdown table} of all stored results
 
 
 def tables_of(page: Path) -> list[str]:
@@ -158,169 +156,20 @@ def is_of_numbers(table: str) -> bool:
 
 
 @pytest.mark.parametrize("page", LIVE, ids=name)
-def test_page_tables_are_those_of_stored_results(page: Path, stored: dict[str, str]) -> None:
-    heads, wrong = {table.splitlines()[0] for table in stored.values()}, []
+def test_page_tables_are_those_of_stored_results(page: Path) -> None:
+    heads, wrong = {table.splitlines()[0] for table in STORED.values()}, []
     for table in map(str.rstrip, tables_of(page)):
         head = table.splitlines()[0]
         a_setting = (name(page), cells(head)[0]) in SETTINGS and head not in heads
-        if (head in heads or is_of_numbers(table)) and not a_setting and table not in stored.values():
+        if (head in heads or is_of_numbers(table)) and not a_setting and table not in STORED.values():
             wrong.append(head)
     assert not wrong
 
 
-def test_pages_show_each_benchmark(stored: dict[str, str]) -> None:
+def test_pages_show_each_benchmark() -> None:
     shown = "\n".join(page.read_text() for page in LIVE)
     for key in ("lift/summary", "tasks/summary", "pixels/seeds", "flm/calls", "fmlm/calls", "study/verdicts"):
-        assert stored[key] in shown, key
-
-
-# --- Numbers in sentences ---------------------------------------------------------------------------------------------
-
-Tables = dict[str, str]
-
-
-def column(table: str, head: str) -> list[str]:
-    first, _, *rows = map(cells, table.splitlines())
-    return [row[first.index(head)] for row in rows]
-
-
-def numbers(values: list[str]) -> list[float]:
-    """The first number of each cell."""
-    return [float(re.search(r"-?[\d.]+", value.replace(",", ""))[0]) for value in values]
-
-
-def mean_minutes(t: Tables) -> list[str]:
-    minutes = numbers(column(t["lift/ogpo+ca"], "minutes"))
-    return [f"{sum(minutes) / len(minutes):.0f}"]
-
-
-def lift(t: Tables) -> list[str]:
-    before, after = (numbers(column(t["lift/summary"], head))[2] for head in ("BC (no RL update)", "ODE policy"))
-    return [f"{before:.2f}", f"{after:.2f}"]
-
-
-def lift_percent(t: Tables) -> list[str]:
-    return [f"{100 * float(x):.0f}" for x in lift(t)]
-
-
-def lift_seed(t: Tables) -> list[str]:
-    minutes = numbers(column(t["lift/ogpo+ca"], "minutes"))
-    return [column(t["lift/ogpo+ca"], head)[0] for head in ("BC", "ODE")] + [
-        f"{f(minutes):.0f}" for f in (min, max)
-    ]  # fmt: skip
-
-
-def suite(t: Tables) -> list[str]:
-    """Ranges over the tasks: cloned, fine-tuned, minutes."""
-    ranges = [numbers(column(t["tasks/short"], head)) for head in ("cloned", "fine-tuned", "minutes")]
-    return [f"{f(x):.{d}f}" for x, d in zip(ranges, (2, 2, 0), strict=True) for f in (min, max)]
-
-
-def pixels(t: Tables) -> list[str]:
-    return [f"{numbers(column(t['pixels/short'], head))[0]:.2f}" for head in ("cloned", "fine-tuned")] + [
-        column(t["pixels/short"], "minutes")[0]
-    ]
-
-
-def score(t: Tables, text: str) -> list[str]:
-    """Mean perplexity of a line of the n-gram judge's table."""
-    row = column(t["flm/ngram"], "text").index(text)
-    return [f"{numbers(column(t['flm/ngram'], 'perplexity (seeds)'))[row]:,.0f}"]
-
-
-def text_ranges(t: Tables) -> list[str]:
-    """Lowest and highest perplexity: FLM in 16 calls, to hundreds, FMLM in one, to tens; real text."""
-    seeds = [row for row in t["flm/calls"].splitlines()[2:]]
-    first = numbers([cells(row)[5] for row in seeds])
-    second = numbers([cells(row)[1] for row in t["fmlm/calls"].splitlines()[2:]])
-    real = numbers([cells(seeds[0])[-1]])
-    return [f"{round(f(first), -2):,.0f}" for f in (min, max)] + [
-        *(f"{round(f(second), -1):,.0f}" for f in (min, max)), f"{real[0]:.0f}"
-    ]  # fmt: skip
-
-
-def gpu(t: Tables) -> list[str]:
-    return [f"{x:.0f}" for x in numbers(column(t["measured/update_gpu"], "an update"))]
-
-
-def verdict(t: Tables, claim: str) -> list[str]:
-    """Sizes of the differences of a claim, all tasks."""
-    claims, found = column(t["study/verdicts"], "claim"), column(t["study/verdicts"], "difference")
-    return [f"{abs(x):.2f}" for x in numbers([d for c, d in zip(claims, found, strict=True) if c == claim])]
-
-
-CHI_SQUARE = "chi-square pessimism does as well as the gate"
-
-
-def worst_square(t: Tables) -> list[str]:
-    """Lowest final success of the acting policy on Square."""
-    rates = numbers(column(t["tasks/seeds"], "best-of-N policy"))
-    square = [r for r, task in zip(rates, column(t["tasks/seeds"], "task"), strict=True) if task == "square"]
-    return [f"{min(square):.2f}"]
-
-
-def critic(t: Tables) -> list[str]:
-    """Mean Q and return of BPTT 2,000 steps after its first gradient."""
-    table = t["diagnostics/critics"]
-    row = next(row for row in map(cells, table.splitlines()) if row[:2] == ["lift_bptt_s1", "8,000"])
-    return [f"{abs(float(row[i])):.0f}" for i in (3, 4)]
-
-
-def entropy_shares(t: Tables) -> list[str]:
-    """Entropy of FMLM's one call over that of its 32 calls, lowest and highest seed, in percent."""
-    rows = [[float(cell.split("/")[1]) for cell in cells(row)[1:]] for row in t["fmlm/calls"].splitlines()[2:]]
-    shares = [100 * row[0] / row[4] for row in rows]
-    return [f"{f(shares):.0f}" for f in (min, max)]
-
-
-# (page, pattern, what its groups must be); a blank in a pattern stands for any space, also a line's end
-NUMBERS: list[tuple[str, str, Callable[[Tables], list[str]]]] = [
-    ("README.md", r"Lift goes from (\d+) % to (\d+) % success", lift_percent),
-    ("README.md", r"in 20,000 steps: (\d+) minutes on two CPU cores", mean_minutes),
-    (
-        "README.md",
-        r"Expect (\S+) for the cloned policy of seed 1 and (\S+) at the end, after (\d+) to (\d+) min",
-        lift_seed,
-    ),
-    ("README.md", r"Lift, from state \| success (\S+) → (\d\.\d+)", lift),
-    ("README.md", r"five seeds \| (\d+)-(\d+) min", lambda t: lift_seed(t)[2:]),
-    ("README.md", r"two cameras \| (\S+) → (0\.\d+), three seeds \| (\d+) min", pixels),
-    ("README.md", r"perplexity ([\d,]+) in 16 calls", lambda t: score(t, "FLM, 16 steps")),
-    ("README.md", r"perplexity (\d+) in one call", lambda t: score(t, "FMLM, 1 steps")),
-    (
-        "README.md",
-        r"perplexity of (\S+) to (\S+) in 16 calls .* of (\d+) to (\d+) in one .* real text (\d+)",
-        text_ranges,
-    ),
-    ("README.md", r"policies of (\S+) to (\S+) to (\S+) to (\S+) in (\d+) to (\d+) minutes", suite),
-    ("README.md", r"takes (\d+) ms with `laptop` and (\d+) ms with `paper`", gpu),
-    ("docs/ogpo_pixels.md", r"Lift about (\d+) minutes on two", lambda t: pixels(t)[2:]),
-    ("docs/ogpo_study.md", r"diffusion ends (\S+) to (\S+) higher", lambda t: verdict(t, "flow and diffusion agree")),
-    ("docs/ogpo_study.md", r"it ends (\S+) higher, and 0\.1", lambda t: verdict(t, CHI_SQUARE)),
-    ("docs/ogpo_study.md", r"a mean Q of \u2212(\d+) and earns \u2212(\d+)", critic),
-    ("docs/tasks.md", r"one seed stays at (\d\.\d+)", worst_square),
-    ("docs/fmlm_distill.md", r"at (\d+) to (\d+) % of the entropy of its own 32 calls", entropy_shares),
-]
-
-
-@pytest.mark.parametrize(("page", "pattern", "expected"), NUMBERS, ids=[f"{p}: {r[:30]}" for p, r, _ in NUMBERS])
-def test_page_numbers_are_those_of_stored_results(
-    page: str, pattern: str, expected: Callable[[Tables], list[str]], stored: Tables
-) -> None:
-    found = re.search(pattern, " ".join((ROOT / page).read_text().split()))
-    assert found, "the sentence has changed: change its pattern too"
-    assert list(found.groups()) == expected(stored)
-
-
-def test_readme_counts(monkeypatch: pytest.MonkeyPatch, stored: Tables) -> None:
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
-    from study_configs import CONFIGS
-
-    readme = (ROOT / "README.md").read_text()
-    assert f"{len(CONFIGS)} methods on three seeds" in readme
-    assert len(column(stored["tasks/short"], "task")) == 11 and "eleven more tasks" in readme
-    hard = numbers(column(stored["lift/hard"], "ODE"))
-    assert sum(rate >= 0.9 for rate in hard) == 4 and len(hard) == 5 and "four of five seeds learn, one fails" in readme
+        assert STORED[key] in shown, key
 
 
 # --- Reading ----------------------------------------------------------------------------------------------------------
