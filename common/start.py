@@ -18,15 +18,10 @@ T = TypeVar("T")
 
 
 def start(
-    argv: Sequence[str],
-    default_args: Callable[..., T],
-    *,
-    chosen_by: Sequence[str],
-    description: str,
-    folder_name: str,
-    fixed: Collection[str],
+    argv: Sequence[str], default_args: Callable[..., T], *, chosen_by: Sequence[str], description: str,
+    folder_name: str, fixed: Collection[str],
     check: Callable[[Mapping[str, Any]], None] | None = None,
-) -> tuple[T, dict[str, Any] | None, Path]:
+) -> tuple[T, dict[str, Any] | None, Path]:  # fmt: skip
     """Arguments, the checkpoint to go on from (None: a new run) and the run folder.
 
     A new run takes its defaults from default_args(**{the flags `chosen_by`}), --eval and --resume from the saved run.
@@ -38,9 +33,7 @@ def start(
     if empty := [name for name, value in flags.items() if not value]:
         raise UserError(f"--{empty[0]} is empty; give a value or leave the flag out")
     if "eval" in flags and "resume" in flags:
-        raise UserError(
-            "--eval and --resume exclude each other: the first only evaluates a run, the second trains it on"
-        )
+        raise UserError("--eval and --resume exclude each other: one only evaluates, the other trains on")
     if old := flags.get("eval") or flags.get("resume"):
         run_dir, saved = Path(old), checkpoint.load(Path(old) / CHECKPOINT)
         args = cli.parse_saved(default_args(), saved["args"], argv, description, fixed)
