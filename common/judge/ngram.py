@@ -42,14 +42,6 @@ class _Level:
     contexts: NDArray[np.int64]  # (C,)
     gamma: NDArray[np.float64]  # (C,)
 
-    @classmethod
-    def from_counts(cls, grams: NDArray[np.int64], counts: NDArray[np.int64], vocabulary: int) -> "_Level":
-        contexts, start = np.unique(grams // vocabulary, return_index=True)
-        total = np.add.reduceat(counts, start)  # sorted k-grams of one context lie together
-        taken = discounts(counts)[np.minimum(counts, 3)]
-        share = (counts - taken) / np.repeat(total, np.diff(start, append=len(grams)))
-        return cls(grams, share, contexts, np.add.reduceat(taken, start) / total)
-
 
 def discounts(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """D for counts 0, 1, 2 and 3 or more, shape (4,), from the numbers of counts 1 to 4 (Chen and Goodman, eq. 26).
@@ -103,11 +95,9 @@ class NgramJudge:
         known = [word for word, count in ranked[: max_vocabulary - 1] if count > 1]
         self._ids = {word: i for i, word in enumerate(known, start=UNKNOWN + 1)}
         self.vocabulary = len(known) + 1
-        self._set_spelling([word for word, _ in ranked if word not in self._ids])
         self._levels = self._train(np.array([self._ids.get(word, UNKNOWN) for word in stream]), order)
-
-    def _set_spelling(self, rare: list[str]) -> None:
-        """Log probability of each character, of the end of a word, and of each character not seen in `rare`."""
+        # Log probabilities of each character, of the end of a word, and of each character not seen in the rare words.
+        rare = [word for word, _ in ranked if word not in self._ids]
         count = Counter(character for word in rare for character in word)
         total = count.total() + len(rare) + len(count) + 2  # add one to each character, to the end and to the rest
         self._character = {character: math.log((n + 1) / total) for character, n in count.items()}
@@ -119,13 +109,15 @@ class NgramJudge:
 
     def _train(self, ids: NDArray[np.int64], order: int) -> list[_Level]:
         """Levels 1 to `order` from the word ids (N,) of the stream."""
-        size = self.vocabulary
-        keys = sum(ids[i : len(ids) - order + 1 + i] * size ** (order - 1 - i) for i in range(order))
-        grams, counts = np.unique(keys, return_counts=True)
-        levels = [_Level.from_counts(grams, counts, size)]
-        for k in range(order - 1, 0, -1):
-            grams, counts = np.unique(grams % size**k, return_counts=True)  # without the first word
-            levels.append(_Level.from_counts(grams, counts, size))
+        size, levels = self.vocabulary, []
+        grams = sum(ids[i : len(ids) - order + 1 + i] * size ** (order - 1 - i) for i in range(order))
+        for k in range(order, 0, -1):
+            grams, counts = np.unique(grams % size**k, return_counts=True)  # below the order: without the first word
+            contexts, start = np.unique(grams // size, return_index=True)
+            total = np.add.reduceat(counts, start)  # sorted k-grams of one context lie together
+            taken = discounts(counts)[np.minimum(counts, 3)]
+            share = (counts - taken) / np.repeat(total, np.diff(start, append=len(grams)))
+            levels.append(_Level(grams, share, contexts, np.add.reduceat(taken, start) / total))
         return levels[::-1]
 
     def log_probs(self, ids: NDArray[np.int64], history: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -151,9 +143,8 @@ class NgramJudge:
             return math.nan
         ids = np.array([self._ids.get(word, UNKNOWN) for word in stream])
         history = np.concatenate([np.arange(len(row)) for row in rows])
-        total = self.log_probs(ids, history).sum() + sum(
-            self._spelling(stream[i]) for i in np.flatnonzero(ids == UNKNOWN)
-        )
+        spellings = sum(self._spelling(stream[i]) for i in np.flatnonzero(ids == UNKNOWN))
+        total = self.log_probs(ids, history).sum() + spellings
         with np.errstate(over="ignore"):  # one endless word is infinitely perplexing
             return float(np.exp(-total / len(stream)))
 
