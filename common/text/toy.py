@@ -43,10 +43,11 @@ def toy_probabilities() -> dict[tuple[int, ...], float]:
 
 
 def toy_rows(n: int, seed: int) -> NDArray[np.uint16]:
-    """(n, 8) independent sentences; a function of n and seed."""
+    """(n, 8) independent sentences, read-only; a function of n and seed."""
     table = toy_probabilities()
-    rows = np.array(list(table), np.uint16)
-    return rows[np.random.default_rng(seed).choice(len(rows), n, p=list(table.values()))]
+    rows = np.array(list(table), np.uint16)[np.random.default_rng(seed).choice(len(table), n, p=list(table.values()))]
+    rows.flags.writeable = False
+    return rows
 
 
 def toy_tokenizer() -> Tokenizer:
