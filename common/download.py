@@ -35,8 +35,7 @@ def check_digest(path: Path, known: str | None = None) -> Path:
     Where that is None, the file's own is written beside it (NAME.sha256) on first use and compared later: damage
     and change after the download are noticed, the download itself is trusted. Raises UserError if it differs.
     """
-    digest = sha256(path)
-    manifest = path.with_name(path.name + ".sha256")
+    digest, manifest = sha256(path), path.with_name(path.name + ".sha256")
     if known is None and not manifest.exists():
         write_atomic(manifest, f"{digest}  {path.name}\n".encode())
     expected = known or (manifest.read_text().split() or ["nothing"])[0]

@@ -214,8 +214,8 @@ def _hub_splits(source: HubData) -> dict[str, Split]:
         data = load_dataset(*source.hub.split(":"), revision=source.revision)
     except Exception as error:  # hub, network, cache and format each have exceptions of their own
         raise UserError(
-            f"cannot load {source.hub} from the Hugging Face hub ({first_line(error)}); check the name and the network, "
-            "or use local files: see --data"
+            f"cannot load {source.hub} from the Hugging Face hub ({first_line(error)}); check the name and the "
+            "network, or use local files: see --data"
         ) from error
     if "train" not in data or "text" not in data["train"].column_names:
         raise UserError(f"{source.hub} of the Hugging Face hub has no split train with a column text; choose another")
