@@ -19,9 +19,19 @@ import transformers
 from safetensors.torch import save_file
 
 from common.errors import UserError
-from common.judge import JUDGES, TextScore, causal, format_table, get_judge, score_texts, split_real
+from common.judge import JUDGES, causal, get_judge
 from common.judge.causal import corpus_perplexity, load_model
-from common.judge.metrics import REAL, copied_fraction, ngram_distance, self_bleu, unigram_entropy
+from common.judge.metrics import (
+    REAL,
+    TextScore,
+    copied_fraction,
+    format_table,
+    ngram_distance,
+    score_texts,
+    self_bleu,
+    split_real,
+    unigram_entropy,
+)
 from common.judge.ngram import UNKNOWN, NgramJudge, discounts, words
 from common.textplots import plot_scores
 

@@ -363,19 +363,19 @@ def test_tokenizer_decode_joins_what_separators_part(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tokenizers._File:
+def small_bert(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, str]:
     """A vocabulary whose id 101 is [CLS], served from a folder."""
     hub_in_a_folder(monkeypatch, tmp_path)
     pieces = [f"[unused{i}]" for i in range(100)] + ["[UNK]", "[CLS]", "he", "##llo", "it", "'", "s", ".", "cafe"]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
     digest = hashlib.sha256((tmp_path / "vocab.txt").read_bytes()).hexdigest()
     url = "https://huggingface.co/owner/name/resolve/main/vocab.txt"
-    file = tokenizers._File(("bert-vocab.txt", "vocab.txt"), digest, url)
+    file = ("bert-vocab.txt", digest, url)
     monkeypatch.setitem(tokenizers._FILES, "bert-base-uncased", file)
     return file
 
 
-def test_load_tokenizer_fetches_once(tmp_path: Path, small_bert: tokenizers._File) -> None:
+def test_load_tokenizer_fetches_once(tmp_path: Path, small_bert: tuple[str, str, str]) -> None:
     data = tmp_path / "data"
     tok = load_tokenizer("bert-base-uncased", data)
     assert tok.encode_batch(["HELLO, it's. Café [CLS]"]) == [[102, 103, 100, 104, 105, 106, 107, 108, 100, 100, 100]]
@@ -389,7 +389,7 @@ def test_load_tokenizer_fetches_once(tmp_path: Path, small_bert: tokenizers._Fil
 
 
 def test_load_tokenizer_refusals(
-    tmp_path: Path, small_bert: tokenizers._File, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, small_bert: tuple[str, str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     def refusal(path: Path | None = None) -> str:
         with pytest.raises(UserError) as caught:
@@ -403,7 +403,7 @@ def test_load_tokenizer_refusals(
     assert "its sha256 is not the expected one" in refusal()
     (tmp_path / "vocab.txt").unlink()
     message = refusal()
-    for part in (small_bert.url, small_bert.sha256[:12], str(tmp_path / "data/tokenizers/bert-vocab.txt")):
+    for part in (small_bert[2], small_bert[1][:12], str(tmp_path / "data/tokenizers/bert-vocab.txt")):
         assert part in message
     assert capsys.readouterr().out == ""
 

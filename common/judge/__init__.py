@@ -11,26 +11,22 @@ import torch
 
 from common.errors import UserError
 from common.judge.causal import GPT2_SIZES, load_gpt2, load_smollm2
-from common.judge.metrics import Judge, TextScore, format_table, score_texts, split_real
+from common.judge.metrics import Judge
 from common.judge.ngram import NgramJudge
-
-__all__ = ["JUDGES", "Judge", "TextScore", "format_table", "get_judge", "score_texts", "split_real"]
 
 JUDGES = ("ngram", *GPT2_SIZES, "smollm2")
 
 
 def get_judge(
     name: str,
-    *,
     data_dir: Path,
     train_texts: Iterable[str] = (),
     path: Path | None = None,
-    device: torch.device | str = "cpu",
+    device: str | torch.device = "cpu",
 ) -> Judge:
     """The judge `name` of JUDGES, ready to score. docs/flm_train.md, section P 5, says what each of them is and needs.
 
     Args:
-        name: one of JUDGES.
         data_dir: GPT-2's weights and encoding are kept in its folders judges/NAME and tokenizers, fetched on first use.
         train_texts: for "ngram", the training split as texts in order, read once; others ignore it.
         path: instead of fetching: for GPT-2 a folder with model.safetensors, for SmolLM2 the GGUF file.

@@ -47,23 +47,14 @@ class Tokenizer:
         return separators.join(self.literal(list(part)) for is_separator, part in parts if not is_separator)
 
 
-@dataclass(frozen=True)
-class _File:
-    """A tokenizer's defining file: names it is found under (the first is used in the cache), content and origin."""
-
-    names: tuple[str, ...]
-    sha256: str
-    url: str
-
-
-_FILES = {
-    "gpt2": _File(
-        ("vocab.bpe", "merges.txt"),
+_FILES = {  # name in the cache, sha256 and origin of a tokenizer's defining file
+    "gpt2": (
+        "vocab.bpe",
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "https://huggingface.co/openai-community/gpt2/resolve/main/merges.txt",
     ),
-    "bert-base-uncased": _File(
-        ("bert-base-uncased-vocab.txt", "vocab.txt"),
+    "bert-base-uncased": (
+        "bert-base-uncased-vocab.txt",
         "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
         "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
     ),
@@ -93,18 +84,15 @@ def load_tokenizer(name: str, data_dir: Path, path: Path | None = None) -> Token
 
 def _find(name: str, data_dir: Path, path: Path | None) -> Path:
     """The verified defining file of a tokenizer."""
-    spec = _FILES[name]
+    cached, digest, url = _FILES[name]
     if path is None:
-        path = data_dir / "tokenizers" / spec.names[0]
-        return obtain(path, spec.url, "give its place with --tokenizer-path", spec.sha256)
-    for place in (path, *(path / file for file in spec.names)):
-        if place.is_file():
-            if sha256(place) == spec.sha256:
-                return place
-            raise UserError(
-                f"{place} is not the file of {name} (sha256 {spec.sha256[:12]}...); it should be {spec.url}"
-            )
-    raise UserError(f"{path} is no file and no folder with {' or '.join(spec.names)}, the file of {name}")
+        return obtain(data_dir / "tokenizers" / cached, url, "give its place with --tokenizer-path", digest)
+    names = (cached, url.rpartition("/")[2])
+    for place in filter(Path.is_file, (path, *(path / file for file in names))):
+        if sha256(place) != digest:
+            raise UserError(f"{place} is not the file of {name} (sha256 {digest[:12]}...); replace it by {url}")
+        return place
+    raise UserError(f"{path} is no file and no folder with {' or '.join(names)}, the file of {name}")
 
 
 def _byte_level(file: Path, specials: tuple[str, ...]) -> Pipeline:
