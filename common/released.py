@@ -25,8 +25,8 @@ class _Inert:
     def __setstate__(self, state: Any) -> None: ...
 
 
-def load_released(path: Path, net: nn.Module) -> int:
-    """Loads the averaged weights of the official checkpoint `path` into our DiT `net`; returns its training step.
+def load_released(path: Path, net: nn.Module) -> None:
+    """Loads the averaged weights of the official checkpoint `path` into our DiT `net`.
 
     Averaged weights are a list without names: they are matched to the parameters of the state dict in order, and every
     name and shape must fit `net`. Raises UserError if the file cannot be read or does not fit.
@@ -70,4 +70,3 @@ def load_released(path: Path, net: nn.Module) -> int:
             f"{path}: {str(error).splitlines()[1].strip()} Give a released checkpoint, its --data lm1b or openwebtext, "
             "and no other --tokenizer (vocabulary), --width or --cond-width"
         ) from error
-    return int(content.get("global_step", 0))

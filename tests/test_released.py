@@ -67,7 +67,7 @@ def test_load_released_gives_averaged_weights_our_names(
 ) -> None:
     content = official(times=2, weighting=weighting)
     net = fmlm.DiT(M, V, times=2)
-    assert load_released(saved(tmp_path, content), net) == 550_000
+    load_released(saved(tmp_path, content), net)
     assert "code of the checkpoint ran" not in capsys.readouterr().out
     names = [k for k in content["state_dict"] if not k.endswith("inv_freq")]
     average = dict(zip(names, content["ema"]["shadow_params"], strict=True))

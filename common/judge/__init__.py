@@ -18,12 +18,9 @@ JUDGES = ("ngram", *GPT2_SIZES, "smollm2")
 
 
 def get_judge(
-    name: str,
-    data_dir: Path,
-    train_texts: Iterable[str] = (),
-    path: Path | None = None,
-    device: str | torch.device = "cpu",
-) -> Judge:
+    name: str, data_dir: Path, train_texts: Iterable[str] = (), path: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> Judge:  # fmt: skip
     """The judge `name` of JUDGES, ready to score. docs/flm_train.md, section P 5, says what each of them is and needs.
 
     Args:

@@ -26,7 +26,6 @@ from common.errors import UserError, first_line
 from common.text.tokenizers import END, load_tokenizer
 
 GPT2_INSTALL = "pip install transformers==5.23.0"
-GPT2_URL = "https://huggingface.co/openai-community/{name}/resolve/main/{file}"
 GPT2_FILE = "model.safetensors"
 GPT2_SHA256 = {"gpt2": "248dfc3911869ec493c76e65bf2fcf7f615828b0254c12b473182f0f81d3a707"}  # others: not known here
 GPT2_SIZES = {"gpt2": (12, 768), "gpt2-medium": (24, 1024), "gpt2-large": (36, 1280), "gpt2-xl": (48, 1600)}
@@ -119,7 +118,7 @@ def load_gpt2(name: str, data_dir: Path, folder: Path | None, device: torch.devi
     from transformers import GPT2Config
 
     tokenizer = load_tokenizer("gpt2", data_dir)  # the small file first: without a network it fails at once
-    url = GPT2_URL.format(name=name, file=GPT2_FILE)
+    url = f"https://huggingface.co/openai-community/{name}/resolve/main/{GPT2_FILE}"
     path = (folder or data_dir / "judges" / name) / GPT2_FILE
     if not folder:
         obtain(path, url, "choose the judge ngram or smollm2", GPT2_SHA256.get(name))
@@ -171,13 +170,9 @@ def load_model(kind: str, path: Path, device: torch.device | str, **options: Any
     transformers.logging.disable_progress_bar()
     try:
         model, found = getattr(transformers, kind).from_pretrained(
-            path.parent,
-            dtype=torch.float32,
-            local_files_only=True,
-            ignore_mismatched_sizes=True,  # they are named below
-            output_loading_info=True,
-            **options,
-        )
+            path.parent, dtype=torch.float32, local_files_only=True, output_loading_info=True,
+            ignore_mismatched_sizes=True, **options,  # mismatches are named below
+        )  # fmt: skip
     except Exception as error:  # every format of weights has exceptions of its own
         raise UserError(f"{path} is not a readable model ({first_line(error)}); get it again") from error
     if unfit := sorted(found["missing_keys"]) + sorted(key for key, *_ in found["mismatched_keys"]):

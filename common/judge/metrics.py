@@ -70,8 +70,8 @@ def score_texts(
 def split_real(rows: NDArray[Any], samples: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Two disjoint random sets of held-out rows: one to score as the line "real text", one as the reference.
 
-    Both have `samples` rows, or half of what there is. Scored like samples, the first set shows what every number
-    would be for perfect samples: its distance from the second is the floor. The choice is the same on every call.
+    Both have `samples` rows, or half of what there is; always the same. Scored like samples, the first set shows what
+    every number would be for perfect samples: its distance from the second is the floor.
     """
     order = np.random.default_rng(0).permutation(len(rows))
     size = min(samples, len(rows) // 2)

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 
+MAX_VOCABULARY = 50_000
 UNKNOWN = 0  # id of every word outside the vocabulary
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 
@@ -62,7 +63,7 @@ class NgramJudge:
     """Scores texts by word; see `Judge`. It has read the training text: copies of that are cheap, which only the
     column "copied" of the table shows.
 
-    The vocabulary is closed: the training words seen at least twice, at most `max_vocabulary`, and one class for
+    The vocabulary is closed: the training words seen at least twice, at most MAX_VOCABULARY, and one class for
     all others. A word of that class costs the class and its spelling under a model of the characters of the rare
     training words, so the probabilities of all strings together stay below one and no text becomes cheaper by
     being garbled. A word cut by the edge of a window is scored as it stands, in samples and in real text alike.
@@ -70,19 +71,16 @@ class NgramJudge:
     Args:
         train_texts: the training split, joined in order into one stream, as packed training rows are. Texts
             should be whole documents or sentences: a text cut inside a word leaves two fragments.
-        order: n, the longest n-gram.
-        max_vocabulary: most frequent words kept; `max_vocabulary ** order` must stay below 2 ** 63.
+        order: n, the longest n-gram; a key of n words must fit into 64 bits.
         max_words: words of the stream that are used; 10 million take about 1.5 GB.
     """
 
     name = "ngram"
     unit = "word"
 
-    def __init__(
-        self, train_texts: Iterable[str], order: int = 4, max_vocabulary: int = 50_000, max_words: int = 10_000_000
-    ) -> None:
-        if max_vocabulary**order >= 2**63:
-            raise ValueError(f"n-grams of order {order} over {max_vocabulary} words do not fit into 64 bits")
+    def __init__(self, train_texts: Iterable[str], order: int = 4, max_words: int = 10_000_000) -> None:
+        if MAX_VOCABULARY**order >= 2**63:
+            raise ValueError(f"n-grams of order {order} over {MAX_VOCABULARY} words do not fit into 64 bits")
         stream: list[str] = []
         for text in train_texts:
             stream += words(text)
@@ -92,7 +90,7 @@ class NgramJudge:
         if len(stream) < order:
             raise UserError(f"the judge ngram needs at least {order} words of training text, got {len(stream)}")
         ranked = sorted(Counter(stream).items(), key=lambda item: (-item[1], item[0]))
-        known = [word for word, count in ranked[: max_vocabulary - 1] if count > 1]
+        known = [word for word, count in ranked[: MAX_VOCABULARY - 1] if count > 1]
         self._ids = {word: i for i, word in enumerate(known, start=UNKNOWN + 1)}
         self.vocabulary = len(known) + 1
         self._levels = self._train(np.array([self._ids.get(word, UNKNOWN) for word in stream]), order)

@@ -87,11 +87,8 @@ def austen_sentences() -> tuple[list[str], list[str]]:
 
 
 def _austen_splits() -> dict[str, Split]:
-    train, valid = austen_sentences()
-    return {
-        "train": Split(len(train), lambda start: iter(train[start:])),
-        "valid": Split(len(valid), lambda start: iter(valid[start:])),
-    }
+    named = zip(("train", "valid"), austen_sentences(), strict=True)
+    return {name: Split(len(texts), lambda start, texts=texts: iter(texts[start:])) for name, texts in named}
 
 
 def text_files(path: Path, pattern: str) -> list[Path]:
@@ -128,10 +125,7 @@ def local_splits(files: Sequence[Path], clean: Callable[[str], str], held_out: i
     if not count:
         raise UserError(f"{files[0]} is empty{' and so are all others' * (len(files) > 1)}; give some text")
     if count == 1:
-        raise UserError(
-            f"{files[0]} is a single text, of which no part can be held out for validation; "
-            "put one sentence or paragraph a line"
-        )
+        raise UserError(f"{files[0]} is a single text, of which no part can be held out; put one sentence a line")
 
     def read(start: int) -> Iterator[str]:
         every = (text for file, (_, paragraphs) in zip(files, scans, strict=True) for text in _texts(file, paragraphs))
@@ -148,9 +142,8 @@ def _lines(path: Path) -> Iterator[str]:
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UserError(
-                    f"{path}: byte {offset + error.start} is not UTF-8; convert the file, e.g. with iconv -t UTF-8"
-                ) from error
+                at = offset + error.start
+                raise UserError(f"{path}: byte {at} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from error
             yield (line.removeprefix("\ufeff") if offset == 0 else line).strip()
             offset += len(raw)
 

@@ -2,8 +2,7 @@
 
 A stream is the ids of all texts in order, each text followed by the separator. It is cut into pieces of length - 2
 ids; every piece becomes a row: separator, piece, separator. What does not fill a piece is dropped, once, at the end.
-[deviation: the released code cuts the stream anew every 1,000 texts and drops each remainder (0.2 % of LM1B); which
-texts share a cut depends there on the number of processes. Here rows begin at other places of the same stream.]
+[deviation: the released code cuts the stream anew every 1,000 texts and drops each remainder, 0.2 % of LM1B]
 """
 
 import fcntl
@@ -119,7 +118,8 @@ def build(
             for name, split in splits.items():
                 state = manifest["splits"].setdefault(name, {"texts": 0, "tokens": 0, "rows": 0, "rest": []})
                 with open(partial / f"{name}.bin", "ab") as file:
-                    _pack(split, tokenizer, made_from["length"], file, state, save)
+                    for _ in _pack(split, tokenizer, made_from["length"], file, state):
+                        save(file)
                     state["sha256"] = sha256(Path(file.name))
                     save(file)
                 if not state["rows"]:
@@ -137,11 +137,8 @@ def build(
     return rows
 
 
-def _pack(
-    split: Split, tokenizer: Tokenizer, length: int, file: BinaryIO, state: dict[str, Any],
-    save: Callable[[BinaryIO], None],
-) -> None:  # fmt: skip
-    """Appends the rows of a split's texts from `state` on; saves both now and then."""
+def _pack(split: Split, tokenizer: Tokenizer, length: int, file: BinaryIO, state: dict[str, Any]) -> Iterator[None]:
+    """Appends the rows of a split's texts from `state` on; yields now and then and at the end, to be saved."""
     dtype = token_dtype(tokenizer.vocab_size)
     file.truncate(state["rows"] * length * dtype.itemsize)  # what came after the last save is done again
     texts, unsaved = split.read(state["texts"]), 0
@@ -159,6 +156,6 @@ def _pack(
             state["rest"] = rest.tolist()
             bar.update(len(batch))
             if unsaved >= SAVE_TOKENS:
-                save(file)
+                yield
                 unsaved = 0
-    file.flush()
+    yield
