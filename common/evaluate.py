@@ -153,7 +153,9 @@ def _film(env: gym.Env, act: Act, encode: Encode, seed: int, hold: int) -> Itera
     done = success = False
     yield _picture(env)
     while not done:
-        queue = queue or list(act(encode(_stack_one(obs)))[0])
+        if not queue:
+            shown = {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else obs[None]  # as by a vector
+            queue = list(act(encode(shown))[0])
         obs, _, terminated, truncated, info = env.step(queue.pop(0))
         success |= bool(info["success"])
         done = terminated or truncated
@@ -163,11 +165,6 @@ def _film(env: gym.Env, act: Act, encode: Encode, seed: int, hold: int) -> Itera
     for side in (end[:edge], end[-edge:], end[:, :edge], end[:, -edge:]):
         side[:] = (40, 170, 70) if success else (210, 50, 50)
     yield from [end] * hold
-
-
-def _stack_one(obs: Any) -> Any:
-    """What a vector of one environment would show."""
-    return {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else obs[None]
 
 
 def _picture(env: gym.Env) -> np.ndarray:

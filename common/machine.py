@@ -40,13 +40,12 @@ def describe_machine() -> dict[str, Any]:
 
 def _git() -> dict[str, Any] | None:
     """Commit of this source tree and whether files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent)]
+    how = dict(cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], **how).strip()
+        return {"commit": commit, "dirty": bool(subprocess.check_output(["git", "status", "--porcelain"], **how))}
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
 def _cpu_name() -> str:

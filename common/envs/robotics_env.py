@@ -18,13 +18,6 @@ with contextlib.redirect_stderr(io.StringIO()):  # its note on dense rewards, fr
 gym.register_envs(gymnasium_robotics)
 
 
-def kitchen_view() -> mujoco.MjvCamera:
-    """The benchmark's own view of the kitchen, which is no camera of its model."""
-    camera = mujoco.MjvCamera()
-    camera.distance, camera.azimuth, camera.elevation, camera.lookat = 2.2, 70, -35, (-0.2, 0.5, 2)
-    return camera
-
-
 def flat_observation(obs: Any, task: TaskSpec) -> NDArray[np.float32]:
     """The benchmark's observation, or those of many steps, as numbers (..., O) in the order of the task's layout."""
     if task.suite == "kitchen":
@@ -46,13 +39,14 @@ class RoboticsEnv(Simulation):
 
     def __init__(self, task: TaskSpec, horizon: int, *, render: bool = False) -> None:
         super().__init__(task, horizon, render=render)
-        more = {}
+        self.view, more = "fixed", {}
         if task.suite == "kitchen":
+            view = self.view = mujoco.MjvCamera()  # the benchmark's own, which is no camera of its model
+            view.distance, view.azimuth, view.elevation, view.lookat = 2.2, 70, -35, (-0.2, 0.5, 2)
             # Rewards as in the paper's data: what is complete counts at every step.
             more = dict(tasks_to_complete=list(task.goals), remove_task_when_completed=False)
         self.env = gym.make(task.env_name, max_episode_steps=-1, **more)
         self.sparse = task.suite == "adroit" and "Sparse" in task.env_name
-        self.view = "fixed" if task.suite == "adroit" else kitchen_view()
 
     def _start(self, seed: int) -> NDArray[np.float32]:
         return flat_observation(self.env.reset(seed=seed)[0], self.task)

@@ -18,7 +18,6 @@ START_X = -0.45  # one chunk of eight actions reaches and passes the wall: a gap
 START_SPREAD = 0.4  # the start is (START_X, y) with |y| at most this
 GOAL_SPREAD = 0.6  # the target is (0.8, y) with |y| at most this
 
-_PIXELS = 192
 _SKIN = 1e-3  # a blocked point rests this far from the wall
 
 
@@ -55,7 +54,7 @@ class ToyReach(TaskEnv):
 
     def render(self) -> np.ndarray:
         """Picture (192, 192, 3) uint8: wall, target (green) and point (blue), y upwards."""
-        return self._draw(_PIXELS)
+        return self._draw(192)
 
     def images(self, cameras: tuple[str, ...], size: int) -> np.ndarray:
         """The picture (N, size, size, 3) from every camera; there is one, "top"."""
