@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from common.errors import UserError, first_line
+from common.errors import RunError, UserError, first_line
 
+VERSION = 2  # of what checkpoints hold; 1 did not say so
 _PLAIN = (torch.Tensor, str, int, float, bool, bytes, type(None))
 
 
@@ -23,14 +24,14 @@ def save(path: Path, state: dict[str, Any]) -> None:
     The file that was at `path` becomes `<stem>.prev<suffix>`: the last two checkpoints are kept.
     `state` may nest dicts, lists and tuples of tensors and plain Python values: what `load` accepts.
 
-    Raises TypeError naming a value that `load` would refuse, UserError if the disk is full or not writable; the
+    Raises TypeError naming a value that `load` would refuse, RunError if the disk is full or not writable; the
     checkpoints already there stay intact.
     """
     _require_plain(state, "state")
     tmp = _tmp(path)
     try:
         with open(tmp, "wb") as file:
-            torch.save(state, file)
+            torch.save({"version": VERSION} | state, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():
@@ -39,7 +40,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
         _fsync_dir(path.parent)
     except (OSError, RuntimeError) as error:
         tmp.unlink(missing_ok=True)
-        raise UserError(
+        raise RunError(
             f"cannot write the checkpoint {path}: {first_line(error)}; earlier checkpoints are intact; "
             "free some disk space, then continue with --resume"
         ) from error
@@ -61,6 +62,8 @@ def load(path: Path) -> dict[str, Any]:
                 if (member := archive.testzip()) is not None:  # torch.load checks no checksum itself
                     raise ValueError(f"bad checksum in {member}")
             state = torch.load(candidate, map_location="cpu", weights_only=True)
+            if bad := not_finite(state):
+                raise ValueError(f"{bad[0]} is not finite")
         except Exception as error:  # whatever a damaged file provokes, the next candidate may be sound
             problems.append(f"{candidate.name}: {first_line(error)}")
             continue
@@ -71,6 +74,14 @@ def load(path: Path) -> dict[str, Any]:
     if problems:
         raise UserError(f"no readable checkpoint at {path} ({'; '.join(problems)}); start a new run")
     raise UserError(f"no checkpoint at {path}; check the path, or start a new run without --resume")
+
+
+def not_finite(state: Any, name: str = "") -> list[str]:
+    """Names of the tensors in nested dicts, lists and tuples that hold a NaN or an infinity."""
+    if isinstance(state, torch.Tensor):
+        return [] if not state.is_floating_point() or state.isfinite().all() else [name]
+    items = state.items() if isinstance(state, dict) else enumerate(state) if isinstance(state, (list, tuple)) else ()
+    return [bad for key, value in items for bad in not_finite(value, f"{name}.{key}" if name else str(key))]
 
 
 class StopSignal:

@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import dataclasses
+import errno
 import io
 import os
 import re
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import tyro
 
-from common.errors import UserError
+from common.errors import UserError, first_line
 
 T = TypeVar("T")
 
@@ -119,4 +120,10 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(130)
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
-        sys.exit(2)
+        sys.exit(e.code)
+    except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        sys.exit(
+            f"error: {first_line(e)}; the last checkpoint is intact: free some disk space, then go on with --resume"
+        )

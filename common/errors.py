@@ -1,8 +1,16 @@
-"""The one exception that scripts turn into a single line and exit code 2."""
+"""The exceptions that scripts turn into a single line."""
 
 
 class UserError(Exception):
     """A mistake the user can mend: printed as one line, exit code 2."""
+
+    code = 2
+
+
+class RunError(UserError):
+    """What ended a run that had begun: printed as one line, exit code 1. What was saved stays."""
+
+    code = 1
 
 
 def first_line(error: BaseException) -> str:

@@ -26,4 +26,7 @@ class Rng:
         return {"generator": self.generator.get_state()}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        self.generator.set_state(state["generator"])
+        try:
+            self.generator.set_state(state["generator"])
+        except RuntimeError:  # its state has another size there
+            print("note: the run was on another kind of device; its noise starts anew from the seed", flush=True)

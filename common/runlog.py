@@ -1,4 +1,4 @@
-"""Run folder: args.json, metrics.jsonl, the progress line, TensorBoard and W&B doors, learning curves."""
+"""Run folder: metrics.jsonl, the progress line, TensorBoard and W&B doors, learning curves."""
 
 import fcntl
 import importlib
@@ -20,19 +20,10 @@ import torch
 
 from common.errors import UserError, first_line
 from common.files import replacing, write_atomic
-from common.machine import describe_machine
 
 _LIVE_PERIOD = 0.2  # seconds between refreshes of the live line on a terminal
 _PLAIN_PERIOD = 15.0  # seconds between progress lines in a file or pipe
 _RATE_WINDOW = 60.0  # seconds over which the speed is averaged
-
-
-def new_run_dir(root: Path, name: str) -> Path:
-    """The folder `root/name` of a new run (not created here). Raises UserError if it exists and is not empty."""
-    path = Path(root) / name
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise UserError(f"{path} already exists; choose another --run-name, or continue it with --resume {path}")
-    return path
 
 
 class Averages:
@@ -74,7 +65,7 @@ class RunLog:
         self, run_dir: Path, *, total_steps: int, args: dict[str, Any], wandb_project: str = "",
         tensorboard: bool = False, resume_bytes: int | None = None,
     ) -> None:  # fmt: skip
-        """Open the log of a new run, which writes `args.json`, or of one that goes on from a checkpoint.
+        """Open the log of a new run, or of one that goes on from a checkpoint.
 
         total_steps: step at which the run ends, for percentage and ETA; resume_bytes: the `position()` kept in the
         checkpoint, behind which lines are dropped. Scalars go to a W&B project and `run_dir/tensorboard` too, if asked.
@@ -90,9 +81,6 @@ class RunLog:
         self._marks: deque[tuple[float, int]] = deque()  # times and steps of the last progress lines
         self._live = sys.stdout.isatty()
         path = self.run_dir / "metrics.jsonl"
-        if resume_bytes is None:
-            write_json(self.run_dir / "args.json", {"args": args} | describe_machine())
-            path.unlink(missing_ok=True)
         self._file = open(path, "ab")
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
@@ -100,8 +88,7 @@ class RunLog:
             raise UserError(f"another process still writes {run_dir}; stop it, or wait for its end") from error
         except OSError:
             pass  # a file system without locks
-        if resume_bytes is not None:
-            self._truncate(resume_bytes)
+        self._truncate(resume_bytes or 0)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if events is not None:

@@ -1,6 +1,8 @@
 """How a script starts: its arguments, its run folder, its device."""
 
+import os
 import re
+import sys
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -8,48 +10,63 @@ from typing import Any, TypeVar
 
 import torch
 
-from common import checkpoint, cli
+from common import checkpoint, cli, record
 from common.errors import UserError
 from common.ranges import check_ranges
-from common.runlog import new_run_dir
 
 CHECKPOINT = "checkpoint.pt"
 T = TypeVar("T")
 
 
 def start(
-    argv: Sequence[str], default_args: Callable[..., T], *, chosen_by: Sequence[str], description: str,
-    folder_name: str, fixed: Collection[str],
-    check: Callable[[Mapping[str, Any]], None] | None = None,
+    argv: Sequence[str], default_args: Callable[..., T], *, chosen_by: Sequence[str], weights: record.Weights,
+    folder_name: str, fixed: Collection[str], check: Callable[[Mapping[str, Any]], None] | None = None,
 ) -> tuple[T, dict[str, Any] | None, Path]:  # fmt: skip
-    """Arguments, the checkpoint to go on from (None: a new run) and the run folder.
+    """Arguments, the checkpoint to go on from (None: a new run) and the run folder, with the run's record in it.
 
     A new run takes its defaults from default_args(**{the flags `chosen_by`}), --eval and --resume from the saved run.
-    `folder_name` is a format string of argument names, used if no name was given; the time is added.
-    Raises UserError on a run folder without checkpoint, one that already exists, a changed argument among the
-    `fixed` ones, a value outside the range that stands beside the argument, and what `check` raises on all of them.
+    `folder_name` is a format string of argument names, used if no name was given; the time is added. `weights`: the
+    script's definitions that a checkpoint's weights depend on.
+    Raises UserError on a run folder without checkpoint or of another kind of script, one that already exists, a changed
+    argument among the `fixed` ones, a value outside the range that stands beside the argument, an environment of
+    somebody's module that the command line does not name, and what `check` raises on all arguments.
     """
+    script = sys.modules[default_args.__module__]
+    chief = os.environ.get("RANK", "0") == "0"
     flags = cli.peek(argv, *chosen_by, "eval", "resume")
     if empty := [name for name, value in flags.items() if not value]:
         raise UserError(f"--{empty[0]} is empty; give a value or leave the flag out")
     if "eval" in flags and "resume" in flags:
         raise UserError("--eval and --resume exclude each other: one only evaluates, the other trains on")
+    saved, chosen = None, {name: flags[name] for name in chosen_by if name in flags}
     if old := flags.get("eval") or flags.get("resume"):
-        run_dir, saved = Path(old), checkpoint.load(Path(old) / CHECKPOINT)
-        args = cli.parse_saved(default_args(), saved["args"], argv, description, fixed)
+        run_dir, saved = Path(old), load_run(Path(old), weights)
+        env = saved["args"].get("env", "")
+        if ":" in env and flags.get("env") != env:
+            raise UserError(f"{old} runs code of the module in its --env {env}; if you trust it, add --env {env}")
+        args = cli.parse_saved(default_args(), saved["args"], argv, script.__doc__, fixed)
     else:
-        chosen = {name: flags[name] for name in chosen_by if name in flags}
-        args, saved = cli.parse(default_args(**chosen), argv, description), None
-        flat = cli.flatten(args)
-        made = f"{folder_name.format(**flat)}__{time.strftime('%Y%m%d-%H%M%S')}"
-        run_dir = new_run_dir(Path(flat["run_dir"]), flat["run_name"] or re.sub(r"[:/\\]+", "-", made))
+        args = cli.parse(default_args(**chosen), argv, script.__doc__)
     flat = cli.flatten(args)
     check_ranges(type(args), flat)
     if check:
         check(flat)
-    if "resume" in flags and flat["total_steps"] < saved["step"]:
-        raise UserError(f"--total-steps {flat['total_steps']}: the run has made {saved['step']} already; give more")
+    if "resume" in flags:
+        if flat["total_steps"] < saved["step"]:
+            raise UserError(f"--total-steps {flat['total_steps']}: the run has made {saved['step']} already; give more")
+        if chief:
+            record.add_changes(run_dir, saved["step"], saved["args"], flat)
+    elif not saved:
+        name = f"{folder_name.format(**flat)}__{time.strftime('%Y%m%d-%H%M%S')}"
+        name, root = flat["run_name"] or re.sub(r"[:/\\]+", "-", name), Path(flat["run_dir"])
+        run_dir = record.reserve(root, name, not flat["run_name"], weights, flat) if chief else root / name
     return args, saved, run_dir
+
+
+def load_run(folder: Path, weights: record.Weights) -> dict[str, Any]:
+    """The checkpoint of a run folder. Raises UserError if it has none, or its networks are not `weights`."""
+    record.check_kind(folder, weights)
+    return checkpoint.load(folder / CHECKPOINT)
 
 
 def pick_device(name: str, threads: int = 0) -> torch.device:

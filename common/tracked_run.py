@@ -1,13 +1,13 @@
 """What the runs of all scripts share: a folder with a log and checkpoints of what they are told to track."""
 
 import math
-import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from common import checkpoint
+from common.errors import RunError, UserError, first_line
 from common.runlog import RunLog
 from common.start import CHECKPOINT
 
@@ -37,23 +37,42 @@ class TrackedRun(ExitStack):
         self.callback(self.log.close)
 
     def track(self, **parts: object) -> None:
-        """What a checkpoint holds, by name; what the run's checkpoint has of it is restored here, once."""
-        for name, part in parts.items():
-            known = self.saved and name in self.saved
-            self.parts[name] = checkpoint.unpack(part, self.saved.pop(name)) if known else part
+        """What a checkpoint holds, by name; what the run's checkpoint has of it is restored here, once.
 
-    def save(self, name: str = CHECKPOINT) -> None:
-        """Write a checkpoint of everything that is tracked."""
+        Raises UserError if it does not fit.
+        """
+        for name, part in parts.items():
+            self.parts[name] = part
+            if self.saved and name in self.saved:
+                try:
+                    self.parts[name] = checkpoint.unpack(part, self.saved.pop(name))
+                except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
+                    version = self.saved.get("version", 1)
+                    raise UserError(
+                        f"{self.folder}: the checkpoint's {name} does not fit this script ({first_line(error)}); it has "
+                        f"version {version}, this code writes {checkpoint.VERSION}: use the code that made it"
+                    ) from error
+
+    def save(self) -> None:
+        """Write a checkpoint of everything that is tracked; if it is not finite, it ends the process."""
         if self.log:
-            parts = {name: checkpoint.pack(part) for name, part in self.parts.items()}
-            args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
-            checkpoint.save(self.folder / name, {"args": args, "step": self.step, "log": self.log.position()} | parts)
+            state = self._state()
+            self._stop_on(checkpoint.not_finite(state))
+            checkpoint.save(self.folder / CHECKPOINT, state)
 
     def stop_if_not_finite(self, metrics: Mapping[str, float]) -> None:
         """End the process with exit code 1, and a dump beside the last good checkpoint, if a value is not finite."""
-        if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
-            self.save("nonfinite.pt")
-            sys.exit(
-                f"stopped at step {self.step}: {', '.join(bad)} not finite; state dumped to "
+        self._stop_on([k for k, v in metrics.items() if not math.isfinite(v)])
+
+    def _state(self) -> dict[str, Any]:
+        parts = {name: checkpoint.pack(part) for name, part in self.parts.items()}
+        args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
+        return {"args": args, "step": self.step, "log": self.log.position()} | parts
+
+    def _stop_on(self, bad: list[str]) -> None:
+        if bad:
+            checkpoint.save(self.folder / "nonfinite.pt", self._state())
+            raise RunError(
+                f"stopped at step {self.step}: {', '.join(bad[:3])} not finite; state dumped to "
                 f"{self.folder / 'nonfinite.pt'}, last good state in {CHECKPOINT}"
             )
