@@ -1,4 +1,4 @@
-"""args.json of a run folder: which script made the run, with which arguments from which step on, and on what machine."""
+"""args.json of a run folder: the script that made the run, its arguments from which step on, the machine."""
 
 import ast
 import atexit

@@ -49,8 +49,8 @@ class TrackedRun(ExitStack):
                 except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                     version = self.saved.get("version", 1)
                     raise UserError(
-                        f"{self.folder}: the checkpoint's {name} does not fit this script ({first_line(error)}); it has "
-                        f"version {version}, this code writes {checkpoint.VERSION}: use the code that made it"
+                        f"{self.folder}: the checkpoint's {name} does not fit this script ({first_line(error)}); it "
+                        f"has version {version}, this code writes {checkpoint.VERSION}: use the code that made it"
                     ) from error
 
     def save(self) -> None:

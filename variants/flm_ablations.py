@@ -559,7 +559,7 @@ FIXED = ("data", "tokenizer", "length", "layers", "width", "heads", "cond_width"
 
 def main(argv: list[str]) -> None:
     args, saved, folder = start(
-        argv, default_args, chosen_by=("data",), description=__doc__,
+        argv, default_args, chosen_by=("data",), weights=(DiT, Clock, EmbeddingSpace, OneHotSpace, interpolant),
         folder_name="flm_ablation__{data}__s{seed}", fixed=FIXED,
     )  # fmt: skip
     r, m, sample = args.run, args.model, args.sample

@@ -51,7 +51,7 @@ from common.meter import Meter
 from common.ranges import Count, Fraction, Natural, NonNegative, Positive, RowLength, Seed, Several, Size, Threads, Unit
 from common.released import load_released
 from common.runlog import Averages
-from common.start import CHECKPOINT, pick_device, start
+from common.start import CHECKPOINT, load_run, pick_device, start
 from common.tensors import flex_attention, interpolate
 from common.text_run import TextRun, check_fit, load_judge, open_text
 
@@ -165,7 +165,7 @@ def default_args(teacher: str = "", data: str = "austen") -> Args:
     """Defaults for some data: the dataclasses, then its row of SETTINGS; data and network are the teacher's."""
     taken = {}
     if teacher and not teacher.endswith(".ckpt"):
-        saved = checkpoint.load(Path(teacher) / CHECKPOINT)["args"]
+        saved = load_run(Path(teacher), FLOW)["args"]
         taken = {k: saved[k] for k in ("data", "space", "reparam", *vars(ModelArgs()))}
     data = taken.get("data", data)
     return cli.override(Args(), dict(data=data) | SETTINGS.get(data.split(":")[0], {}) | dict(teacher=teacher) | taken)
@@ -613,13 +613,14 @@ def train(run: TextRun, student: DiT, teacher: DiT, clock: Clock, args: Args) ->
     return ema
 
 
-# What a checkpoint's weights fit.
+# What a checkpoint's weights fit: these arguments and definitions; a teacher's fit those of FLOW.
 FIXED = ("teacher", "data", "tokenizer", "length", "layers", "width", "heads", "cond_width", "seed", "batch")
+FLOW = (DiT, Clock, EmbeddingSpace, OneHotSpace, interpolant)
 
 
 def main(argv: list[str]) -> None:
     args, saved, folder = start(
-        argv, default_args, chosen_by=("teacher", "data"), description=__doc__,
+        argv, default_args, chosen_by=("teacher", "data"), weights=(*FLOW, make_student, jump),
         folder_name="fmlm_two_stage__{data}__s{seed}", fixed=FIXED,
     )  # fmt: skip
     r, m, d, sample = args.run, args.model, args.distill, args.sample

@@ -739,8 +739,8 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
 
 def main(argv: list[str]) -> None:
     args, saved, folder = start(
-        argv, default_args, chosen_by=("env", "preset", "variant"), description=__doc__,
-        folder_name="{env}__{variant}__s{seed}", fixed=settings.FIXED_PIXELS, check=settings.check,
+        argv, default_args, chosen_by=("env", "preset", "variant"), folder_name="{env}__{variant}__s{seed}",
+        weights=(Encoder, TwoTier, VelocityNet, CriticEnsemble), fixed=settings.FIXED_PIXELS, check=settings.check,
     )  # fmt: skip
     r, t, device = args.run, args.task, pick_device(args.run.device, args.run.threads)
     pixels = Pixels(args.pixels.cameras, args.pixels.image_size)

@@ -620,7 +620,7 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
 
 def main(argv: list[str]) -> None:
     args, saved, folder = start(
-        argv, default_args, chosen_by=("env", "preset", "variant"), description=__doc__,
+        argv, default_args, chosen_by=("env", "preset", "variant"), weights=(VelocityNet, CriticEnsemble),
         folder_name="{env}__{variant}__s{seed}", fixed=settings.FIXED, check=settings.check,
     )  # fmt: skip
     r, t, device = args.run, args.task, pick_device(args.run.device, args.run.threads)
