@@ -183,6 +183,8 @@ def unpack(part: object, state: Any) -> Any:
     elif isinstance(part, torch.Tensor):
         return state.to(part.device)
     elif hasattr(part, "__dict__"):
+        if odd := sorted(state.keys() ^ vars(part).keys()):
+            raise KeyError(f"{', '.join(odd)} only on one side")
         for name, saved in state.items():
             setattr(part, name, unpack(getattr(part, name), saved))
     else:

@@ -5,7 +5,6 @@ import json
 import math
 import sys
 import types
-from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
@@ -13,7 +12,7 @@ import pytest
 
 from common import runlog
 from common.errors import UserError
-from common.runlog import RunLog, new_run_dir, plot_curves, read_metrics
+from common.runlog import RunLog, plot_curves, read_metrics
 
 
 class Clock:
@@ -46,16 +45,6 @@ def test_run_log_each_call_is_one_json_line_at_once(tmp_path):
     log.close()
 
 
-def test_run_log_args_json_tells_how_to_repeat_the_run(tmp_path):
-    RunLog(tmp_path, total_steps=1, args={"seed": 3, "path": Path("a/b"), "lr": 1e-3}).close()
-    record = json.loads((tmp_path / "args.json").read_text())
-    assert record["args"] == {"seed": 3, "path": "a/b", "lr": 1e-3}
-    assert {"python", "torch", "numpy", "mujoco", "gymnasium"} <= record["versions"].keys()
-    assert record["versions"]["numpy"] == np.__version__
-    assert record["argv"] == sys.argv
-    assert record["cpu"] and {"git", "gpu", "started"} <= record.keys()
-
-
 def test_run_log_killed_and_resumed_equals_uninterrupted(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     log = RunLog(whole, total_steps=10, args={"seed": 1})
@@ -73,13 +62,11 @@ def test_run_log_killed_and_resumed_equals_uninterrupted(tmp_path):
     with pytest.raises(UserError, match="another process still writes"):
         RunLog(cut, total_steps=10, resume_bytes=position, args={"seed": 1})
     log._file.close()
-    args = (cut / "args.json").read_bytes()
     log = RunLog(cut, total_steps=10, resume_bytes=position, args={"seed": 1})
     for step in range(5, 10):
         log.log(step, {"x": step / 3})
     log.close()
     assert (cut / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
-    assert (cut / "args.json").read_bytes() == args
 
 
 def test_run_log_resume_with_lost_lines_goes_on_with_a_note(tmp_path, capsys):
@@ -95,17 +82,6 @@ def test_run_log_resume_with_lost_lines_goes_on_with_a_note(tmp_path, capsys):
     log.close()
     assert capsys.readouterr().out.startswith("note: metrics.jsonl is shorter")
     assert [row["step"] for row in read_metrics(tmp_path)] == [0, 2]
-
-
-def test_new_run_dir_refuses_an_existing_run(tmp_path):
-    assert new_run_dir(tmp_path, "a") == tmp_path / "a"
-    (tmp_path / "a").mkdir()
-    assert new_run_dir(tmp_path, "a") == tmp_path / "a"  # empty: nothing to lose
-    (tmp_path / "a" / "checkpoint.pt").write_text("")
-    (tmp_path / "b").write_text("a file")
-    for name in ("a", "b"):
-        with pytest.raises(UserError, match=r"--run-name.*--resume"):
-            new_run_dir(tmp_path, name)
 
 
 def test_progress_plain_every_15_seconds_with_measured_eta(tmp_path, capsys, monkeypatch):

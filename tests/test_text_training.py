@@ -17,6 +17,7 @@ import torch
 import flm_train
 import fmlm_distill
 from common import checkpoint
+from common.errors import RunError, UserError
 from common.runlog import read_metrics
 from common.text_run import TextRun
 from variants import fmlm_two_stage
@@ -110,9 +111,11 @@ def test_train_resumed_from_a_periodic_checkpoint_ends_with_the_same_bits(
 def test_stop_if_not_finite_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loss = flm_train.flm_loss
     monkeypatch.setattr(flm_train, "flm_loss", lambda *values: loss(*values) * float("inf"))
-    with pytest.raises(SystemExit, match=r"stopped at step 1: .*loss not finite"):
+    with pytest.raises(RunError, match=r"stopped at step 1: .*loss not finite"):
         flm_train.main([*SMALL, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "r"])
-    assert checkpoint.load(tmp_path / "r" / "nonfinite.pt")["step"] == 1
+    assert torch.load(tmp_path / "r" / "nonfinite.pt", weights_only=True)["step"] == 1
+    with pytest.raises(UserError, match="is not finite"):
+        checkpoint.load(tmp_path / "r" / "nonfinite.pt")
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
 
 
