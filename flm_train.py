@@ -492,7 +492,7 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
     optimizer = torch.optim.AdamW(net.parameters(), lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
     averages = Averages()  # metrics since the last line of the log
     run.open_log(a.total_steps, sum(p.numel() for p in net.parameters()), r.wandb_project, r.tensorboard)
-    run.track(averages, net=net, ema=ema, optimizer=optimizer)
+    run.track(averages=averages, net=net, ema=ema, optimizer=optimizer)
     meter = Meter(
         net, batch=a.batch, layers=m.layers, length=m.length, width=m.width, processes=ranks.world,
         bf16=use_bf16(m.precision, device), step=run.step,
@@ -532,8 +532,8 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
             run.log_validation(validate(ema, run.data.valid, clock, args))
             run.log_samples(functools.partial(generate, ema, args, clock, few), (1, 32))
         if run.due(r.checkpoint_every):
-            run.save_checkpoint()
-    run.save_checkpoint()
+            run.save()
+    run.save()
     return ema
 
 

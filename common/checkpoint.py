@@ -3,9 +3,10 @@
 import os
 import shutil
 import signal
+import tempfile
 import zipfile
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -22,12 +23,10 @@ def save(path: Path, state: dict[str, Any]) -> None:
     The file that was at `path` becomes `<stem>.prev<suffix>`: the last two checkpoints are kept.
     `state` may nest dicts, lists and tuples of tensors and plain Python values: what `load` accepts.
 
-    Raises:
-        TypeError: a value that `load` would refuse; the message names it.
-        UserError: the disk is full or not writable. The checkpoints already there stay intact.
+    Raises TypeError naming a value that `load` would refuse, UserError if the disk is full or not writable; the
+    checkpoints already there stay intact.
     """
     _require_plain(state, "state")
-    path = Path(path)
     tmp = _tmp(path)
     try:
         with open(tmp, "wb") as file:
@@ -50,11 +49,8 @@ def load(path: Path) -> dict[str, Any]:
     """Read the checkpoint at `path` onto the CPU, with checksums verified and no code executed.
 
     If the newest file is missing or damaged, the previous one is used and a one-line note is printed.
-
-    Raises:
-        UserError: there is no checkpoint, or none of the files kept can be read.
+    Raises UserError if there is no checkpoint, or none of the files kept can be read.
     """
-    path = Path(path)
     problems: list[str] = []
     # A complete temporary file is the newest state when the kill fell between the two renames of `save`.
     for candidate in (path, _prev(path), _tmp(path)):
@@ -85,16 +81,12 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.requested = False
-        self._previous: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignal":
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            self._previous[signum] = signal.signal(signum, self._handle)
+        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         for signum, handler in self._previous.items():
             signal.signal(signum, handler)
 
@@ -110,18 +102,14 @@ class StopSignal:
 def check_run_dir(directory: Path, need_bytes: int) -> None:
     """Create `directory` and prove, before any training, that `need_bytes` can be written there.
 
-    Raises:
-        UserError: it cannot be created or written, or the disk has less than `need_bytes` free.
+    Raises UserError if it cannot be created or written, or the disk has less than `need_bytes` free.
     """
-    directory = Path(directory)
-    probe = directory / ".write_probe"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with open(probe, "wb") as file:
-            file.write(b"\0" * 4096)
+        with tempfile.TemporaryFile(dir=directory) as file:
+            file.write(bytes(4096))
             file.flush()
             os.fsync(file.fileno())
-        probe.unlink()
         free = shutil.disk_usage(directory).free
     except OSError as error:
         raise UserError(

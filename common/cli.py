@@ -27,7 +27,8 @@ def flatten(args: Any) -> dict[str, Any]:
 
 def override(args: T, values: Mapping[str, Any]) -> T:
     """A copy of nested dataclass `args` with the named fields replaced. Raises KeyError on an unknown name."""
-    left = dict(values)
+    if unknown := values.keys() - flatten(args).keys():
+        raise KeyError(f"no such argument: {', '.join(sorted(unknown))}")
 
     def fill(node: Any) -> Any:
         new = {}
@@ -35,15 +36,11 @@ def override(args: T, values: Mapping[str, Any]) -> T:
             value = getattr(node, field.name)
             if dataclasses.is_dataclass(value):
                 new[field.name] = fill(value)
-            elif field.name in left:
-                picked = left.pop(field.name)
-                new[field.name] = tuple(picked) if isinstance(value, tuple) else picked
+            elif field.name in values:
+                new[field.name] = type(value)(values[field.name]) if isinstance(value, tuple) else values[field.name]
         return dataclasses.replace(node, **new)
 
-    filled = fill(args)
-    if left:
-        raise KeyError(f"no such argument: {', '.join(left)}")
-    return filled
+    return fill(args)
 
 
 def peek(argv: Sequence[str], *names: str) -> dict[str, str]:
@@ -57,13 +54,8 @@ def peek(argv: Sequence[str], *names: str) -> dict[str, str]:
 
 def parse(default: T, argv: Sequence[str], description: str) -> T:
     """Parse flags over `default`; --help shows these defaults. A bad flag prints a box and exits with 2."""
-    return tyro.cli(
-        type(default),
-        default=default,
-        args=list(argv),
-        description=description,
-        config=(tyro.conf.OmitArgPrefixes,),
-    )
+    config = (tyro.conf.OmitArgPrefixes,)
+    return tyro.cli(type(default), default=default, args=list(argv), description=description, config=config)
 
 
 def parse_saved(

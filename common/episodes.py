@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from common.errors import UserError
-from common.evaluate import Encode, Policy, act_on_arrays, plain
+from common.evaluate import Encode, Policy, act_on_arrays
 from common.rng import Rng
 
 ENV_SEED_STRIDE = 1_000_000  # seeds of one environment's episodes do not meet another's
@@ -36,7 +36,7 @@ class Episodes:
     replayed from the saved seed.
     """
 
-    def __init__(self, envs: gym.vector.VectorEnv, seed: int, encode: Encode = plain, window: int = 20) -> None:
+    def __init__(self, envs: gym.vector.VectorEnv, seed: int, encode: Encode = np.asarray, window: int = 20) -> None:
         """encode maps what the environments show to observations (E, O); window: finished episodes in `recent`."""
         self.envs, self.encode = envs, encode
         self.begun = [0] * envs.num_envs  # episodes, by environment
@@ -76,13 +76,9 @@ class Episodes:
         return np.stack([e.queue.pop(0) for e in self.current])
 
     def append(
-        self,
-        actions: np.ndarray,
-        rewards: np.ndarray,
-        obs: np.ndarray,
-        success: np.ndarray,
+        self, actions: np.ndarray, rewards: np.ndarray, obs: np.ndarray, success: np.ndarray,
         steps: np.ndarray | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """What every environment did: actions (E, ...), rewards (E,) or (E, H), obs (E, O) after them, success (E,).
 
         steps (E,): environment steps in it, if not one each.
@@ -110,25 +106,15 @@ class Episodes:
 
     def state_dict(self) -> dict[str, Any]:
         """A finished episode is None."""
-        episodes = [
-            e
-            and {
-                "seed": e.seed,
-                "actions": torch.tensor(np.array(e.actions)),
-                "queue": torch.tensor(np.array(e.queue)),
-                "rewards": torch.tensor(np.array(e.rewards)),
-                "steps": e.steps,
-                "obs": torch.tensor(np.array(e.obs)),
-                "success": e.success,
-            }
-            for e in self.current
-        ]
         return {
             "begun": list(self.begun),
             "successes": list(self.successes),
             "lengths": list(self.lengths),
             "finished": self.finished,
-            "episodes": episodes,
+            "episodes": [
+                e and {k: torch.tensor(np.array(v)) if isinstance(v, list) else v for k, v in vars(e).items()}
+                for e in self.current
+            ],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -139,10 +125,9 @@ class Episodes:
         self.begun, self.finished = list(state["begun"]), state["finished"]
         self.successes.extend(state["successes"])
         self.lengths.extend(state["lengths"])
-        names = ("obs", "actions", "rewards", "queue")
         self.current = [
-            s and Episode(s["seed"], *(list(s[name].numpy()) for name in names), s["steps"], s["success"])
-            for s in state["episodes"]
+            e and Episode(**{k: list(v.numpy()) if isinstance(v, torch.Tensor) else v for k, v in e.items()})
+            for e in state["episodes"]
         ]
         steps = np.array([len(e.actions) if e else 0 for e in self.current])
         seeds = [e.seed if e else base for e, base in zip(self.current, self.base, strict=True)]

@@ -1,5 +1,6 @@
 """Episodes with open-loop action chunks: success, length, confidence interval and video."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,11 +23,6 @@ Encode = Callable[[Any], np.ndarray]  # what environments show, stacked (n, ...)
 def act_on_arrays(policy: Policy, obs: np.ndarray, rng: Rng) -> np.ndarray:
     """A policy between arrays: obs (n, O) -> chunks (n, H, A)."""
     return policy(torch.from_numpy(obs).float().to(rng.device), rng).cpu().numpy()
-
-
-def plain(obs: np.ndarray) -> np.ndarray:
-    """Observations as they are."""
-    return obs
 
 
 @dataclass(frozen=True)
@@ -75,60 +71,52 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int, encode: Encode = plain) -> EvalResult:
-    """Run `episodes` episodes; episode i starts from `reset(seed=seed + i)`.
+def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int, encode: Encode = np.asarray) -> EvalResult:
+    """Run E episodes in W ChunkStep environments with autoreset disabled; episode i starts from `reset(seed=seed + i)`.
 
-    Args:
-        envs: W ChunkStep environments with autoreset disabled.
-        act: maps observations (n, O) of the environments still running to chunks (n, H, A).
-        episodes: number of episodes E; worker w runs a contiguous block of them.
-        seed: seed of the first episode.
-        encode: maps what the environments show to the observations (W, O) that act gets.
-
-    For a policy that treats rows independently and draws nothing the result does not depend on W.
+    encode maps what the environments show to observations (W, O), act those of the environments still running, (n, O),
+    to chunks (n, H, A). Worker w runs a contiguous block of the episodes; for a policy that treats rows independently
+    and draws nothing the result does not depend on W.
     """
     if episodes < 1:
         raise ValueError(f"evaluate needs at least one episode, got {episodes}")
-    workers = envs.num_envs
-    blocks = np.array_split(np.arange(episodes), workers)
-    episode = np.array([block[0] if len(block) else -1 for block in blocks])  # -1: nothing left to run
-    last = np.array([block[-1] if len(block) else -1 for block in blocks])
+    left = [deque(block.tolist()) for block in np.array_split(np.arange(episodes), envs.num_envs)]  # by worker
     success = np.zeros(episodes, dtype=bool)
     length = np.zeros(episodes, dtype=np.int64)
 
     def seeds() -> list[int]:
         # A worker without episodes still has to step: it replays a spare seed and nobody looks.
-        return [seed + int(e) if e >= 0 else seed + episodes for e in episode]
+        return [seed + (todo[0] if todo else episodes) for todo in left]
 
     obs = encode(envs.reset(seed=seeds())[0])
-    while (episode >= 0).any():
-        active = np.flatnonzero(episode >= 0)
+    while any(left):
+        active = [w for w, todo in enumerate(left) if todo]
+        episode = [left[w][0] for w in active]
         chunks = np.zeros(envs.action_space.shape, dtype=envs.single_action_space.dtype)  # (W, H, A)
         chunks[active] = act(obs[active])
         shown, _, terminated, truncated, info = envs.step(chunks)
-        length[episode[active]] += info["steps"][active]
-        success[episode[active]] |= info["success"][active].astype(bool)
+        length[episode] += info["steps"][active]
+        success[episode] |= info["success"][active].astype(bool)
         done = terminated | truncated
         if done.any():
-            for w in active[done[active]]:
-                episode[w] = episode[w] + 1 if episode[w] < last[w] else -1
+            for w in active:
+                if done[w]:
+                    left[w].popleft()
             shown, _ = envs.reset(seed=seeds(), options={"reset_mask": done})
         obs = encode(shown)
     return EvalResult(success, length)
 
 
 def record_video(
-    env: gym.Env, act: Act, path: Path, seed: int, episodes: int = 3, fps: int = 20, encode: Encode = plain
+    env: gym.Env, act: Act, path: Path, seed: int, episodes: int = 3, fps: int = 20, encode: Encode = np.asarray
 ) -> None:
     """Write `episodes` episodes, seeds `seed`, `seed + 1`, ..., to the mp4 file `path`.
 
     `env` was made with render=True; `act` and `encode` are as in `evaluate`, for one environment. The last picture
     of each episode stays for half a second, with a green (success) or red (failure) border.
 
-    Raises:
-        UserError: no working OpenGL or ffmpeg. Training can go on without the video.
+    Raises UserError without working OpenGL or ffmpeg. Training can go on without the video.
     """
-    path = Path(path)
     try:
         with replacing(path) as temp:
             try:
@@ -165,7 +153,9 @@ def _film(env: gym.Env, act: Act, encode: Encode, seed: int, hold: int) -> Itera
     done = success = False
     yield _picture(env)
     while not done:
-        queue = queue or list(act(encode(_stack_one(obs)))[0])
+        if not queue:
+            shown = {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else obs[None]  # as by a vector
+            queue = list(act(encode(shown))[0])
         obs, _, terminated, truncated, info = env.step(queue.pop(0))
         success |= bool(info["success"])
         done = terminated or truncated
@@ -174,13 +164,7 @@ def _film(env: gym.Env, act: Act, encode: Encode, seed: int, hold: int) -> Itera
     edge = max(2, end.shape[0] // 40)
     for side in (end[:edge], end[-edge:], end[:, :edge], end[:, -edge:]):
         side[:] = (40, 170, 70) if success else (210, 50, 50)
-    for _ in range(hold):
-        yield end
-
-
-def _stack_one(obs: Any) -> Any:
-    """What a vector of one environment would show."""
-    return {k: v[None] for k, v in obs.items()} if isinstance(obs, dict) else obs[None]
+    yield from [end] * hold
 
 
 def _picture(env: gym.Env) -> np.ndarray:

@@ -3,9 +3,11 @@
 import importlib.metadata
 import os
 import platform
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -24,10 +26,8 @@ def describe_machine() -> dict[str, Any]:
     """Versions, commit, command line and hardware: what is needed to repeat a run."""
     versions: dict[str, str] = {"python": platform.python_version()}
     for package in ("torch", "numpy", "mujoco", "gymnasium", "robosuite", "metaworld", "gymnasium-robotics"):
-        try:
+        with suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "versions": versions,
         "git": _git(),
@@ -40,22 +40,18 @@ def describe_machine() -> dict[str, Any]:
 
 def _git() -> dict[str, Any] | None:
     """Commit of this source tree and whether files differ from it; None outside a git checkout."""
-    command = ["git", "-C", str(Path(__file__).parent)]
+    how = dict(cwd=Path(__file__).parent, text=True, stderr=subprocess.DEVNULL)
     try:
-        commit = subprocess.run([*command, "rev-parse", "HEAD"], capture_output=True, text=True, check=True)
-        status = subprocess.run([*command, "status", "--porcelain"], capture_output=True, text=True, check=True)
+        commit = subprocess.check_output(["git", "rev-parse", "HEAD"], **how).strip()
+        return {"commit": commit, "dirty": bool(subprocess.check_output(["git", "status", "--porcelain"], **how))}
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit.stdout.strip(), "dirty": bool(status.stdout.strip())}
 
 
 def _cpu_name() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith("model name"):
-                return f"{line.split(':', 1)[1].strip()} ({os.cpu_count()} cores)"
-    return f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
+    found = re.search(r"^model name\s*:\s*(.*)", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else None
+    return f"{found[1] if found else platform.processor() or platform.machine()} ({os.cpu_count()} cores)"
 
 
 def compile_functions(module: dict[str, Any], names: Sequence[str]) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+Arrays = Sequence[np.ndarray]  # one for every step of an episode
+
 
 @dataclass
 class Batch:
@@ -59,14 +61,7 @@ class ReplayBuffer:
         self.row = 0  # next row to write
         self.starts, self.success_starts = IndexQueue(capacity), IndexQueue(capacity)
 
-    def add_episode(
-        self,
-        obs: Sequence[np.ndarray],
-        actions: Sequence[np.ndarray],
-        rewards: Sequence[np.ndarray],
-        terminated: bool,
-        success: bool,
-    ) -> None:
+    def add_episode(self, obs: Arrays, actions: Arrays, rewards: Arrays, terminated: bool, success: bool) -> None:
         """obs (T+1, O), actions (T, A), rewards (T,) or (T, rewards); terminated: the last step ended it for good."""
         n = len(obs)
         if n > self.capacity:
@@ -133,8 +128,7 @@ class ReplayBuffer:
 
     def state_dict(self) -> dict:
         used = max((hi for _, hi, _ in self.episodes), default=0)
-        arrays = self._arrays()
-        state = {k: torch.from_numpy(v[:used].copy()) for k, v in arrays.items()}
+        state = {k: torch.from_numpy(v[:used].copy()) for k, v in self._arrays().items()}
         return state | {"row": self.row, "episodes": [list(e) for e in self.episodes]}
 
     def load_state_dict(self, state: dict) -> None:

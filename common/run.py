@@ -1,11 +1,9 @@
 """One training run of a robot script: its folder, log, evaluations and checkpoints."""
 
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import gymnasium as gym
@@ -16,10 +14,10 @@ from common import checkpoint
 from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
 from common.errors import UserError
-from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, plain, record_video
+from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, record_video
 from common.rng import Rng
-from common.runlog import RunLog, plot_curves
-from common.start import CHECKPOINT
+from common.runlog import plot_curves
+from common.tracked_run import TrackedRun
 
 EVAL_SEEDS = {"final": 0, "bc": 100_000, "interval": 200_000}  # the final episodes never decided anything
 
@@ -31,38 +29,27 @@ def due(before: int, after: int, every: int) -> int:
     return after // every - before // every
 
 
-class Run:
-    """Where results go. It evaluates `policies` with noise of its own, and saves and restores what it is told to track.
+class Run(TrackedRun):
+    """Where results go. It evaluates `policies` with noise of its own.
 
     Attributes set by a script: policies {name: policy}; with pixels also encode, which maps what the environments show
     to observations (n, O).
     """
 
     def __init__(
-        self,
-        folder: Path,
-        saved: dict[str, Any] | None,
-        stop: checkpoint.StopSignal,
-        args: Mapping[str, Any],
-        env: str,
-        horizon: int,
-        device: torch.device,
-        pixels: Pixels | None = None,
-    ) -> None:
-        """saved: the checkpoint to go on from; args: all arguments, to be recorded; horizon: cap of an episode."""
-        self.folder, self.saved, self.stop, self.args = folder, saved, stop, dict(args)
+        self, folder: Path, saved: dict[str, Any] | None, stop: checkpoint.StopSignal, args: Mapping[str, Any],
+        env: str, horizon: int, device: torch.device, pixels: Pixels | None = None,
+    ) -> None:  # fmt: skip
+        """horizon: cap of an episode; the others are those of `TrackedRun`."""
+        super().__init__(folder, saved, stop, args)
         self.task, self.horizon, self.device, self.pixels = resolve(env), horizon, device, pixels
         self.started = time.perf_counter()
-        self.step = saved["step"] if saved else 0  # environment steps so far
         self.policies: dict[str, Policy] = {}
-        self.encode: Encode = plain
-        self.log: RunLog | None = None
-        self.parts: dict[str, Any] = {}
-        self.open_envs: list[gym.vector.VectorEnv] = []
+        self.encode: Encode = np.asarray
 
     def closing(self, envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
         """`envs`, to be closed with the run."""
-        self.open_envs.append(envs)
+        self.callback(envs.close)
         return envs
 
     def open_evaluation(self, num_envs: int, chunk: int, seed: int) -> None:
@@ -76,32 +63,9 @@ class Run:
         self.obs_dim = (space["proprio"] if self.pixels else space).shape[0]
         self.act_dim = envs.single_action_space.shape[-1]
 
-    def open_log(self, total_steps: int, wandb_project: str, tensorboard: bool) -> None:
-        """Open the log of a new run, or go on with that of the checkpoint. Errors are those of `RunLog`."""
-        self.log = RunLog(
-            self.folder,
-            total_steps=total_steps,
-            wandb_project=wandb_project,
-            tensorboard=tensorboard,
-            resume_bytes=self.saved["log"] if self.saved else None,
-            args=self.args,
-        )
-
     def check_disk(self, buffer_bytes: int) -> None:
         """Raises UserError if the run folder cannot be written or has no room for checkpoints with such a buffer."""
         checkpoint.check_run_dir(self.folder, 3 * (buffer_bytes + 2**25))
-
-    def track(self, **parts: object) -> None:
-        """What a checkpoint holds, by name; what the run's checkpoint has of it is restored here, once."""
-        for name, part in parts.items():
-            known = self.saved and name in self.saved
-            self.parts[name] = checkpoint.unpack(part, self.saved.pop(name)) if known else part
-
-    def save(self, name: str = CHECKPOINT) -> None:
-        """Write a checkpoint of everything that is tracked."""
-        parts = {name: checkpoint.pack(part) for name, part in self.parts.items()}
-        args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
-        checkpoint.save(self.folder / name, {"args": args, "step": self.step, "log": self.log.position()} | parts)
 
     def evaluate(self, use: str, episodes: int, label: str, only: str = "", log: str = "") -> dict[str, EvalResult]:
         """{name: result} of all policies, or of one; printed after `label`, and logged under the prefix `log` if given.
@@ -140,15 +104,6 @@ class Run:
         line |= {"train/episodes": episodes.finished, "time/wall": time.perf_counter() - self.started}
         self.log.log(self.step, line)
 
-    def stop_if_not_finite(self, metrics: Mapping[str, float]) -> None:
-        """End the process with exit code 1, and a dump beside the last good checkpoint, if a value is not finite."""
-        if bad := [k for k, v in metrics.items() if not np.isfinite(v)]:
-            self.save("nonfinite.pt")
-            sys.exit(
-                f"stopped at step {self.step}: {', '.join(bad)} not finite; state dumped to "
-                f"{self.folder / 'nonfinite.pt'}, last good state in {CHECKPOINT}"
-            )
-
     def record_video(self, policy: str, name: str, wanted: bool) -> None:
         """If wanted, write three episodes of a policy as mp4, or a one-line note on why there is no video."""
         if not wanted:
@@ -160,16 +115,8 @@ class Run:
         except UserError as error:
             self.log.say(f"note: {error}")
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         """End the worker processes and draw the learning curve."""
-        for envs in self.open_envs:
-            envs.close()
-        if self.log:
-            self.log.close()
-            if self.step:
-                print(f"learning curve: {plot_curves(self.folder)}")
+        super().__exit__(*error)
+        if self.log and self.step:
+            print(f"learning curve: {plot_curves(self.folder)}")

@@ -9,6 +9,8 @@ import shutil
 import sys
 import time
 from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
@@ -26,11 +28,7 @@ _RATE_WINDOW = 60.0  # seconds over which the speed is averaged
 
 
 def new_run_dir(root: Path, name: str) -> Path:
-    """The folder `root/name` of a new run (not created here).
-
-    Raises:
-        UserError: it exists and is not empty.
-    """
+    """The folder `root/name` of a new run (not created here). Raises UserError if it exists and is not empty."""
     path = Path(root) / name
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise UserError(f"{path} already exists; choose another --run-name, or continue it with --resume {path}")
@@ -52,14 +50,11 @@ class Averages:
     def take(self) -> dict[str, float]:
         """{name: mean over the rows that have it}; forgets the rows."""
         rows, self.rows = self.rows, []
-        columns: dict[str, list[torch.Tensor]] = {}
-        for row in rows:
-            for name, value in row.items():
-                columns.setdefault(name, []).append(value)
-        return {
-            k: torch.stack([v.to(column[-1].device) for v in column]).mean().item()
-            for k, column in sorted(columns.items())
-        }
+        means = {}
+        for name in sorted({name for row in rows for name in row}):
+            column = [row[name] for row in rows if name in row]
+            means[name] = torch.stack([value.to(column[-1].device) for value in column]).mean().item()
+        return means
 
     def state_dict(self) -> list[dict[str, torch.Tensor]]:
         return self.rows
@@ -76,28 +71,15 @@ class RunLog:
     """
 
     def __init__(
-        self,
-        run_dir: Path,
-        *,
-        total_steps: int,
-        wandb_project: str = "",
-        tensorboard: bool = False,
-        resume_bytes: int | None = None,
-        args: dict[str, Any],
-    ) -> None:
-        """Open the log of a new run, or of one that goes on from a checkpoint.
+        self, run_dir: Path, *, total_steps: int, args: dict[str, Any], wandb_project: str = "",
+        tensorboard: bool = False, resume_bytes: int | None = None,
+    ) -> None:  # fmt: skip
+        """Open the log of a new run, which writes `args.json`, or of one that goes on from a checkpoint.
 
-        Args:
-            run_dir: folder of the run; created if need be.
-            total_steps: step at which the run ends, for percentage and ETA.
-            wandb_project: also send scalars to this W&B project; empty: never.
-            tensorboard: also write TensorBoard events to `run_dir/tensorboard`.
-            resume_bytes: None for a new run, which writes `args.json`. Else the `position()` kept in the
-                checkpoint: lines written after it are dropped.
-            args: the arguments of the run.
+        total_steps: step at which the run ends, for percentage and ETA; resume_bytes: the `position()` kept in the
+        checkpoint, behind which lines are dropped. Scalars go to a W&B project and `run_dir/tensorboard` too, if asked.
 
-        Raises:
-            UserError: TensorBoard or W&B was asked for and is not installed, or another process writes this run.
+        Raises UserError if a package for that is not installed, or another process writes this run.
         """
         # First of all, so that a missing package leaves no half-made run folder behind.
         events = _import("torch.utils.tensorboard", "tensorboard", "--tensorboard") if tensorboard else None
@@ -105,8 +87,7 @@ class RunLog:
         self.run_dir = Path(run_dir)
         self.run_dir.mkdir(parents=True, exist_ok=True)
         self._total_steps = total_steps
-        self._marks: deque[tuple[float, int]] = deque()
-        self._last_shown = -math.inf
+        self._marks: deque[tuple[float, int]] = deque()  # times and steps of the last progress lines
         self._live = sys.stdout.isatty()
         path = self.run_dir / "metrics.jsonl"
         if resume_bytes is None:
@@ -120,7 +101,7 @@ class RunLog:
         except OSError:
             pass  # a file system without locks
         if resume_bytes is not None:
-            _truncate(path, resume_bytes)
+            self._truncate(resume_bytes)
         self._tensorboard: Any = None
         self._wandb: Any = None
         if events is not None:
@@ -130,6 +111,14 @@ class RunLog:
             self._tensorboard = events.SummaryWriter(str(self.run_dir / "tensorboard"), purge_step=purge_step)
         if wandb is not None:
             self._start_wandb(wandb, wandb_project, args)
+
+    def _truncate(self, size: int) -> None:
+        """Cut the file to `size` bytes; one that is shorter keeps its complete lines."""
+        if self._file.tell() < size:
+            size = (self.run_dir / "metrics.jsonl").read_bytes().rfind(b"\n") + 1
+            self.say("note: metrics.jsonl is shorter than the checkpoint remembers; the missing lines are lost")
+        self._file.truncate(size)
+        self._file.seek(size)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Append the scalars of environment step `step`; a NaN or infinity is written as null."""
@@ -141,10 +130,8 @@ class RunLog:
             for key, value in values.items():
                 self._tensorboard.add_scalar(key, value, step)
         if self._wandb is not None:
-            try:
+            with self._or_without_wandb():
                 self._wandb.log({"step": step} | values)
-            except Exception as error:
-                self._lose_wandb(error)
 
     def position(self) -> int:
         """Length of metrics.jsonl in bytes, made durable: belongs in the checkpoint."""
@@ -157,9 +144,8 @@ class RunLog:
         On a terminal one line is refreshed in place (5 Hz at most), elsewhere a line is added every 15 s.
         """
         now = time.monotonic()
-        if now - self._last_shown < (_LIVE_PERIOD if self._live else _PLAIN_PERIOD):
+        if self._marks and now - self._marks[-1][0] < (_LIVE_PERIOD if self._live else _PLAIN_PERIOD):
             return
-        self._last_shown = now
         self._marks.append((now, step))
         while now - self._marks[0][0] > _RATE_WINDOW and len(self._marks) > 2:
             self._marks.popleft()
@@ -168,8 +154,8 @@ class RunLog:
         eta = str(timedelta(seconds=int((self._total_steps - step) / rate))) if rate > 0 else "?"
         percent = 100 * step / max(self._total_steps, 1)
         speed = f"{rate:.0f} steps/s" if rate >= 9.5 or not rate else f"{rate:.2g} steps/s"
-        parts = [f"step {step}/{self._total_steps} ({percent:.0f} %)", speed, f"ETA {eta}"]
-        line = "  ".join(parts + [f"{key} {value}" for key, value in text_fields.items()])
+        fields = [f"{key} {value}" for key, value in text_fields.items()]
+        line = "  ".join([f"step {step}/{self._total_steps} ({percent:.0f} %)", speed, f"ETA {eta}", *fields])
         if self._live:
             width = shutil.get_terminal_size().columns
             print(f"\r\x1b[K{line[: width - 1]}", end="", flush=True)
@@ -190,32 +176,28 @@ class RunLog:
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
-            try:
+            with self._or_without_wandb():
                 self._wandb.finish()
-            except Exception as error:
-                self._lose_wandb(error)
 
     def _start_wandb(self, wandb: ModuleType, project: str, args: dict[str, Any]) -> None:
         """Open a W&B run, or go on with the one this run folder began."""
         id_file = self.run_dir / "wandb_id.json"
-        try:
+        with self._or_without_wandb():
+            begun = json.loads(id_file.read_text()) if id_file.exists() else None
             self._wandb = wandb.init(
-                project=project,
-                name=self.run_dir.name,
-                dir=self.run_dir,
-                config=args,
-                id=json.loads(id_file.read_text()) if id_file.exists() else None,
-                resume="allow",
+                project=project, name=self.run_dir.name, dir=self.run_dir, config=args, id=begun, resume="allow"
             )
             self._wandb.define_metric("*", step_metric="step")
             write_json(id_file, self._wandb.id)
-        except Exception as error:
-            self._lose_wandb(error)
 
-    def _lose_wandb(self, error: Exception) -> None:
+    @contextmanager
+    def _or_without_wandb(self) -> Iterator[None]:
         """An account or network problem must not cost the run."""
-        self._wandb = None
-        self.say(f"note: W&B is off for the rest of this run ({first_line(error)}); metrics.jsonl has every number")
+        try:
+            yield
+        except Exception as error:
+            self._wandb = None
+            self.say(f"note: W&B is off for the rest of this run ({first_line(error)}); metrics.jsonl has every number")
 
 
 def write_json(path: Path, value: object) -> None:
@@ -234,18 +216,14 @@ def read_metrics(run_dir: Path) -> list[dict[str, Any]]:
 def plot_curves(run_dir: Path) -> Path:
     """Draw success and episode length over environment steps to `learning_curve.png`; returns its path.
 
-    Raises:
-        UserError: `run_dir` holds no metrics, or matplotlib is not installed.
+    Raises UserError if `run_dir` holds no metrics.
     """
     rows = read_metrics(run_dir)
     if not rows:
         raise UserError(f"nothing to draw: {run_dir} holds no metrics.jsonl with lines; give the folder of a run")
-    _import("matplotlib", "matplotlib", "the learning curve")
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # takes a while to import
 
     figure = Figure(figsize=(7, 6), layout="constrained")
-    FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     dots: dict[str, Any] = {"marker": "o", "markersize": 3}
     for prefix, label, style in (
@@ -266,19 +244,6 @@ def plot_curves(run_dir: Path) -> Path:
     with replacing(path) as temp:
         figure.savefig(temp, dpi=150)
     return path
-
-
-def _truncate(path: Path, size: int) -> None:
-    """Cut `path` to `size` bytes; a file that is shorter keeps its complete lines."""
-    data = path.read_bytes() if path.exists() else b""
-    if len(data) < size:
-        size = data.rfind(b"\n") + 1
-        print(
-            f"note: {path.name} is shorter than the checkpoint remembers; the missing lines are lost",
-            flush=True,
-        )
-    with open(path, "ab") as file:
-        file.truncate(size)
 
 
 def _import(module: str, package: str, wanted_by: str) -> ModuleType:

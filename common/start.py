@@ -17,15 +17,9 @@ T = TypeVar("T")
 
 
 def start(
-    argv: Sequence[str],
-    default_args: Callable[..., T],
-    *,
-    chosen_by: Sequence[str],
-    description: str,
-    folder_name: str,
-    fixed: Collection[str],
-    at_least: Mapping[str, float],
-) -> tuple[T, dict[str, Any] | None, Path]:
+    argv: Sequence[str], default_args: Callable[..., T], *, chosen_by: Sequence[str], description: str,
+    folder_name: str, fixed: Collection[str], at_least: Mapping[str, float],
+) -> tuple[T, dict[str, Any] | None, Path]:  # fmt: skip
     """Arguments, the checkpoint to go on from (None: a new run) and the run folder.
 
     A new run takes its defaults from default_args(**{the flags `chosen_by`}), --eval and --resume from the saved run.

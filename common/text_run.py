@@ -1,7 +1,5 @@
 """One language-model run: its folder, log and checkpoints, and how its samples are scored and shown."""
 
-import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -17,48 +15,35 @@ from common.errors import UserError
 from common.files import write_atomic
 from common.judge import get_judge
 from common.judge.metrics import REAL, Judge, format_table, score_texts, split_real, unigram_entropy
-from common.runlog import Averages, RunLog, write_json
-from common.start import CHECKPOINT
+from common.runlog import write_json
 from common.text import TextData, load_text, toy_probabilities
 from common.textplots import plot_scores
+from common.tracked_run import TrackedRun
 
 Generate = Callable[[int], torch.Tensor]  # number of network calls -> token rows (samples, L)
 
 
-class TextRun:
-    """Writes log, checkpoints and samples to the run folder, from the first process; saves what it is told to track."""
+class TextRun(TrackedRun):
+    """Writes log, checkpoints and samples to the run folder, from the first process; `step` counts optimizer steps."""
 
     def __init__(
         self, folder: Path, saved: dict[str, Any] | None, *, stop: checkpoint.StopSignal, args: Mapping[str, Any],
         ranks: Ranks, device: torch.device, data: TextData, judge: Judge | None,
     ) -> None:  # fmt: skip
-        """saved: the checkpoint to go on from; args: all arguments, to be recorded; judge: of the first process."""
-        self.folder, self.saved, self.stop, self.args = folder, saved, stop, dict(args)
+        """judge: of the first process; the first arguments are those of `TrackedRun`."""
+        super().__init__(folder, saved, stop, args)
         self.ranks, self.device, self.data, self.judge = ranks, device, data, judge
-        self.step, self.total_steps = 0, 0  # optimizer steps made, and to make
-        self.log: RunLog | None = None
-        self.parts: dict[str, Any] = {}
+        self.total_steps = 0  # to make
 
     def open_log(self, total_steps: int, weights: int, wandb_project: str, tensorboard: bool) -> None:
-        """Open the log of a new run, or go on with that of the checkpoint. weights: how many a checkpoint must hold.
+        """As `TrackedRun.open_log`, in the first process. weights: how many a checkpoint must hold.
 
         Raises UserError if the run folder cannot be written or has no room for them, and what `RunLog` raises.
         """
-        self.step, self.total_steps = self.saved["step"] if self.saved else 0, total_steps
+        self.total_steps = total_steps
         if self.ranks.chief:
             checkpoint.check_run_dir(self.folder, 3 * 16 * weights)
-            self.log = RunLog(
-                self.folder, args=self.args, total_steps=total_steps, wandb_project=wandb_project,
-                tensorboard=tensorboard, resume_bytes=self.saved["log"] if self.saved else None,
-            )  # fmt: skip
-
-    def track(self, averages: Averages, **parts: Any) -> None:
-        """What a checkpoint holds: averages, modules and optimizers by name; restored here from that of the run."""
-        self.parts = {"averages": averages} | parts
-        if self.saved:
-            for name, part in self.parts.items():
-                part.load_state_dict(self.saved[name])
-            self.saved = None  # its memory
+            super().open_log(total_steps, wandb_project, tensorboard)
 
     def stop_requested(self) -> bool:
         """Whether any process was asked to stop."""
@@ -67,12 +52,6 @@ class TextRun:
     def due(self, every: int) -> bool:
         """Whether the step just made is one in `every`, or the last."""
         return self.step % every == 0 or self.step == self.total_steps
-
-    def stop_if_not_finite(self, metrics: Mapping[str, float]) -> None:
-        """End the process with exit code 1, and a dump beside the last good checkpoint, if a value is not finite."""
-        if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
-            self.save_checkpoint("nonfinite.pt")
-            sys.exit(f"stopped at step {self.step}: {', '.join(bad)} not finite; see {self.folder / 'nonfinite.pt'}")
 
     def log_training(self, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
         """A line of metrics.jsonl and the progress line."""
@@ -105,13 +84,6 @@ class TextRun:
         self.log.log(self.step, metrics)
         self.log.say("\n  ".join([f"step {self.step}: {len(rows)} samples, judge {self.judge.name}", *shown]))
 
-    def save_checkpoint(self, name: str = CHECKPOINT) -> None:
-        """Write everything that is tracked."""
-        if self.log:
-            args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
-            state = {k: part.state_dict() for k, part in self.parts.items()}
-            checkpoint.save(self.folder / name, {"args": args, "step": self.step, "log": self.log.position()} | state)
-
     def evaluate(self, generate: Generate, steps: Sequence[int], samples: int, show: int, tag: str = "") -> None:
         """Print samples and the table of perplexity, entropy and distances; write samples, table and figure.
 
@@ -139,13 +111,6 @@ class TextRun:
     def _judged(self, rows: np.ndarray) -> list[str]:
         """Texts as the judge is to read them: GPT-2 expects separators as the tokenizer writes them."""
         return decode(self.data, rows, separators=None if self.judge.name.startswith("gpt2") else "\n")
-
-    def __enter__(self) -> "TextRun":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self.log:
-            self.log.close()
 
 
 def open_text(name: str, length: int, data_dir: Path, tokenizer: str, tokenizer_path: str, ranks: Ranks) -> TextData:

@@ -12,8 +12,8 @@ import pytest
 from common.envs import TASKS, make_env, make_vec_env, resolve, robosuite_env
 from common.envs.gymnasium_env import UserEnv
 from common.envs.osc import FastStep
-from common.envs.render import Camera, mujoco  # sets MUJOCO_GL before mujoco is imported
 from common.envs.robosuite_env import RobosuiteEnv
+from common.envs.simulation import mujoco  # sets MUJOCO_GL before mujoco is imported
 from common.errors import UserError
 from tools.robosuite_experts import lift_expert, square_expert
 
@@ -230,13 +230,13 @@ def test_robosuite_env_render_leaves_the_episode_alone(fast: RobosuiteEnv, monke
     assert images[0].std() > 10 and (images[0] != images[-1]).any()
 
 
-def test_camera_without_opengl_is_a_user_error(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_draw_without_opengl_is_a_user_error(fast: RobosuiteEnv, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise RuntimeError("no display")
 
     fast.reset(seed=5)
     monkeypatch.setattr(fast, "render_mode", "rgb_array")
-    monkeypatch.setattr(fast, "_camera", Camera())
+    monkeypatch.setattr(fast, "_renderers", {})
     monkeypatch.setattr(mujoco.Renderer, "__init__", fail)
     with pytest.raises(UserError, match=r"no display.*MUJOCO_GL"):
         fast.render()

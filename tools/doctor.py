@@ -26,7 +26,7 @@ env.step(env.action_space.sample())
 print(len(obs), len(env.action_space.low))
 """
 DRAW = """
-from common.envs.render import mujoco
+from common.envs.simulation import mujoco
 model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><geom size='1'/></worldbody></mujoco>")
 data = mujoco.MjData(model)
 mujoco.mj_forward(model, data)

@@ -607,7 +607,7 @@ def train(run: TextRun, student: DiT, teacher: DiT | None, clock: Clock, args: A
     optimizer = torch.optim.AdamW(weights, lr=a.lr, betas=(0.9, a.beta2), weight_decay=0.0, fused=True)
     averages = Averages()  # metrics since the last line of the log
     run.open_log(a.total_steps, sum(p.numel() for p in student.parameters()), r.wandb_project, r.tensorboard)
-    run.track(averages, objective=trained, ema=ema, optimizer=optimizer)
+    run.track(averages=averages, objective=trained, ema=ema, optimizer=optimizer)
     meter = Meter(
         student, batch=a.batch, layers=m.layers, length=m.length, width=m.width, processes=ranks.world,
         bf16=use_bf16(m.precision, device), step=run.step, forwards=3 * (1 - d.diagonal) + d.diagonal,
@@ -646,8 +646,8 @@ def train(run: TextRun, student: DiT, teacher: DiT | None, clock: Clock, args: A
         if run.due(r.eval_every) and ranks.chief:
             run.log_samples(functools.partial(generate, ema, args, clock, few), (1, 2, 4, 8))
         if run.due(r.checkpoint_every):
-            run.save_checkpoint()
-    run.save_checkpoint()
+            run.save()
+    run.save()
     return ema
 
 

@@ -65,33 +65,22 @@ class Demos:
 
 
 def get_demos(
-    env_id: str,
-    source: str,
-    num: int,
-    noise: float,
-    cache_dir: str | Path,
-    *,
-    filter_key: str = "",
-    seed: int = 0,
-    pixels: Pixels | None = None,
-) -> Demos:
-    """Loads demonstrations for a task, making or downloading them on first use.
+    env_id: str, source: str, num: int, noise: float, cache: Path, *,
+    filter_key: str = "", seed: int = 0, pixels: Pixels | None = None,
+) -> Demos:  # fmt: skip
+    """Loads demonstrations for a task; what is made or downloaded for it is kept in the folder `cache`.
 
-    Args:
-        env_id: a name in TASKS or "package.module:EnvId".
-        source: "scripted"; "robomimic", the release for the task that the paper uses, "robomimic-ph" (one expert),
-            "robomimic-mh" (six people); "minari", the same for Adroit and Kitchen, "minari-human", "minari-cloned"; a
-            trained policy POLICY.npz to roll out; or recorded episodes FILE.hdf5.
-        num, noise, seed: episodes, noise and seed of "scripted" and POLICY.npz; other sources ignore them.
-        cache_dir: where made and downloaded files are kept.
-        filter_key: use only the episodes that the file's mask of this name lists, e.g. "train"; empty: all.
-        pixels: give images too; files of simulator states have them drawn on first use.
+    source: "scripted"; "robomimic", the release for the task that the paper uses, "robomimic-ph" (one expert),
+    "robomimic-mh" (six people); "minari", the same for Adroit and Kitchen, "minari-human", "minari-cloned"; a trained
+    policy POLICY.npz to roll out; or recorded episodes FILE.hdf5. num, noise, seed: episodes, noise and seed of
+    "scripted" and POLICY.npz. filter_key: take the episodes that the file's mask of this name lists, e.g. "train";
+    empty: all. pixels: give images too; files of simulator states have them drawn on first use.
 
     Raises UserError with the remedy if there are none for the task, or the file is unusable.
     """
     from tools import recording  # the makers are a room of their own, which needs this one
 
-    task, cache = resolve(env_id), Path(cache_dir)
+    task = resolve(env_id)
     publisher, _, release = source.partition("-")
     if source == "scripted" or source.endswith(".npz"):
         path = recording.made_file(task, source, num, noise, seed, cache, pixels)
@@ -108,12 +97,12 @@ def get_demos(
             raise UserError(f"--filter-key {filter_key}: Minari's data have no masks; leave the flag out")
         name = minari.dataset_name(task, _find_release(task, publisher, release))
         return Demos(*minari.read_dataset(name, task), name)
-    obs, actions, ends = read_demos(path, task, filter_key or None)
+    obs, actions, ends = read_demos(path, task, filter_key)
     if not pixels:
         return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
     if not has_images(path) and task.suite == "robosuite":
         path = recording.drawn_file(path, task, pixels, cache)
-    images = read_images(path, pixels, filter_key or None)
+    images = read_images(path, pixels, filter_key)
     return Demos(np.ascontiguousarray(obs[:, list(task.proprio)]), actions, ends, path.name, images)
 
 

@@ -5,7 +5,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from common.demos.robomimic import ACTION_LIMIT
+from common.demos.robomimic import Floats, joined
 from common.download import check_digest
 from common.envs import TaskSpec
 from common.envs.robotics_env import flat_observation
@@ -24,10 +24,9 @@ def dataset_name(task: TaskSpec, release: str) -> str:
     return f"D4RL/{'kitchen' if task.suite == 'kitchen' else task.name.removesuffix('-dense')}/{release}-v2"
 
 
-def read_dataset(name: str, task: TaskSpec) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-    """A data set from where `minari download` puts it, downloaded on first use.
+def read_dataset(name: str, task: TaskSpec) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """A data set from where `minari download` puts it, downloaded on first use; returns what `read_demos` does.
 
-    Returns observations (N, O), actions (N, A) within +-ACTION_LIMIT and exclusive episode ends (E,).
     Raises UserError without a network, or if the data are of another environment or cannot serve.
     """
     folder = get_dataset_path(name)
@@ -38,14 +37,11 @@ def read_dataset(name: str, task: TaskSpec) -> tuple[NDArray[np.float32], NDArra
     try:
         dataset = minari.load_dataset(name)
         _check_origin(dataset.env_spec, task)
-        episodes = [_read_episode(episode, task) for episode in dataset]
-        obs, actions = (np.concatenate(column) for column in zip(*episodes, strict=True))
+        return joined([_read_episode(episode, task) for episode in dataset])
     except Exception as error:  # every fault of a file has an exception of its own
         raise UserError(
             f"{folder} cannot serve ({first_line(error)}); choose the matching task, or delete it to download it again"
         ) from error
-    ends = np.cumsum([len(actions) for _, actions in episodes])
-    return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), ends
 
 
 def _download(name: str) -> None:
@@ -71,7 +67,7 @@ def _check_origin(spec: EnvSpec | None, task: TaskSpec) -> None:
         raise ValueError(f"it has the goals {sorted(goals)}, {task.name} has {sorted(task.goals)}")
 
 
-def _read_episode(episode: EpisodeData, task: TaskSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _read_episode(episode: EpisodeData, task: TaskSpec) -> tuple[Floats, Floats]:
     """Observations (T, O), those before an action, and actions (T, A). Raises ValueError for others."""
     obs, actions = flat_observation(episode.observations, task), episode.actions.astype(np.float32)
     width = sum(width for _, width in task.obs)

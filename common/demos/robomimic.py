@@ -23,30 +23,24 @@ from common.errors import UserError
 HUB = "https://huggingface.co/datasets/robomimic/robomimic_datasets/resolve/main/"
 # What gives an action its meaning; robomimic's v1.5 files name the same values.
 CONTROL = ("type", "input_max", "input_min", "output_max", "output_min", "input_type", "input_ref_frame", "kp")
+Floats = NDArray[np.float32]
 ACTION_LIMIT = 1 - 1e-5  # the ends of the range are unreachable for squashed policies
 
 
 def obtain_release(task: TaskSpec, release: str, cache_dir: Path) -> Path:
     """Path of a published file for the task in `cache_dir`, downloaded on first use.
 
-    release: ph (one proficient person) or mh (six people, some worse), one of `TaskSpec.datasets`.
-
-    The publisher gives no checksums: one is recorded on first use, see `common.download`.
+    release: one of `TaskSpec.datasets`. The publisher gives no checksums: see `common.download`.
     Raises UserError without a network, or if the file has changed.
     """
     name = f"{task.name}/{release}/low_dim_v15.hdf5"
     return obtain(cache_dir / name.replace("/", "_"), f"{HUB}v1.5/{name}", "use --demos scripted")
 
 
-def read_demos(
-    path: Path, task: TaskSpec, filter_key: str = ""
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
-    """Reads and checks a file.
+def read_demos(path: Path, task: TaskSpec, filter_key: str = "") -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Reads and checks a file; for a built-in task its name, version and widths must be those of the task.
 
-    Args:
-        path: the hdf5 file.
-        task: the task it must be for; for a built-in task name, version and widths are checked.
-        filter_key: name of the mask that chooses the episodes; empty takes all.
+    filter_key: name of the mask that chooses the episodes; empty takes all.
 
     Returns observations (N, O), actions (N, A) within +-ACTION_LIMIT and exclusive episode ends (E,).
     Raises UserError if the file cannot serve, naming the first fault.
@@ -65,11 +59,16 @@ def read_demos(
     for name, (obs, actions) in zip(names, episodes, strict=True):
         if obs.shape[1] != episodes[0][0].shape[1] or actions.shape[1] != episodes[0][1].shape[1]:
             raise UserError(f"{path}: {name} is not as wide as {names[0]}; all episodes must be of one task")
-    lengths = np.array([len(actions) for _, actions in episodes])
-    if task.horizon and (long := int((lengths > task.horizon).sum())):
+    if task.horizon and (long := sum(len(actions) > task.horizon for _, actions in episodes)):
         print(f"warning: {long} episodes of {path} exceed the horizon of {task.horizon} steps", file=sys.stderr)
+    return joined(episodes)
+
+
+def joined(episodes: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """Observations (T, O) and actions (T, A) of E episodes, one after the other, as `read_demos` returns them."""
     obs, actions = (np.concatenate(column) for column in zip(*episodes, strict=True))
-    return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), np.cumsum(lengths)
+    ends = np.cumsum([len(actions) for _, actions in episodes])
+    return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), ends
 
 
 def image_key(camera: str) -> str:
@@ -160,24 +159,22 @@ def _check_control(found: dict[str, Any], path: Path, task: TaskSpec) -> None:
             )
 
 
-def _read_episode(demo: h5py.Group, where: str, task: TaskSpec) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+def _read_episode(demo: h5py.Group, where: str, task: TaskSpec) -> tuple[Floats, Floats]:
     """Observations (T, O) and actions (T, A) of one episode."""
     actions = _read_matrix(demo, "actions", where, task.action_dim or None)
     if (worst := np.abs(actions).max()) > 1 + 1e-6:
         raise UserError(f"{where}: actions reach {worst:g}; they must be in [-1, 1], as the environment takes them")
-    widths: dict[str, int | None] = {f"obs/{key}": width for key, width in task.obs}
-    if not widths:
-        obs = demo.get("obs")
-        widths = dict.fromkeys([f"obs/{key}" for key in sorted(obs)] if isinstance(obs, h5py.Group) else ["obs"])
+    own = sorted(demo["obs"]) if isinstance(demo.get("obs"), h5py.Group) else ()
+    widths = [(f"obs/{key}", width) for key, width in task.obs or dict.fromkeys(own).items()] or [("obs", None)]
     parts = []
-    for key, width in widths.items():
+    for key, width in widths:
         parts.append(_read_matrix(demo, key, where, width))
         if len(parts[-1]) != len(actions):
             raise UserError(f"{where}: {key} has {len(parts[-1])} rows for {len(actions)} actions; get the file again")
     return np.concatenate(parts, axis=1), actions
 
 
-def _read_matrix(demo: h5py.Group, key: str, where: str, width: int | None) -> NDArray[np.float32]:
+def _read_matrix(demo: h5py.Group, key: str, where: str, width: int | None) -> Floats:
     """The dataset `key` as a finite (T, width) array with T > 0; a width of None takes any."""
     item = demo.get(key)
     if not isinstance(item, h5py.Dataset):

@@ -5,12 +5,14 @@ the first success terminates the episode, the horizon truncates it (never both).
 episode a function of s and the actions.
 """
 
+import ctypes
 import importlib
 import multiprocessing
 import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
@@ -21,14 +23,21 @@ from common.envs.wrappers import ChunkStep, PixelEnv, Pixels
 from common.errors import UserError
 from settings.tasks import TASKS, TaskSpec
 
-SUITES = {  # suite -> module of this package and class, made with (task, horizon, render=...)
-    "toy": ("toy", "ToyReach"),
-    "robosuite": ("robosuite_env", "RobosuiteEnv"),
-    "metaworld": ("metaworld_env", "MetaWorldEnv"),
-    "adroit": ("robotics_env", "RoboticsEnv"),
-    "kitchen": ("robotics_env", "RoboticsEnv"),
-    "gymnasium": ("gymnasium_env", "UserEnv"),
+SUITES = {  # suite -> module of this package, class, made with (task, horizon, render=...), and what pip installs
+    "toy": ("toy", "ToyReach", ""),
+    "robosuite": ("robosuite_env", "RobosuiteEnv", "--no-deps -r requirements-nodeps.txt"),
+    "metaworld": ("metaworld_env", "MetaWorldEnv", "metaworld==3.1.1"),
+    "adroit": ("robotics_env", "RoboticsEnv", "gymnasium-robotics==1.4.2"),
+    "kitchen": ("robotics_env", "RoboticsEnv", "gymnasium-robotics==1.4.2"),
+    "gymnasium": ("gymnasium_env", "UserEnv", ""),
 }
+
+if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
+    # MuJoCo picks its OpenGL library on import. EGL and OSMesa need no display; EGL, which can use a GPU, comes first.
+    for _name, _library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+        with suppress(OSError):
+            ctypes.CDLL(_library)
+            os.environ.setdefault("MUJOCO_GL", _name)
 
 
 def resolve(env_id: str) -> TaskSpec:
@@ -43,29 +52,23 @@ def resolve(env_id: str) -> TaskSpec:
 
 
 def make_env(
-    env_id: str,
-    *,
-    horizon: int | None = None,
-    original_step: bool = False,
-    render: bool = False,
-    chunk: int = 0,
+    env_id: str, *, horizon: int | None = None, original_step: bool = False, render: bool = False, chunk: int = 0,
     pixels: Pixels | None = None,
-) -> gym.Env[Any, Any]:
-    """Makes one environment.
+) -> gym.Env[Any, Any]:  # fmt: skip
+    """Makes the environment called `env_id` (see `resolve`).
 
-    Args:
-        env_id: a name in TASKS or "package.module:EnvId".
-        horizon: steps until truncation; None takes the task's.
-        original_step: step robosuite tasks with robosuite's own Python instead of the fast path.
-        render: allow `render()`, which returns an RGB image (H, W, 3) uint8.
-        chunk: if not 0, one step executes this many actions (`ChunkStep`).
-        pixels: observe images and what the robot feels (`PixelEnv`), once per step or chunk.
+    horizon: steps until truncation, None takes the task's; original_step: robosuite's own Python instead of the fast
+    path; render: allow `render()`, which returns an RGB image (H, W, 3) uint8; chunk: actions that one step executes
+    (`ChunkStep`), 0 for none; pixels: observe images and what the robot feels (`PixelEnv`), once per step or chunk.
 
     Raises UserError if the environment is unknown or cannot be made.
     """
     task = resolve(env_id)
-    module, name = SUITES[task.suite]
-    make = getattr(importlib.import_module(f"common.envs.{module}"), name)
+    module, name, packages = SUITES[task.suite]
+    try:
+        make = getattr(importlib.import_module(f"common.envs.{module}"), name)
+    except (ImportError, AssertionError) as error:  # robosuite asserts that there is an OpenGL library
+        raise UserError(f"{task.suite} cannot be imported ({error}); run: pip install {packages}") from error
     more = {"original_step": original_step} if task.suite == "robosuite" else {}
     env = make(task, horizon or task.horizon, render=render, **more)
     if chunk:
@@ -86,16 +89,9 @@ def _make_worker_env(main_process: int, make: Callable[[], gym.Env[Any, Any]]) -
 
 
 def make_vec_env(
-    env_id: str,
-    num_envs: int,
-    *,
-    horizon: int | None = None,
-    chunk: int = 0,
-    pixels: Pixels | None = None,
+    env_id: str, num_envs: int, *, horizon: int | None = None, chunk: int = 0, pixels: Pixels | None = None
 ) -> VectorEnv[Any, Any, Any]:
     """Makes `num_envs` environments, each in a process of its own if there are several.
-
-    With `chunk` every environment is a ChunkStep: actions (n, chunk, A).
 
     Nothing resets by itself: reset finished episodes with `reset(seed=[...], options={"reset_mask": mask})`,
     a fresh options dictionary at every call. Arguments and errors are those of `make_env`.
@@ -103,11 +99,8 @@ def make_vec_env(
     make = partial(make_env, env_id, horizon=horizon, chunk=chunk, pixels=pixels)
     if num_envs == 1:
         return SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED)
-    context = "spawn"
-    if sys.platform != "win32":
-        context = "forkserver"
-        # Worth importing once rather than in every worker; what cannot be imported is left to the workers.
-        module, _ = SUITES[resolve(env_id).suite]
-        multiprocessing.set_forkserver_preload(["torch", f"common.envs.{module}"])
+    # Worth importing once rather than in every worker; what cannot be imported is left to the workers.
+    module, *_ = SUITES[resolve(env_id).suite]
+    multiprocessing.set_forkserver_preload(["torch", f"common.envs.{module}"])
     make_worker = partial(_make_worker_env, os.getpid(), make)
-    return AsyncVectorEnv([make_worker] * num_envs, context=context, autoreset_mode=AutoresetMode.DISABLED)
+    return AsyncVectorEnv([make_worker] * num_envs, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)

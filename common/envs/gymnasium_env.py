@@ -8,16 +8,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.envs import TaskSpec
+from common.envs.base import Floats
 from common.errors import UserError
 
 
-class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any], NDArray[Any]]):
+class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
     """float32 observations, actions in [-1, 1], and an episode that terminates at the first success.
 
-    Args:
-        task: its env_name is "package.module:EnvId"; the module is imported first, so that it can register EnvId.
-        horizon: steps until truncation; None keeps the environment's own limit.
-        render: make the environment with render_mode="rgb_array".
+    The task's env_name is "package.module:EnvId"; the module is imported first, so that it can register EnvId.
+    horizon: steps until truncation, None keeps the environment's own; render: make it with render_mode="rgb_array".
 
     Raises UserError for an environment that cannot be made, has spaces other than a 1-D Box of observations
     and a bounded 1-D Box of actions, or does not report `info["success"]` at every step.
@@ -47,14 +46,12 @@ class UserEnv(gym.Wrapper[NDArray[np.float32], NDArray[np.float32], NDArray[Any]
         self.reset(seed=0)
         self.step(np.zeros(action.shape, np.float32))  # finds a missing info["success"] before training does
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """As the environment's own reset; `info["success"]` is False."""
         obs, _ = self.env.reset(seed=seed, options=options)
         return np.asarray(obs, np.float32), {"success": False}
 
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
+    def step(self, action: Floats) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
         """As the environment's own step; success ends the episode."""
         obs, reward, terminated, truncated, info = self.env.step(action)
         if "success" not in info:

@@ -1,19 +1,13 @@
 """Meta-World tasks as Gymnasium environments: one task, or several under one policy."""
 
-from typing import Any, ClassVar
-
 import numpy as np
+from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as MAKERS
+from metaworld.sawyer_xyz_env import SawyerXYZEnv
 from numpy.typing import NDArray
 
 from common.envs import TaskSpec
-from common.envs.simulation import Simulation  # before metaworld imports mujoco
+from common.envs.simulation import Simulation
 from common.errors import UserError
-
-try:
-    from metaworld.env_dict import ALL_V3_ENVIRONMENTS_GOAL_OBSERVABLE as MAKERS
-    from metaworld.sawyer_xyz_env import SawyerXYZEnv
-except ImportError as error:
-    raise UserError(f"Meta-World cannot be imported ({error}); run: pip install metaworld==3.1.1") from error
 
 
 class MetaWorldEnv(Simulation):
@@ -28,7 +22,6 @@ class MetaWorldEnv(Simulation):
     Raises UserError for a horizon longer than 500.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 80}
     view = "corner2"
 
     def __init__(self, task: TaskSpec, horizon: int, *, render: bool = False) -> None:
@@ -38,11 +31,7 @@ class MetaWorldEnv(Simulation):
         self.names = [f"{name}-v3" for name in task.tasks] or [task.env_name]
         self._made: dict[str, SawyerXYZEnv] = {}
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Starts the episode that `seed` names, or one drawn from `np_random`."""
-        seed = self.draw_seed(seed)
+    def _start(self, seed: int) -> NDArray[np.float32]:
         self.which = seed % len(self.names)
         name = self.names[self.which]
         if name not in self._made:
@@ -51,15 +40,11 @@ class MetaWorldEnv(Simulation):
             self._made[name].seeded_rand_vec, self._made[name]._freeze_rand_vec = True, False
         self.env = self._made[name]
         self.env.seed(seed)
-        obs, _ = self.env.reset()
-        self.steps = 0
-        return self._observe(obs), {"success": False}
+        return self._observe(self.env.reset()[0])
 
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Applies one action (4,). `info["success"]` is the benchmark's success test after the step."""
+    def _act(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool]:
         obs, *_, info = self.env.step(action)
-        success = bool(info["success"])
-        return self.outcome(self._observe(obs), success, success, success)
+        return self._observe(obs), info["success"], info["success"], info["success"]
 
     def _observe(self, obs: NDArray[np.float64]) -> NDArray[np.float32]:
         task = np.eye(len(self.names))[self.which] if len(self.names) > 1 else ()
@@ -71,7 +56,7 @@ class MetaWorldEnv(Simulation):
         return None if image is None else image[::-1, ::-1]
 
     def close(self) -> None:
-        """Frees the renderer and the simulations; a later reset makes new ones."""
+        """Frees the renderers and the simulations; a later reset makes new ones."""
         super().close()
         for env in self._made.values():
             env.close()

@@ -38,37 +38,23 @@ def _solve_block(a: Array, b: Array, start: int, stop: int) -> Array:
             for p in range(start, j):
                 s -= low[i, p] * low[j, p]
             low[i, j] = np.sqrt(s) if i == j else s / low[j, j]
-    for c in range(b.shape[1]):
-        for i in range(start, stop):
-            s = b[i, c]
-            for p in range(start, i):
-                s -= low[i, p] * x[p, c]
-            x[i, c] = s / low[i, i]
-        for i in range(stop - 1, start - 1, -1):
-            s = x[i, c]
-            for p in range(i + 1, stop):
-                s -= low[p, i] * x[p, c]
-            x[i, c] = s / low[i, i]
+    for i in range(start, stop):
+        x[i] = b[i]
+        for p in range(start, i):
+            x[i] -= low[i, p] * x[p]
+        x[i] /= low[i, i]
+    for i in range(stop - 1, start - 1, -1):
+        for p in range(i + 1, stop):
+            x[i] -= low[p, i] * x[p]
+        x[i] /= low[i, i]
     return x
 
 
 @numba.njit(cache=True)
 def _apply_osc(
-    mass_full: Array,
-    jac_full: Array,
-    qpos: Array,
-    qvel: Array,
-    bias: Array,
-    pos: Array,
-    mat: Array,
-    goal_pos: Array,
-    goal_mat: Array,
-    gains: Array,
-    rest: Array,
-    limits: Array,
-    index: NDArray[np.int64],
-    ctrl: Array,
-) -> None:
+    mass_full: Array, jac_full: Array, qpos: Array, qvel: Array, bias: Array, pos: Array, mat: Array, goal_pos: Array,
+    goal_mat: Array, gains: Array, rest: Array, limits: Array, index: NDArray[np.int64], ctrl: Array,
+) -> None:  # fmt: skip
     """Writes the clipped joint torques of one arm with n joints into `ctrl`.
 
     Full-model inputs are MuJoCo's: mass_full (nv, nv), jac_full (6, nv) of the end effector site, qpos, qvel
@@ -76,49 +62,34 @@ def _apply_osc(
     (2, 7) are stiffness and damping of the six pose coordinates, then of the null space. rest (n,) is the
     null-space posture, limits (2, n) the torque range, index (3, n) the joints' places in qpos, qvel, ctrl.
     """
-    n = index.shape[1]
-    mass, jac_t, q_dot, posture = np.empty((n, n)), np.empty((n, 6)), np.empty(n), np.empty((n, 1))
-    for i in range(n):
-        q_dot[i] = qvel[index[1, i]]
-        posture[i, 0] = gains[0, 6] * (rest[i] - qpos[index[0, i]]) - gains[1, 6] * q_dot[i]
-        for j in range(n):
-            mass[i, j] = mass_full[index[1, i], index[1, j]]
-        for r in range(6):
-            jac_t[i, r] = jac_full[r, index[1, i]]
+    n, joints = index.shape[1], index[1]
+    q_dot, mass, jac_t = qvel[joints], mass_full[joints][:, joints], jac_full[:, joints].T
+    posture = gains[0, 6] * (rest - qpos[index[0]]) - gains[1, 6] * q_dot  # (n,)
 
     # Desired acceleration of the end effector: a spring to the goal pose and a damper. The orientation error
     # is half the sum of the cross products of the current and the desired axes (columns).
     acc = np.zeros((6, 1))
+    acc[:3, 0] = goal_pos - pos
     for c in range(3):
-        acc[c, 0] = goal_pos[c] - pos[c]
-        x, y, z = mat[c], mat[3 + c], mat[6 + c]
-        acc[3, 0] += 0.5 * (y * goal_mat[2, c] - z * goal_mat[1, c])
-        acc[4, 0] += 0.5 * (z * goal_mat[0, c] - x * goal_mat[2, c])
-        acc[5, 0] += 0.5 * (x * goal_mat[1, c] - y * goal_mat[0, c])
+        acc[3:, 0] += 0.5 * np.cross(mat[c::3], goal_mat[:, c])
     for r in range(6):
-        v = 0.0
-        for i in range(n):
-            v += jac_t[i, r] * q_dot[i]
-        acc[r, 0] = gains[0, r] * acc[r, 0] - gains[1, r] * v
+        acc[r, 0] = gains[0, r] * acc[r, 0] - gains[1, r] * (jac_t[:, r] * q_dot).sum()
 
     # With X = M^-1 J^T the inverse operational inertia is J X. Position and orientation use their own
     # blocks of it ("uncoupled"). The posture torque M p is projected by N^T = 1 - J^T (J X)^-1 X^T (X^T M = J).
     minv_jt = _solve_block(mass, jac_t, 0, n)
     inertia_inv, drift = np.zeros((6, 6)), np.zeros((6, 1))
-    for r in range(6):
-        for i in range(n):
-            drift[r, 0] += jac_t[i, r] * posture[i, 0]
-            for c in range(6):
-                inertia_inv[r, c] += jac_t[i, r] * minv_jt[i, c]
+    for i in range(n):
+        drift[:, 0] += jac_t[i] * posture[i]
+        inertia_inv += np.outer(jac_t[i], minv_jt[i])
     counter = _solve_block(inertia_inv, drift, 0, 6)
     force, torque = _solve_block(inertia_inv, acc, 0, 3), _solve_block(inertia_inv, acc, 3, 6)
-    for i in range(n):
-        tau = bias[index[1, i]]
-        for j in range(n):
-            tau += mass[i, j] * posture[j, 0]
-        for r in range(6):
-            tau += jac_t[i, r] * (force[r, 0] + torque[r, 0] - counter[r, 0])
-        ctrl[index[2, i]] = min(max(tau, limits[0, i]), limits[1, i])
+    tau = bias[joints]
+    for j in range(n):
+        tau += mass[:, j] * posture[j]
+    for r in range(6):
+        tau += jac_t[:, r] * (force[r, 0] + torque[r, 0] - counter[r, 0])
+    ctrl[index[2]] = np.minimum(np.maximum(tau, limits[0]), limits[1])
 
 
 def _require_supported(env: RobotEnv, robot: Robot) -> None:

@@ -2,23 +2,20 @@
 
 import logging
 import os
-from typing import Any, ClassVar
+from typing import Any
 
+import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from common.envs import TaskSpec
-from common.envs.render import Camera, mujoco  # before robosuite imports mujoco
 from common.envs.simulation import Simulation
-from common.errors import UserError
 
 _gl = os.environ.get("MUJOCO_GL")
 logging.disable(logging.WARNING)  # robosuite warns of every optional part that is not there
 try:
     import robosuite as suite
     from robosuite.controllers import load_part_controller_config
-except (ImportError, AssertionError) as error:
-    raise UserError(f"robosuite cannot be imported ({error}); install the simulators as the README says") from error
 finally:
     logging.disable(logging.NOTSET)
     if _gl is None:  # it sets egl even where there is none, which would keep child processes from importing MuJoCo
@@ -66,7 +63,6 @@ class RobosuiteEnv(Simulation):
     With `original_step` it takes robosuite's own (slower) `env.step` instead of `FastStep`.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}
     hidden = (0,)  # collision shapes
     view = "agentview"
 
@@ -74,21 +70,16 @@ class RobosuiteEnv(Simulation):
         super().__init__(task, horizon, render=render)
         self.original_step = original_step
         self._block: int | None = None
-        self._eyes: dict[int, Camera] = {}  # by the size of their images
 
     def model_and_data(self) -> tuple[mujoco.MjModel, mujoco.MjData]:
         """MuJoCo's model and data, which robosuite wraps."""
         return self.env.sim.model._model, self.env.sim.data._data
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Starts the episode that `seed` names, or one drawn from `np_random`.
+    def _start(self, seed: int) -> NDArray[np.float32]:
+        """The model (e.g. the cube's size) is drawn from seed // MODEL_BLOCK, the placement from the seed.
 
-        The model (e.g. the cube's size) is drawn from seed // MODEL_BLOCK, the placement from the seed: runs of
-        neighbouring seeds are fast, since they compile a model once.
+        So runs of neighbouring seeds are fast: they compile a model once.
         """
-        seed = self.draw_seed(seed)
         block = seed // MODEL_BLOCK
         if block != self._block:
             self.close()
@@ -99,16 +90,14 @@ class RobosuiteEnv(Simulation):
         self.env.rng.bit_generator.state = np.random.default_rng([0, seed]).bit_generator.state
         self.env.reset()
         self._advance = self.env.step if self.original_step else FastStep(self.env)
-        self.steps = 0
         self._observe()  # sensors of relative poses read what the others saw the time before: at first nothing
-        return self._observe(), {"success": False}
+        return self._observe()
 
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Applies one action (A,). `info["success"]` is robosuite's success test after the step."""
+    def _act(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool]:
         action = np.asarray(action, np.float64)
         self._advance(action)
-        success = bool(self.env._check_success())
-        return self.outcome(self._observe(), self.env.reward(action), success, success)
+        success = self.env._check_success()
+        return self._observe(), self.env.reward(action), success, success
 
     def state(self) -> NDArray[np.float64]:
         """The simulator's state (S,): time, joint positions, joint velocities, as robomimic stores it."""
@@ -132,15 +121,11 @@ class RobosuiteEnv(Simulation):
 
     def images(self, cameras: tuple[str, ...], size: int) -> NDArray[np.uint8]:
         """RGB images (N, size, size, 3) of the state. Raises UserError without OpenGL or for an unknown camera."""
-        if size not in self._eyes:
-            self._eyes[size] = Camera(self.hidden, size)
-        return np.stack([self._eyes[size](*self.model_and_data(), name) for name in cameras])
+        return np.stack([self.draw(name, size) for name in cameras])
 
     def close(self) -> None:
         """Frees the renderers and the simulation; a later reset makes new ones."""
         super().close()
-        for eye in self._eyes.values():
-            eye.close()
         if self._block is not None:
             self.env.close()
         self._block = None

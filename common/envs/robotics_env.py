@@ -2,33 +2,20 @@
 
 import contextlib
 import io
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 from numpy.typing import NDArray
 
 from common.envs import TaskSpec
-from common.envs.simulation import Simulation, mujoco  # before gymnasium-robotics imports mujoco
-from common.errors import UserError
+from common.envs.simulation import Simulation
 
-try:
-    # Its note on dense rewards would come from every process; docs/tasks.md has it.
-    with contextlib.redirect_stderr(io.StringIO()):
-        import gymnasium_robotics
-except ImportError as error:
-    raise UserError(
-        f"gymnasium-robotics cannot be imported ({error}); run: pip install gymnasium-robotics==1.4.2"
-    ) from error
+with contextlib.redirect_stderr(io.StringIO()):  # its note on dense rewards, from every process; docs/tasks.md has it
+    import gymnasium_robotics
 
 gym.register_envs(gymnasium_robotics)
-
-
-def kitchen_view() -> mujoco.MjvCamera:
-    """The benchmark's own view of the kitchen, which is no camera of its model."""
-    camera = mujoco.MjvCamera()
-    camera.distance, camera.azimuth, camera.elevation, camera.lookat = 2.2, 70, -35, (-0.2, 0.5, 2)
-    return camera
 
 
 def flat_observation(obs: Any, task: TaskSpec) -> NDArray[np.float32]:
@@ -50,38 +37,28 @@ class RoboticsEnv(Simulation):
     terminates.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"]}
-
     def __init__(self, task: TaskSpec, horizon: int, *, render: bool = False) -> None:
         super().__init__(task, horizon, render=render)
-        more = {}
+        self.view, more = "fixed", {}
         if task.suite == "kitchen":
+            view = self.view = mujoco.MjvCamera()  # the benchmark's own, which is no camera of its model
+            view.distance, view.azimuth, view.elevation, view.lookat = 2.2, 70, -35, (-0.2, 0.5, 2)
             # Rewards as in the paper's data: what is complete counts at every step.
             more = dict(tasks_to_complete=list(task.goals), remove_task_when_completed=False)
         self.env = gym.make(task.env_name, max_episode_steps=-1, **more)
         self.sparse = task.suite == "adroit" and "Sparse" in task.env_name
-        self.view = "fixed" if task.suite == "adroit" else kitchen_view()
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[NDArray[np.float32], dict[str, Any]]:
-        """Starts the episode that `seed` names, or the next one."""
-        obs, _ = self.env.reset(seed=seed)
-        self.steps = 0
-        return flat_observation(obs, self.task), {"success": False}
+    def _start(self, seed: int) -> NDArray[np.float32]:
+        return flat_observation(self.env.reset(seed=seed)[0], self.task)
 
-    def step(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool, dict[str, Any]]:
-        """Applies one action (A,). `info["success"]` is the benchmark's success after the step."""
+    def _act(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool]:
         obs, reward, terminated, _, info = self.env.step(action)
-        obs = flat_observation(obs, self.task)
-        if self.task.suite == "kitchen":
-            return self.outcome(obs, reward, terminated, terminated)
-        success = bool(info["success"])
-        if self.sparse:
-            return self.outcome(obs, success, success, success)
-        return self.outcome(obs, reward, False, success)
+        kitchen = self.task.suite == "kitchen"
+        success = terminated if kitchen else info["success"]
+        reward = success if self.sparse else reward
+        return flat_observation(obs, self.task), reward, success and (kitchen or self.sparse), success
 
     def close(self) -> None:
-        """Frees the renderer and the simulation."""
+        """Frees the renderers and the simulation."""
         super().close()
         self.env.close()

@@ -4,12 +4,9 @@ A point starts on the left, the target lies on the right, and the wall between t
 serves, so demonstrations are bimodal; both are narrow, so an imprecise clone gets stuck at the wall.
 """
 
-from typing import Any
-
-import gymnasium as gym
 import numpy as np
 
-from common.envs import TaskSpec
+from common.envs.base import Floats, TaskEnv
 from common.errors import UserError
 
 STEP = 0.1  # distance covered per step at full speed; the arena is [-1, 1]^2
@@ -21,38 +18,25 @@ START_X = -0.45  # one chunk of eight actions reaches and passes the wall: a gap
 START_SPREAD = 0.4  # the start is (START_X, y) with |y| at most this
 GOAL_SPREAD = 0.6  # the target is (0.8, y) with |y| at most this
 
-_PIXELS = 192
 _SKIN = 1e-3  # a blocked point rests this far from the wall
 
 
-class ToyReach(gym.Env):
+class ToyReach(TaskEnv):
     """Reach the target through one of two gaps.
 
     Observation (6,) float32: position, target, velocity (x and y each, about [-1, 1]).
     Action (2,) float32 in [-1, 1]: commanded velocity, in units of `STEP` per step.
-    Reward 1 on success, else 0. Success (distance below `TARGET_RADIUS`) terminates; truncation at `horizon`.
+    Reward 1 on success, else 0. Success is a distance below `TARGET_RADIUS`, and terminates.
     """
 
-    def __init__(self, task: TaskSpec, horizon: int, *, render: bool = False) -> None:
-        self.observation_space = gym.spaces.Box(-2.0, 2.0, (6,), np.float32)
-        self.action_space = gym.spaces.Box(-1.0, 1.0, (2,), np.float32)
-        self.render_mode = "rgb_array" if render else None
-        self.metadata = {"render_modes": ["rgb_array"], "render_fps": 20}
-        self.task, self.horizon = task, horizon
-
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[np.ndarray, dict[str, Any]]:
-        """Start an episode that depends on `seed` and the actions alone."""
-        super().reset(seed=seed)
-        noise = self.np_random.uniform(-1.0, 1.0, 2).tolist()
+    def _start(self, seed: int) -> Floats:
+        noise = np.random.default_rng(seed).uniform(-1.0, 1.0, 2).tolist()
         self.x, self.y = START_X, START_SPREAD * noise[0]
         self.goal_x, self.goal_y = 0.8, GOAL_SPREAD * noise[1]
         self.vx = self.vy = 0.0
-        self.steps = 0
-        return self._obs(), {"success": False}
+        return self._obs()
 
-    def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
+    def _act(self, action: Floats) -> tuple[Floats, float, bool, bool]:
         """Move one step; Python floats, because arrays of two would cost ten times as much."""
         ax, ay = action.tolist()
         self.vx = LAG * self.vx + (1 - LAG) * min(max(ax, -1.0), 1.0)
@@ -65,14 +49,12 @@ class ToyReach(gym.Env):
                 x = _SKIN if self.x >= 0.0 else -_SKIN
                 self.vx = 0.0
         self.x, self.y = x, y
-        self.steps += 1
         success = (x - self.goal_x) ** 2 + (y - self.goal_y) ** 2 < TARGET_RADIUS**2
-        truncated = not success and self.steps >= self.horizon
-        return self._obs(), float(success), success, truncated, {"success": success}
+        return self._obs(), success, success, success
 
     def render(self) -> np.ndarray:
         """Picture (192, 192, 3) uint8: wall, target (green) and point (blue), y upwards."""
-        return self._draw(_PIXELS)
+        return self._draw(192)
 
     def images(self, cameras: tuple[str, ...], size: int) -> np.ndarray:
         """The picture (N, size, size, 3) from every camera; there is one, "top"."""
@@ -89,5 +71,5 @@ class ToyReach(gym.Env):
         image[(xs - self.x) ** 2 + (ys - self.y) ** 2 < max(0.05, 2.5 / size) ** 2] = (40, 90, 220)
         return image
 
-    def _obs(self) -> np.ndarray:
+    def _obs(self) -> Floats:
         return np.array((self.x, self.y, self.goal_x, self.goal_y, self.vx, self.vy), np.float32)

@@ -28,8 +28,7 @@ class ChunkStep(gym.Wrapper[Any, Any, Any, Any]):
 
     def __init__(self, env: gym.Env[Any, Any], chunk: int) -> None:
         super().__init__(env)
-        low, high = (np.repeat(b[None], chunk, 0) for b in (env.action_space.low, env.action_space.high))
-        self.action_space = gym.spaces.Box(low, high, dtype=env.action_space.dtype)
+        self.action_space = gym.vector.utils.batch_space(env.action_space, chunk)
 
     def step(self, action: np.ndarray) -> tuple[np.ndarray, float, bool, bool, dict[str, Any]]:
         """action (H, A)"""
@@ -44,7 +43,7 @@ class ChunkStep(gym.Wrapper[Any, Any, Any, Any]):
         return obs, float(rewards.sum()), terminated, truncated, info | more
 
 
-class PixelEnv(gym.Wrapper[Any, Any, Any, Any]):
+class PixelEnv(gym.ObservationWrapper[Any, Any, Any]):
     """Observes {"images": (N, S, S, 3) uint8, "proprio": (P,) float32}, drawn after every step of `env`.
 
     Around a ChunkStep that is once per chunk: the steps between are never drawn. The environment has a method
@@ -63,17 +62,8 @@ class PixelEnv(gym.Wrapper[Any, Any, Any, Any]):
             }
         )
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
-        obs, info = self.env.reset(seed=seed, options=options)
-        return self._look(obs), info
-
-    def step(self, action: np.ndarray) -> tuple[dict[str, np.ndarray], float, bool, bool, dict[str, Any]]:
-        obs, *rest = self.env.step(action)
-        return self._look(obs), *rest
-
-    def _look(self, obs: np.ndarray) -> dict[str, np.ndarray]:
+    def observation(self, obs: np.ndarray) -> dict[str, np.ndarray]:
+        """obs (O,) of `env` -> what is seen and felt"""
         images = self.env.unwrapped.images(self.pixels.cameras, self.pixels.size)
         for name, image in zip(self.pixels.cameras, images, strict=True):
             if (image == image[0, 0]).all():
