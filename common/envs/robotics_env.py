@@ -43,7 +43,7 @@ class RoboticsEnv(Simulation):
     """An Adroit or Kitchen task with flat float32 observations and `info["success"]`.
 
     Adroit: 24 joints of a hand and up to 6 of the arm; the benchmark's observation; sparse tasks pay 1 on success, else
-    0, and end there [deviation: the benchmark pays 10 and -0.1 and goes on]; dense ones are the benchmark's.
+    0, and end there [deviation: the benchmark pays 10 and -0.1 and goes on]; raw and dense ones are the benchmark's.
 
     Kitchen: 9 joint velocities of a Franka arm; observation (59,) with the achieved goals of the four tasks and their
     desired ones after it, by name; the reward is the number of tasks complete now; all four complete is success and
@@ -59,7 +59,6 @@ class RoboticsEnv(Simulation):
             # Rewards as in the paper's data: what is complete counts at every step.
             more = dict(tasks_to_complete=list(task.goals), remove_task_when_completed=False)
         self.env = gym.make(task.env_name, max_episode_steps=-1, **more)
-        self.sparse = task.suite == "adroit" and "Sparse" in task.env_name
         self.view = "fixed" if task.suite == "adroit" else kitchen_view()
 
     def reset(
@@ -77,9 +76,9 @@ class RoboticsEnv(Simulation):
         if self.task.suite == "kitchen":
             return self.outcome(obs, reward, terminated, terminated)
         success = bool(info["success"])
-        if self.sparse:
-            return self.outcome(obs, success, success, success)
-        return self.outcome(obs, reward, False, success)
+        if self.task.raw:
+            return self.outcome(obs, reward, False, success)
+        return self.outcome(obs, success, success, success)
 
     def close(self) -> None:
         """Frees the renderer and the simulation."""
