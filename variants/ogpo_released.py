@@ -5,7 +5,7 @@ name the source of a line: [S n.m] a section of docs/ogpo_state.md, [C] the rele
 [deviation: why] marks where we differ.
 
 A variant of ogpo_state.py: `diff ogpo_state.py variants/ogpo_released.py` shows all of it. The switches' defaults are
-what generation 3 of the released scripts runs; with --preset paper so are sizes and schedule. docs/ogpo_variants.md
+what generation 3 of the released scripts runs; with --preset paper so are sizes and schedule. docs/ogpo_state.md
 lists every difference, also those without a switch.
 
     python variants/ogpo_released.py --env square --preset paper
