@@ -133,7 +133,7 @@ class PolicyArgs:
     noise_std: Positive = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
     noise_clip: Positive = 3.0  # standard normal draws are clipped to this many deviations [C]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
-    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
+    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
 
 
@@ -395,7 +395,7 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
-    """q, draws (M, n, N) -> best candidate (n,): least of `heads` distinct random heads; 0: mean of all [S 1.8]."""
+    """q, draws (M, n, N) -> best (n,): least of `heads` heads [deviation: released with replacement]; 0: their mean."""
     if heads == 0:
         return q.mean(0).argmax(-1)
     picked = draws.argsort(0)[:heads]

@@ -23,7 +23,7 @@ import plots
 import runs
 import study_stats as stats
 from runs import ROOT, RUNS
-from study_configs import ALONE, CLAIMS, CONFIGS, EVERY, FIGURES, SAME, SEEDS, STEPS, Figure, Panel
+from study_configs import ALONE, CLAIMS, CONFIGS, EARLIER, EVERY, FIGURES, SAME, SEEDS, STEPS, Figure, Panel
 
 
 def cloned(task: str, seed: int) -> Path:
@@ -167,7 +167,7 @@ def report() -> None:
         "largest of one from an earlier one. Final: 100 episodes, interquartile mean over seeds with 95 % interval "
         "(seeds in parentheses): a bootstrap over seeds, each rate drawn from its posterior given its episodes "
         "(Jeffreys). "
-        f"Trained on: {machines()}.",
+        f"Trained on: {machines()}. {EARLIER}: before a correction of the method (docs/log.md, 2026-11-29).",
     ]
     for name, figure in FIGURES.items():
         for task in figure.tasks:

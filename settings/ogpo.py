@@ -17,7 +17,7 @@ T = TypeVar("T")
 # Lift takes Square's. What else the released code does is in RELEASED below.
 PAPER = dict(
     chunk=4, flow_steps=10, actor_hidden=(512,) * 4, noise_std=0.05, best_of_n=8, best_of_n_heads=2,
-    actor_ema=0.005, bc_steps=500_000, bc_lr=3e-4, bc_batch=256, bc_stop_success=0.45, bc_eval_every=10_000,
+    actor_ema=0.005, bc_steps=500_000, bc_lr=3e-4, bc_batch=256, bc_stop_success=0.45, bc_eval_every=5_000,
     bc_eval_episodes=64, advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0,
     success_batch=256, success_min=256, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000,
     actor_lr_period=50_000, gamma=0.99, heads=10, critic_hidden=(512,) * 4, critic_batch=256, critic_lr=4.5e-5,
@@ -32,10 +32,10 @@ TOY = dict(
 )  # fmt: skip
 LONG = dict(
     demos="robomimic", chunk=8, gamma=0.999, actor_hidden=(512,) * 5, critic_hidden=(512,) * 5, start_training=40_000,
-    eval_every=20_000,
+    bc_eval_every=10_000, eval_every=20_000,
 )  # fmt: skip
 ADROIT = dict(
-    demos="minari", gamma=0.95, flow_steps=3, actor_ema=0.05, bc_steps=50_000,
+    demos="minari", gamma=0.95, flow_steps=3, actor_ema=0.05, bc_steps=50_000, bc_eval_every=1_000,
     total_steps=500_000, eval_every=20_000,
 )  # fmt: skip
 HAND = dict(
@@ -49,9 +49,9 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("paper", "toy"): dict(num_demos=40, demo_noise=0.3, total_steps=20_000, start_training=1_000),
     ("paper", "square"): dict(demos="robomimic"),
     ("paper", "tool_hang"): LONG,
-    ("paper", "transport"): LONG | dict(bc_steps=1_000_000, total_steps=3_000_000),
+    ("paper", "transport"): LONG | dict(bc_steps=1_000_000, bc_eval_every=20_000, total_steps=3_000_000),
     ("paper", "kitchen-*"): dict(
-        demos="minari", reward_offset=-7.0, success_bonus=3.0, bc_stop_success=1.0,
+        demos="minari", reward_offset=-7.0, success_bonus=3.0, bc_stop_success=1.0, bc_eval_every=20_000,
         eval_every=20_000,
     ),
     **{("paper", f"{name}*"): ADROIT for name in HANDS},
@@ -75,13 +75,17 @@ SETTINGS: dict[tuple[str, str], dict] = {
         collect_horizon=100, gamma=0.97, best_of_n=32, best_of_n_heads=0, eval_interval_episodes=50,
         bc_eval_every=10, bc_eval_episodes=100, start_training=20_000, total_steps=120_000,
     ),
-    **{("*", f"{name}-dense"): dict(reward_offset=0.0, success_bonus=0.0) for name in HANDS},
+    **{("*", f"{name}-*"): dict(reward_offset=0.0, success_bonus=0.0) for name in HANDS},  # trained as they are
 }  # fmt: skip
 # What ogpo_pixels.py changes further, in the same way.
 PIXELS: dict[tuple[str, str], dict] = {
     ("*", "*"): dict(next_samples=8),
-    ("paper", "*"): dict(start_training=20_000, eval_interval_episodes=20, cameras=("agentview",), image_size=96),
+    ("paper", "*"): dict(
+        bc_eval_every=20_000, bc_eval_episodes=20, start_training=20_000, eval_every=20_000, eval_interval_episodes=20,
+        cameras=("agentview",), image_size=96,
+    ),
     ("paper", "square"): dict(critic_hidden=(512,) * 5),
+    ("paper", "tool_hang"): dict(bc_steps=1_000_000, total_steps=3_000_000),
     ("*", "toy"): dict(cameras=("top",), image_size=48),
     ("*", "tool_hang"): dict(cameras=("sideview",), image_size=240),
     ("*", "transport"): dict(cameras=("shouldercamera0", "shouldercamera1"), image_size=96),
@@ -90,13 +94,15 @@ PIXELS: dict[tuple[str, str], dict] = {
     ),
     ("laptop", "toy"): dict(next_samples=4, bc_eval_every=25, eval_every=2_000, total_steps=5_000),
 }  # fmt: skip
-# What variants/ogpo_released.py changes further: nothing waits, and a second critic step but for some tasks.
+# What variants/ogpo_released.py changes further: nothing waits, and a second critic step but for some tasks. Adroit's
+# script sets the conservative advantage and does not pass it on; cloning has a cosine rate where that is passed on.
 NO_SUCCESS_CRITIC = dict(success_critic=False)
 RELEASED: dict[tuple[str, str], dict] = {
     ("*", "*"): dict(critic_warmup=0, choose_successes=0, critic_successes=0, success_min=256),
     ("*", "tool_hang"): NO_SUCCESS_CRITIC,
     ("*", "kitchen-*"): NO_SUCCESS_CRITIC,
-    **{("*", f"{name}*"): NO_SUCCESS_CRITIC for name in HANDS},
+    **{("*", f"{name}*"): NO_SUCCESS_CRITIC | dict(advantage="vanilla") for name in HANDS},
+    ("paper", "transport"): dict(bc_cosine=True),
 }
 # Where a task's values come from; the first pattern that fits counts.
 SOURCES: dict[tuple[str, str], str] = {
@@ -107,12 +113,13 @@ SOURCES: dict[tuple[str, str], str] = {
     ("paper", "tool_hang"): "released script",
     ("paper", "transport"): "released script",
     ("paper", "kitchen-*"): "released script",
-    **{("paper", f"{name}*"): "released script" for name in HANDS},
+    **{("paper", f"{name}-raw"): "released script" for name in HANDS},
+    **{("paper", f"{name}*"): "released script, another reward" for name in HANDS},
     ("paper", "*"): "Square's: the paper has no Meta-World",
     ("laptop", "tool_hang"): "released script; not tuned",
     ("laptop", "transport"): "released script; not tuned",
     ("laptop", "kitchen-*"): "released script; not tuned",
-    **{("laptop", f"{name}-dense"): "the sparse task's; not tuned" for name in HANDS},
+    **{("laptop", f"{name}-*"): "the sparse task's; not tuned" for name in HANDS},
     ("laptop", "lift"): "tuned here, seeds 1-3",
     ("laptop", "toy"): "tuned here, seeds 1-3",
     ("laptop", "can"): "tuned here, seed 1",

@@ -1,6 +1,6 @@
 """The robot tasks as data: what each is called in its suite, its layout, its horizon and its demonstrations."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -17,6 +17,7 @@ class TaskSpec:
     tasks: tuple[str, ...] = ()  # several under one policy: an episode is of tasks[seed % len(tasks)]
     demo_weights: tuple[int, ...] = ()  # shares of `tasks` in the scripted demonstrations
     goals: tuple[str, ...] = ()  # what has to be done, in Kitchen
+    raw: bool = False  # Adroit: the benchmark's own reward, and no end at the first success
     proprio: tuple[int, ...] = ()  # the observation's numbers that the robot feels itself, to go with images
 
 
@@ -38,10 +39,11 @@ def _metaworld_set(name: str, tasks: dict[str, int]) -> TaskSpec:
     return TaskSpec(name, "metaworld", name, 200, (), obs, 4, tuple(tasks), tuple(tasks.values()))
 
 
-def _adroit(name: str, width: int, action_dim: int) -> tuple[TaskSpec, TaskSpec]:
+def _adroit(name: str, width: int, action_dim: int) -> tuple[TaskSpec, TaskSpec, TaskSpec]:
     env, obs = f"AdroitHand{name.capitalize()}", (("state", width),)
     sparse = TaskSpec(name, "adroit", f"{env}Sparse-v1", 200, MINARI, obs, action_dim)
-    return sparse, TaskSpec(f"{name}-dense", "adroit", f"{env}-v1", 200, MINARI, obs, action_dim)
+    raw = replace(sparse, name=f"{name}-raw", raw=True)
+    return sparse, raw, replace(raw, name=f"{name}-dense", env_name=f"{env}-v1")
 
 
 def _kitchen(name: str, width: int, goals: tuple[str, ...]) -> TaskSpec:

@@ -81,17 +81,18 @@ def test_metaworld_env_success_ends_and_the_horizon_truncates(name: str, tmp_pat
         make_env(name, horizon=501)
 
 
-def test_robotics_env_sparse_and_dense_adroit_rewards() -> None:
-    sparse, dense = make_env("door"), make_env("door-dense")
-    for env in (sparse, dense):
+def test_robotics_env_sparse_raw_and_dense_adroit_rewards() -> None:
+    sparse, raw, dense = make_env("door"), make_env("door-raw"), make_env("door-dense")
+    for env in (sparse, raw, dense):
         env.reset(seed=1)
     action = np.zeros(28, np.float32)
-    assert sparse.step(action)[1] == 0.0 and dense.step(action)[1] != 0.0
-    for env in (sparse, dense):  # the door opened by hand
+    assert sparse.step(action)[1] == 0.0 and raw.step(action)[1] == -0.1 and dense.step(action)[1] != 0.0
+    for env in (sparse, raw, dense):  # the door opened by hand
         core = env.env.unwrapped
         core.data.qpos[core.door_hinge_addrs] = 1.5
     _, reward, terminated, truncated, info = sparse.step(action)
     assert (reward, terminated, truncated, info) == (1.0, True, False, {"success": True})
+    assert raw.step(action)[1:] == (10.0, False, False, {"success": True})
     _, reward, terminated, truncated, info = dense.step(action)
     assert reward > 15 and (terminated, truncated, info) == (False, False, {"success": True})
 
@@ -135,7 +136,8 @@ def test_simulation_renders_every_suite() -> None:
 def test_tasks_page_names_every_task_and_its_own_task_works(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = (Path(__file__).resolve().parent.parent / "docs" / "tasks.md").read_text()
     for name in TASKS:
-        assert f"`{name}`" in text or f"`{'-' + name.partition('-')[2]}`" in text or name.endswith("-dense"), name
+        suffix = "-" + name.partition("-")[2]
+        assert f"`{name}`" in text or f"`{suffix}`" in text or suffix in ("-raw", "-dense"), name
     (tmp_path / "my_tasks.py").write_text(text.split("```python\n")[1].split("```")[0])
     monkeypatch.syspath_prepend(tmp_path)
     env = make_env("my_tasks:Line-v0")

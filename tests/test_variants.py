@@ -5,7 +5,8 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -32,7 +33,7 @@ OWN = {
     },
     ogpo_extraction: {
         *("ActorArgs", "group_advantage", "advantage_weights", "flow_losses", "awr_loss", "ofpo_loss"),
-        *("extraction_loss", "update_actor"),
+        *("Extraction", "extraction_loss", "update_actor"),
     },
     ogpo_reference: {
         *("ReferenceArgs", "Args", "blend", "penalised_advantage", "ppo_loss", "Agent"),
@@ -41,6 +42,7 @@ OWN = {
     ogpo_released: {
         *("PolicyArgs", "ActorArgs", "CriticArgs", "default_args", "step_mean", "sample_chain", "chain_log_prob"),
         *("adamw", "Agent", "update_bc", "update_actor", "update_critic", "update", "pretrain"),
+        *("PretrainArgs", "best_of_n", "act_best_of_n"),
     },
 }
 
@@ -129,7 +131,10 @@ def test_advantage_weights_by_hand() -> None:
     advantage = torch.tensor([-20.0, 0.0, 10.0, 100.0])
     e = math.e
     assert ogpo_extraction.advantage_weights(advantage, "ofpo", 10.0) is advantage
-    for kind, want in (("aw_ogpo", [e**-2, 1, e, 20]), ("awr_fm", [e**-2, 1, e, 20]), ("aw_ogpo_nn", [1, 1, e, 20])):
+    every, positive, asymmetric = [e**-2, 1, e, 20], [0, 0, e, 20], [1, 1, e, 20]  # the three modes as released
+    for kind, want in (
+        ("aw_ogpo", every), ("awr_fm", every), ("aw_ogpo_nn", positive), ("aw_ogpo_asymmetric", asymmetric)
+    ):  # fmt: skip
         assert ogpo_extraction.advantage_weights(advantage, kind, 10.0).tolist() == pytest.approx(want, rel=1e-6)
 
 
@@ -152,6 +157,66 @@ def test_awr_loss_renormalises_its_weights() -> None:
     got = ogpo_extraction.awr_loss(losses, torch.tensor([1.0, 3.0]))
     assert got.item() == pytest.approx(0.5 * 2 + 1.5 * 5)
     assert ogpo_extraction.awr_loss(losses, torch.tensor([10.0, 30.0])).item() == pytest.approx(got.item())
+
+
+def test_awr_loss_released_means_are_over_states() -> None:
+    """Two states, two chains each: the first chains weigh 1 and 3, the second ones 2 and 2."""
+    losses, weight = torch.tensor([[1.0], [2.0], [3.0], [4.0]]), torch.tensor([1.0, 2.0, 3.0, 2.0])
+    got = ogpo_extraction.awr_loss(losses, weight, group=2)
+    assert got.item() == pytest.approx(1 / 2 * 1 + 1 * 2 + 3 / 2 * 3 + 1 * 4)
+    assert ogpo_extraction.awr_loss(losses, weight).item() == pytest.approx((1 + 4 + 9 + 8) / 2)
+
+
+def test_flow_losses_released_are_sums_and_twice_huber() -> None:
+    """d^2 up to 1, 2 |d| - 1 beyond, summed over the chunk; without Huber the sum of squares."""
+    agent, _ = small_agent(ogpo_extraction)
+    obs, action = torch.randn(6, 5), 2 * torch.randn(6, 8)
+    x0, t = torch.randn(6, 3, 8), torch.rand(6, 3)
+    x_t = (1 - t[..., None]) * x0 + t[..., None] * action[:, None]
+    d = (agent.actor(obs[:, None], x_t, agent.actor.embed(t)) - (action[:, None] - x0)).abs()
+    assert (d < 1).any() and (d > 1).any()
+    squares, huber = (
+        ogpo_extraction.flow_losses(agent.actor, obs, action, x0, t, huber=h, released=True) for h in (False, True)
+    )
+    torch.testing.assert_close(squares, d.square().sum(-1))
+    torch.testing.assert_close(huber, torch.where(d <= 1, d.square(), 2 * d - 1).sum(-1))
+
+
+@pytest.mark.parametrize("by_draw", [False, True])
+def test_ofpo_loss_is_the_released_one_on_any_losses(by_draw: bool) -> None:
+    """Losses capped at 4, their difference at 5, ratio of the mean over draws or of each; mean of the PPO minimum."""
+    g = torch.Generator().manual_seed(0)
+    old, new = 8 * torch.rand(40, 6, generator=g), 8 * torch.rand(40, 6, generator=g)
+    advantage, draws = torch.randn(40, generator=g), (old.clip(0, 4).double(), new.clip(0, 4).double())
+    gap = draws[0] - draws[1] if by_draw else draws[0].mean(1, keepdim=True) - draws[1].mean(1, keepdim=True)
+    ratio = gap.clip(-5, 5).exp()
+    want = -torch.minimum(ratio * advantage[:, None], ratio.clip(0.99, 1.01) * advantage[:, None]).mean()
+    got = ogpo_extraction.ofpo_loss(new, old, advantage, 0.01, by_draw=by_draw) / 40
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(("kind", "released"), [("awr_fm", False), ("awr_fm", True), ("ofpo", True)])
+def test_update_actor_extraction_takes_the_actions_and_the_batch_it_should(
+    kind: str, released: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """AWR-FM: ends of noisy chains, released and OFPO: noise-free actions; AWR-FM's weights are of the whole batch."""
+    agent, args = small_agent(
+        ogpo_extraction, extraction=kind, released_losses=released, bc_coef=0.0, temperature=0.01, advantage="vanilla"
+    )
+    agent.critic_ema.forward = lambda obs, action: (
+        9 * action.sum(-1).expand(3, -1)
+    )  # the weight of some underflows to 0
+    seen = {}
+
+    def record(agent: object, obs: torch.Tensor, chain: torch.Tensor, *more: object) -> tuple:
+        seen["chain"], seen["weight"] = chain, more[1]
+        return original(agent, obs, chain, *more)
+
+    original = ogpo_extraction.extraction_loss
+    monkeypatch.setattr(ogpo_extraction, "extraction_loss", record)
+    ogpo_extraction.update_actor(agent, torch.randn(8, 5), None, args)
+    assert seen["chain"].shape == (32, 1 if released else args.policy.flow_steps + 1, 8)
+    assert kind == "ofpo" or (seen["weight"] == 0).any()
 
 
 def test_ofpo_loss_by_hand() -> None:
@@ -184,12 +249,14 @@ def test_update_actor_bptt_follows_the_gradient_of_q_through_the_chain() -> None
     torch.testing.assert_close(got, gradients(agent.actor), rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("kind", ["awr_fm", "aw_ogpo", "aw_ogpo_nn", "ofpo", "ofpo++"])
-def test_update_actor_extractions_raise_what_the_critics_like(kind: str) -> None:
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("kind", ["awr_fm", "aw_ogpo", "aw_ogpo_nn", "aw_ogpo_asymmetric", "ofpo", "ofpo++"])
+def test_update_actor_extractions_raise_what_the_critics_like(kind: str, released: bool) -> None:
     """One state, critics that like positive actions: after a few updates the policy's actions are more positive."""
     agent, args = small_agent(
         ogpo_extraction,
         extraction=kind,
+        released_losses=released,
         bc_coef=0.0,
         temperature=1.0,
         group=32,
@@ -237,7 +304,7 @@ def test_penalised_advantage_by_hand() -> None:
     r = ogpo_reference.ReferenceArgs(penalty=0.5, penalty_sigma=2.0, sharpness=5.0)
     q = torch.tensor([[[1.0, 3.0]], [[1.0, 1.0]]])
     log_rho = torch.tensor([[1.0, 2.0]]).log()
-    beta = 0.5 * (0 + math.sqrt(2)) / 2 / 2  # standard deviations 0 and sqrt(2)
+    beta = 0.5 * (0 + 1) / 2 / 2  # standard deviations 0 and 1, over both heads
     w = 1 / (1 + math.exp(-5))
     values = [1 - beta, (1 - w) * 2 + w * 1 - 2 * beta]
     advantage, got = ogpo_reference.penalised_advantage(q, log_rho, r)
@@ -250,6 +317,15 @@ def test_penalised_advantage_by_hand() -> None:
     centre = sum(values) / 2
     got = ogpo_reference.penalised_advantage(q, log_rho, r)[0]
     assert got[0].tolist() == pytest.approx([v - centre for v in values], abs=1e-6)
+
+
+def test_penalised_advantage_beta_is_that_of_the_whole_batch() -> None:
+    """The mean over all states and chains of the deviation over M heads, not M - 1: at M = 4 smaller by 13 %."""
+    r, q = ogpo_reference.ReferenceArgs(), torch.randn(4, 6, 5)
+    beta = ogpo_reference.penalised_advantage(q, torch.zeros(6, 5), r)[1].item()
+    spread = (q - q.mean(0)).square().sum(0)
+    assert beta == pytest.approx(0.1 * (spread / 4).sqrt().mean().item(), rel=1e-5)
+    assert beta == pytest.approx(0.1 * (spread / 3).sqrt().mean().item() * math.sqrt(3 / 4), rel=1e-5)
 
 
 def test_ppo_loss_upper_bound_of_the_ratio() -> None:
@@ -305,6 +381,31 @@ def test_update_actor_forward_kl_pulls_towards_samples_of_the_reference() -> Non
     assert "forward_kl" in info and apart() < 0.5 * before
 
 
+@pytest.mark.parametrize("noisy", [False, True])
+def test_update_actor_forward_kl_clones_noise_free_actions_or_ends_of_chains(
+    noisy: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    agent, args = small_agent(
+        ogpo_reference, regularize="none", forward_kl=0.1, forward_kl_noise=noisy, bc_coef=0.0, noise_std=0.3
+    )
+    agent.critic_ema.forward = lambda obs, action: torch.zeros(3, len(obs))  # no advantage
+    perturbed(agent.actor_slow, 0.3)
+    cloned, obs, p = [], torch.randn(8, 5), args.policy
+    loss = ogpo_reference.bc_loss
+    monkeypatch.setattr(ogpo_reference, "bc_loss", lambda *rest: cloned.append(rest[2]) or loss(*rest))
+    state = agent.rng.state_dict()
+    ogpo_reference.update_actor(agent, obs, None, args)
+    agent.rng.load_state_dict(state)
+    agent.rng.randn(32, p.flow_steps + 1, 8)  # of the chains whose values are compared
+    noise = agent.rng.randn(8, p.flow_steps + 1, 8) if noisy else agent.rng.randn(8, 8)
+    before, _ = small_agent(ogpo_reference)
+    perturbed(before.actor_slow, 0.3)  # as it was before the update moved it
+    with torch.no_grad():
+        ends = og.sample_chain(before.actor_slow, obs, noise, p)[0][:, -1].clamp(-1, 1) if noisy else None
+        want = ends if noisy else og.sample_ode(before.actor_slow, obs, noise, p.flow_steps)
+    assert torch.equal(cloned[0], want)
+
+
 # --- warm starts of the critics ---------------------------------------------------------------------------------------
 
 
@@ -338,6 +439,9 @@ def test_calql_term_by_hand() -> None:
     q_policy, returns = torch.tensor([[[-5.0, 4.0]]]), torch.tensor([1.0])
     want = math.log(math.exp(0) + math.exp(3) + math.exp(1) + math.exp(4)) - 2
     assert ogpo_critic.calql_term(q_data, q_random, q_policy, returns).item() == pytest.approx(want, rel=1e-6)
+    # released: the random 0 counts as 1 too, and the demonstrated action is one of five
+    want = math.log(math.exp(1) + math.exp(3) + math.exp(1) + math.exp(4) + math.exp(2)) - 2
+    assert ogpo_critic.calql_term(q_data, q_random, q_policy, returns, True).item() == pytest.approx(want, rel=1e-6)
 
 
 def demonstrated(chunk: int = 4) -> ReplayBuffer:
@@ -504,7 +608,9 @@ def test_group_advantage_other_rules_on_hand_made_ensembles() -> None:
     advantage = ogpo_extraction.group_advantage
     assert advantage(q, "penultimate").tolist() == [[2.0, -2.0, 0.0]]
     assert torch.allclose(advantage(q, "positive"), torch.tensor([[2.0, 0.0, 0.0]]))
-    assert torch.allclose(advantage(q, "grpo"), torch.tensor([[1.0, -1.0, 0.0]]))  # deviation 2
+    deviation = math.sqrt(8 / 3)  # of 2, -2 and 0, over three
+    assert torch.allclose(advantage(q, "grpo"), torch.tensor([[2.0, -2.0, 0.0]]) / deviation)
+    assert torch.equal(advantage(torch.ones(3, 1, 4), "grpo"), torch.zeros(1, 4))
     for kind in ("vanilla", "conservative"):
         assert torch.equal(advantage(q, kind), og.group_advantage(q, kind))
 
@@ -533,7 +639,8 @@ def test_reduce_samples_on_hand_values() -> None:
 
 CORRECTED = dict(
     normalize_obs=True, score_correction="matched", clip_mean="last", clip_chain_end=False, bc_fallback=False,
-    pessimistic_init=True, success_critic=False, critic_weight_decay=0.0,
+    pessimistic_init=True, success_critic=False, critic_weight_decay=0.0, distinct_heads=True,
+    target_before_actor=False, ema_lag=False, bc_stop_policy="ode",
 )  # fmt: skip
 
 
@@ -562,7 +669,9 @@ def test_default_args_released_paper_preset_is_the_released_table() -> None:
     want = dict(
         chunk=4, gamma=0.99, flow_steps=10, critic_ema=0.05, actor_ema=0.005, noise_std=0.05, bc_coef=1.0,
         advantage="conservative", success_critic=True, actor_hidden=(512,) * 4, critic_hidden=(512,) * 4,
-        bc_steps=500_000, bc_stop_success=0.45, start_training=10_000, total_steps=2_000_000, eval_every=10_000,
+        bc_steps=500_000, bc_stop_success=0.45, bc_eval_every=5_000, bc_stop_policy="bon", ema_lag=True,
+        bc_cosine=False, distinct_heads=False, target_before_actor=True, eval_every=10_000,
+        start_training=10_000, total_steps=2_000_000,
         critic_batch=256, states=256, success_batch=256, group=32, clip=0.01, heads=10, update_every=1,
         replay_size=2_000_000, best_of_n=8, best_of_n_heads=2, noise_clip=3.0, max_grad_norm=1_000.0,
         normalize_obs=False, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000,
@@ -574,6 +683,130 @@ def test_default_args_released_paper_preset_is_the_released_table() -> None:
     assert {k: a[k] for k in want} == want
     assert not ogpo_released.default_args("lift", "paper", "ogpo").critic.success_critic
     assert not ogpo_released.default_args("tool_hang", "paper").critic.success_critic
+
+
+def test_default_args_released_paper_preset_by_task() -> None:
+    """Where the other columns of the table differ from Square's."""
+    long = dict(chunk=8, gamma=0.999, actor_hidden=(512,) * 5, start_training=40_000, eval_every=20_000)
+    for name, want in (
+        ("tool_hang", long | dict(bc_eval_every=10_000, bc_steps=500_000, total_steps=2_000_000, success_critic=False)),
+        ("transport", long | dict(bc_eval_every=20_000, bc_steps=1_000_000, total_steps=3_000_000, bc_cosine=True)),
+        ("kitchen-mixed", dict(bc_eval_every=20_000, eval_every=20_000, bc_stop_success=1.0, success_critic=False)),
+        ("door-raw", dict(bc_eval_every=1_000, bc_steps=50_000, gamma=0.95, flow_steps=3, actor_ema=0.05)),
+        ("door-raw", dict(advantage="vanilla", reward_offset=0.0, success_bonus=0.0, success_critic=False)),
+    ):
+        a = cli.flatten(ogpo_released.default_args(name, "paper", "ogpo+ca"))
+        assert {k: a[k] for k in want} == want, name
+    assert og.default_args("door-raw", "paper").actor.advantage == "conservative"
+
+
+class Lessons:
+    """Demonstrations for `pretrain`: 40 chunks of 4 steps."""
+
+    def chunks(self, horizon: int) -> tuple[np.ndarray, np.ndarray]:
+        rng = np.random.default_rng(0)
+        return rng.normal(size=(40, 5)).astype(np.float32), rng.uniform(-1, 1, (40, 8)).astype(np.float32)
+
+
+def clone(folder: Path, rates: dict[int, float], steps: int, **changes: object) -> tuple[SimpleNamespace, list[str]]:
+    """A small agent of ogpo_released.py cloned where the evaluation at a step finds `rates`, and who was evaluated."""
+    agent, args = small_agent(ogpo_released, bc_steps=steps, bc_eval_every=5, bc_stop_success=0.45, **changes)
+    asked: list[str] = []
+
+    def evaluate(use: str, episodes: int, label: str, only: str = "", log: str = "") -> dict[str, SimpleNamespace]:
+        asked.append(only)
+        return {only: SimpleNamespace(rate=rates.get(agent.bc_step, 0.0))}
+
+    run = MagicMock(folder=folder, stop=SimpleNamespace(requested=False), evaluate=evaluate)
+    ogpo_released.pretrain(run, agent, Lessons(), args)
+    return agent, asked
+
+
+def flat(net: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def test_pretrain_released_target_actor_lags_as_its_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every cloning step moves it by the same share; --no-ema-lag and another run's policy begin RL without a lag."""
+    weights, first = [], flat(small_agent(ogpo_released)[0].actor)
+    step = torch.optim.AdamW.step
+
+    def recorded(self: torch.optim.AdamW, *rest: object) -> None:
+        step(self, *rest)
+        weights.append(torch.cat([p.detach().flatten() for group in self.param_groups for p in group["params"]]))
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", recorded)
+    agent, _ = clone(tmp_path, {}, 10, actor_ema=0.1)
+    assert len(weights) == 10
+    average = first
+    for new in weights:
+        average = average + 0.1 * (new - average)
+    torch.testing.assert_close(flat(agent.actor_ema), average)
+    assert torch.equal(flat(agent.actor), weights[-1]) and not torch.allclose(average, weights[-1], atol=1e-3)
+    for changes in (dict(ema_lag=False), dict(cloned=str(tmp_path))):
+        agent, _ = clone(tmp_path, {}, 10, actor_ema=0.1, **changes)
+        assert torch.equal(flat(agent.actor_ema), flat(agent.actor))
+
+
+def test_pretrain_released_stops_by_the_acting_policy_and_keeps_what_crossed(tmp_path: Path) -> None:
+    agent, asked = clone(tmp_path, {5: 0.4, 10: 0.5}, 40)
+    assert agent.bc_step == 10 and asked == ["bon", "bon", "ode"]  # the last one: the cloned policy is measured
+    crossed, _ = clone(tmp_path, {}, 10)
+    assert torch.equal(flat(agent.actor), flat(crossed.actor))
+    agent, asked = clone(tmp_path, {5: 0.4, 10: 0.5}, 40, bc_stop_policy="ode")
+    before, _ = clone(tmp_path, {}, 5)
+    assert asked == ["ode"] * 3 and torch.equal(flat(agent.actor), flat(before.actor))
+
+
+def test_pretrain_released_cosine_rate_is_the_actor_s_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates, step = [], torch.optim.AdamW.step
+    monkeypatch.setattr(
+        torch.optim.AdamW, "step", lambda self, *rest: rates.append(self.param_groups[0]["lr"]) or step(self, *rest)
+    )
+    schedule = dict(actor_lr=9.0, actor_lr_min=1e-5, actor_lr_warmup=2, actor_lr_period=6, bc_lr=3e-5)
+    clone(tmp_path, {}, 8, bc_cosine=True, **schedule)
+    falling = [1e-5 + 1e-5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert rates == pytest.approx([1e-5, 2e-5, *falling, 1e-5, 2e-5])
+    rates.clear()
+    clone(tmp_path, {}, 8, **schedule)
+    assert rates == [3e-5] * 8
+
+
+def test_best_of_n_released_draws_heads_with_replacement() -> None:
+    """One state, two candidates, three heads; the draws 0.1 and 0.2 both name the first head."""
+    q = torch.tensor([[[5.0, 1.0]], [[0.0, 2.0]], [[0.0, 3.0]]])
+    draws = torch.tensor([[[0.1, 0.4]], [[0.2, 0.9]], [[0.7, 0.0]]])
+    assert ogpo_released.best_of_n(q, draws, 2, distinct=False).tolist() == [0]  # 5 against min(2, 3)
+    assert ogpo_released.best_of_n(q, draws, 2).tolist() == og.best_of_n(q, draws, 2).tolist() == [1]  # 0, min(3, 1)
+    same, many = 0, torch.rand(10, 20_000, 1, generator=torch.Generator().manual_seed(0))
+    for head in range(10):  # both draws name this head: nothing else counts
+        q = torch.zeros(10, 20_000, 1)
+        q[head] = 1.0
+        same += (q.gather(0, (many[:2] * 10).long()).amin(0) == 1).float().mean().item()
+    assert same == pytest.approx(0.1, abs=0.01)
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_update_released_targets_come_from_the_target_actor_before_its_step(
+    before: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(0)
+    buffer = ReplayBuffer(500, 5, 2, 4)
+    for _ in range(3):
+        actions = rng.uniform(-1, 1, (20, 2)).astype(np.float32)
+        buffer.add_episode(rng.normal(size=(21, 5)).astype(np.float32), actions, -np.ones(20), True, True)
+    agent, args = small_agent(ogpo_released, target_before_actor=before, success_min=8)
+    seen, critic = [], ogpo_released.update_critic
+    monkeypatch.setattr(
+        ogpo_released, "update_critic", lambda agent, *rest: seen.append(flat(agent.actor_ema)) or critic(agent, *rest)
+    )
+    old = flat(agent.actor_ema)
+    ogpo_released.update(agent, buffer, args, rng)
+    moved = old + args.policy.actor_ema * (flat(agent.actor) - old)
+    torch.testing.assert_close(flat(agent.actor_ema), moved)
+    assert len(seen) == 2 and (moved - old).abs().max() > 1e-6  # on the batch and on successes
+    for weights in seen:
+        torch.testing.assert_close(weights, old if before else moved, rtol=0, atol=1e-7)
 
 
 def test_sample_chain_released_clip_biases_the_ratio() -> None:

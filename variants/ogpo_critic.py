@@ -117,7 +117,7 @@ class PolicyArgs:
     noise_std: Positive = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
     noise_clip: Positive = 3.0  # standard normal draws are clipped to this many deviations [C]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
-    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
+    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
 
 
@@ -172,6 +172,7 @@ class CriticArgs:
     calql_coef: NonNegative = 5.0  # weight of their conservative term [C]
     calql_actions: Size = 10  # random, present and next actions each in that term [C]
     calql_heads: Size = 2  # heads drawn for it at each update [C]
+    calql_released: bool = False  # bound random actions too, and count the demonstrated one among all, as released
     mc_coef: NonNegative = 0.0  # weight of the regression on the return-to-go; released: 1 when used [S 1.9]
 
 
@@ -321,7 +322,7 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
-    """q, draws (M, n, N) -> best candidate (n,): least of `heads` distinct random heads; 0: mean of all [S 1.8]."""
+    """q, draws (M, n, N) -> best (n,): least of `heads` heads [deviation: released with replacement]; 0: their mean."""
     if heads == 0:
         return q.mean(0).argmax(-1)
     picked = draws.argsort(0)[:heads]
@@ -372,7 +373,7 @@ def returns_to_go(buffer: ReplayBuffer, rows: np.ndarray, gamma: float, floor: f
     """Discounted rewards from each row (n,) to the end of its episode -> (n,) float32 [S 1.9].
 
     A truncated episode goes on with `floor`, the value of never succeeding: a bound from below, as Cal-QL's for
-    sparse rewards [deviation: the released code's treatment is not documented].
+    sparse rewards [deviation: released: with nothing, which makes failures look better].
     """
     ends = buffer.ends[rows]  # (n,)
     steps = np.arange((ends - rows).max())
@@ -382,13 +383,16 @@ def returns_to_go(buffer: ReplayBuffer, rows: np.ndarray, gamma: float, floor: f
     return (total + gamma ** (ends - rows) * (1 - buffer.terminated[ends - 1]) * floor).astype(np.float32)
 
 
-def calql_term(q_data: Tensor, q_random: Tensor, q_policy: Tensor, returns: Tensor) -> Tensor:
+def calql_term(q_data: Tensor, q_random: Tensor, q_policy: Tensor, returns: Tensor, released: bool = False) -> Tensor:
     """Conservative term of Cal-QL [S 1.9]: q_data (M, n), q_random (M, n, C), q_policy (M, n, 2C), returns (n,).
 
-    logsumexp over the actions minus the value of the demonstrated one; values of the policy's actions count at least
-    as much as the return-to-go [deviation: without importance weights, a flow policy having no cheap density].
+    logsumexp over the actions minus the value of the demonstrated one, without importance weights: a flow policy has no
+    cheap density. Values of the policy's actions count at least as much as the return-to-go [deviation: released: those
+    of random ones too, and the demonstrated action is in the logsumexp].
     """
     q_policy = torch.maximum(q_policy, returns[:, None])
+    if released:
+        q_random = torch.cat([torch.maximum(q_random, returns[:, None]), q_data[..., None]], -1)
     return (torch.cat([q_random, q_policy], -1).logsumexp(-1) - q_data).mean()
 
 
@@ -513,7 +517,7 @@ def conservative(agent: Agent, batch: Batch, returns: Tensor, args: Args) -> Ten
     rows = batch.obs.repeat_interleave(3 * c.calql_actions, 0)
     q = functional_call(agent.critic, drawn, (rows, actions.flatten(0, 1))).unflatten(1, (n, -1))  # (M', n, 3C)
     q_data = functional_call(agent.critic, drawn, (batch.obs, batch.actions.flatten(1)))
-    return calql_term(q_data, q[..., : c.calql_actions], q[..., c.calql_actions :], returns)
+    return calql_term(q_data, q[..., : c.calql_actions], q[..., c.calql_actions :], returns, c.calql_released)
 
 
 def update_critic(agent: Agent, batch: Batch, args: Args, buffer: ReplayBuffer, calql: bool = False) -> Info:

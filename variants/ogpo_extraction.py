@@ -55,6 +55,7 @@ from common.start import pick_device, start
 from settings import ogpo as settings
 
 Info = dict[str, Tensor]  # scalars to log
+Extraction = Literal["ogpo", "bptt", "awr_fm", "aw_ogpo", "aw_ogpo_nn", "aw_ogpo_asymmetric", "ofpo", "ofpo++"]
 
 # --- Arguments. Values are the `laptop` preset's; settings/ogpo.py holds what other presets and tasks change. ---------
 
@@ -114,7 +115,7 @@ class PolicyArgs:
     noise_std: Positive = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
     noise_clip: Positive = 3.0  # standard normal draws are clipped to this many deviations [C]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
-    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
+    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
 
 
@@ -135,8 +136,9 @@ class PretrainArgs:
 class ActorArgs:
     """Policy extraction [S 1.4-1.6] and success-buffer regularization [S 1.8]."""
 
-    extraction: Literal["ogpo", "bptt", "awr_fm", "aw_ogpo", "aw_ogpo_nn", "ofpo", "ofpo++"] = "aw_ogpo"  # [S 1.10]
-    temperature: Positive = 10.0  # beta of the weights exp(A / beta) of awr_fm, aw_ogpo and aw_ogpo_nn [C]
+    extraction: Extraction = "aw_ogpo"  # the actor's loss [S 1.10]
+    released_losses: bool = False  # awr_fm and ofpo as released: sums over D, other weights, Huber and actions
+    temperature: Positive = 10.0  # beta of the weights exp(A / beta) of awr_fm and the aw_ogpo family [C]
     draws: Size = 16  # (noise, time) pairs a chain behind the flow-matching losses of awr_fm and ofpo [C]
     advantage: Literal["conservative", "vanilla", "penultimate", "positive", "grpo"] = "conservative"  # [S 1.5]
     states: Size = 64  # replay states per update
@@ -315,7 +317,7 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
-    """q, draws (M, n, N) -> best candidate (n,): least of `heads` distinct random heads; 0: mean of all [S 1.8]."""
+    """q, draws (M, n, N) -> best (n,): least of `heads` heads [deviation: released with replacement]; 0: their mean."""
     if heads == 0:
         return q.mean(0).argmax(-1)
     picked = draws.argsort(0)[:heads]
@@ -329,12 +331,12 @@ def group_advantage(q: Tensor, kind: str) -> Tensor:
     conservative  per head minus its group mean; the smallest magnitude if all heads agree on the sign, else 0
     penultimate   the same gate, the second smallest magnitude
     positive      vanilla, negative values set to 0
-    grpo          vanilla over its group's standard deviation; none of the others is divided by it
+    grpo          vanilla over its group's standard deviation (over G, not G - 1 [C]); no other is divided by it
     """
     per_head = q - q.mean(-1, keepdim=True)
     mean = per_head.mean(0)
     if kind == "grpo":
-        return mean / (mean.std(-1, keepdim=True) + 1e-6)
+        return mean / (mean.std(-1, correction=0, keepdim=True) + 1e-8)
     if kind in ("vanilla", "positive"):
         return mean.clamp(min=0) if kind == "positive" else mean
     low, high = per_head.amin(0), per_head.amax(0)
@@ -353,33 +355,48 @@ def ppo_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float, chai
 
 
 def advantage_weights(advantage: Tensor, kind: str, temperature: float) -> Tensor:
-    """What stands in place of A [S 1.10]: exp(A / beta), at most 20; aw_ogpo_nn lets no weight fall below 1 [C]."""
-    if kind not in ("awr_fm", "aw_ogpo", "aw_ogpo_nn"):
+    """What stands in place of A [S 1.10]: exp(A / beta), at most 20.
+
+    aw_ogpo_nn sets the weights of negative A to 0, aw_ogpo_asymmetric lets none fall below 1 [C: both are modes].
+    """
+    if kind not in ("awr_fm", "aw_ogpo", "aw_ogpo_nn", "aw_ogpo_asymmetric"):
         return advantage
-    lowest = 0.0 if kind == "aw_ogpo_nn" else -math.inf
-    return (advantage.clamp(min=lowest) / temperature).exp().clamp(max=20)
+    lowest = 0.0 if kind == "aw_ogpo_asymmetric" else -math.inf
+    weight = (advantage.clamp(min=lowest) / temperature).exp().clamp(max=20)
+    return weight * (advantage > 0) if kind == "aw_ogpo_nn" else weight
 
 
-def flow_losses(net: VelocityNet, obs: Tensor, action: Tensor, x0: Tensor, t: Tensor, huber: bool = False) -> Tensor:
-    """Flow-matching loss by draw: obs (n, O), action (n, D), x0 (n, T, D) normal, t (n, T) uniform -> (n, T)."""
+def flow_losses(
+    net: VelocityNet, obs: Tensor, action: Tensor, x0: Tensor, t: Tensor, huber: bool = False, released: bool = False
+) -> Tensor:
+    """Flow-matching loss by draw: obs (n, O), action (n, D), x0 (n, T, D) normal, t (n, T) uniform -> (n, T).
+
+    Means over D; released: sums, and twice the Huber loss [C].
+    """
     action = action[:, None]
     x_t = (1 - t[..., None]) * x0 + t[..., None] * action
     velocity = net(obs[:, None], x_t, net.embed(t))
     loss = F.huber_loss if huber else F.mse_loss
-    return loss(velocity, (action - x0).expand_as(velocity), reduction="none").mean(-1)
+    loss = loss(velocity, (action - x0).expand_as(velocity), reduction="none")
+    return loss.sum(-1) * (2 if huber else 1) if released else loss.mean(-1)
 
 
-def awr_loss(losses: Tensor, weight: Tensor) -> Tensor:
-    """AWR-FM: losses (n, T) times weights (n,) renormalised to mean 1; the sum over chains [S 1.10]."""
-    return (losses.mean(-1) * weight / weight.mean()).sum()
+def awr_loss(losses: Tensor, weight: Tensor, group: int = 0) -> Tensor:
+    """AWR-FM: losses (n, T) times weights (n,) renormalised to mean 1; the sum over chains [S 1.10].
+
+    A mean over the whole batch. group G: over the states instead, for each of their G chains on its own [C].
+    """
+    mean = weight.unflatten(0, (-1, group)).mean(0).repeat(len(weight) // group) + 1e-8 if group else weight.mean()
+    return (losses.mean(-1) * weight / mean).sum()
 
 
 def ofpo_loss(losses: Tensor, old: Tensor, advantage: Tensor, clip: float, by_draw: bool) -> Tensor:
     """OFPO: PPO with the ratio exp(old - new flow-matching loss), losses (n, T), advantage (n,) [S 1.10].
 
-    Losses are capped at 4 and their difference at 5 [C]. The ratio is one per chain, or one per draw (OFPO++).
+    Losses are capped at 4 [C]: means over D seldom are, but most of the released code's sums, which then have no
+    gradient. The ratio is one per chain, or one per draw (OFPO++).
     """
-    gain = (old.clamp(max=4) - losses.clamp(max=4)).clamp(-5, 5)  # (n, T)
+    gain = old.clamp(max=4) - losses.clamp(max=4)  # (n, T); its cap at 5 [C] is never reached
     gain = gain if by_draw else gain.mean(-1, keepdim=True)
     advantage = advantage[:, None].expand_as(gain)
     return ppo_loss(gain, torch.zeros_like(gain), advantage, clip, 1)[0] / gain.shape[1]
@@ -477,7 +494,8 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
     rows = obs.repeat_interleave(a.group, 0)  # (B G, O), chains of one state side by side
     noise = agent.rng.randn(len(rows), p.flow_steps + 1, dim)
     with torch.no_grad():
-        if a.extraction in ("bptt", "ofpo", "ofpo++"):  # actions of the noise-free target policy
+        noise_free = ("bptt", "ofpo", "ofpo++", *(("awr_fm",) if a.released_losses else ()))
+        if a.extraction in noise_free:  # actions of the noise-free target policy
             chain = sample_ode(agent.actor_ema, rows, noise[:, 0], p.flow_steps)[:, None]  # (B G, 1, D)
             old = noise.new_zeros(len(rows))
         else:
@@ -486,6 +504,8 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
         advantage = group_advantage(q.unflatten(1, (-1, a.group)), a.advantage).flatten()  # (B G,)
         advantage = advantage_weights(advantage, a.extraction, a.temperature)
         keep = advantage.nonzero().squeeze(-1)  # a chain without advantage has no gradient
+        if a.extraction == "awr_fm":  # whose weights are relative to those of the whole batch
+            keep = torch.arange(len(rows), device=rows.device)
     info = {"nonzero": (advantage != 0).float().mean(), "advantage": advantage.abs().mean()}
     if a.extraction == "bptt":  # -mean Q through all denoising steps; as many actions as there are chains
         loss = -agent.critic_ema(rows, sample_ode(agent.actor, rows, noise[:, 0], p.flow_steps)).mean(0).sum()
@@ -518,11 +538,13 @@ def extraction_loss(
         return ppo_loss(log_prob, old, advantage, a.clip, chains)
     action = chain[:, -1].clamp(-1, 1)
     x0, t = agent.rng.randn(len(obs), a.draws, action.shape[1]), agent.rng.rand(len(obs), a.draws)
+    released = a.released_losses
     if a.extraction == "awr_fm":
-        return awr_loss(flow_losses(agent.actor, obs, action, x0, t), advantage) / chains, {}
-    new = flow_losses(agent.actor, obs, action, x0, t, huber=True)
+        losses = flow_losses(agent.actor, obs, action, x0, t, released=released)
+        return awr_loss(losses, advantage, a.group if released else 0) / chains, {}
+    new = flow_losses(agent.actor, obs, action, x0, t, huber=True, released=released)
     with torch.no_grad():
-        before = flow_losses(agent.actor_ema, obs, action, x0, t, huber=True)
+        before = flow_losses(agent.actor_ema, obs, action, x0, t, huber=True, released=released)
     return ofpo_loss(new, before, advantage, a.clip, by_draw=a.extraction == "ofpo++") / chains, {}
 
 

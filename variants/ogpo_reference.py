@@ -115,7 +115,7 @@ class PolicyArgs:
     noise_std: Positive = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
     noise_clip: Positive = 3.0  # standard normal draws are clipped to this many deviations [C]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
-    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
+    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
 
 
@@ -130,6 +130,7 @@ class ReferenceArgs:
     r_max: Positive = 100.0  # the ratio's upper bound becomes min(1 + epsilon, 1 + r_max / beta)
     slow_rate: Unit = 5e-4  # step size of pi_slow towards the actor
     forward_kl: NonNegative = 0.0  # weight of the flow-matching loss on actions of pi_slow; released: 0.1 when used
+    forward_kl_noise: bool = False  # those actions end noisy chains, as released
 
 
 @dataclass
@@ -327,7 +328,7 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
-    """q, draws (M, n, N) -> best candidate (n,): least of `heads` distinct random heads; 0: mean of all [S 1.8]."""
+    """q, draws (M, n, N) -> best (n,): least of `heads` heads [deviation: released with replacement]; 0: their mean."""
     if heads == 0:
         return q.mean(0).argmax(-1)
     picked = draws.argsort(0)[:heads]
@@ -358,9 +359,10 @@ def blend(q: Tensor, log_rho: Tensor, r: ReferenceArgs) -> Tensor:
 def penalised_advantage(q: Tensor, log_rho: Tensor, r: ReferenceArgs) -> tuple[Tensor, Tensor]:
     """q (M, B, G), log_rho (B, G) -> advantage (B, G), beta () [S 1.9].
 
-    The blended value minus beta rho (kl: beta log rho), minus its group mean.
+    The blended value minus beta rho (kl: beta log rho), minus its group mean. Beta has the heads' standard deviation
+    over M, not M - 1 [C], and is one for the whole batch.
     """
-    beta = r.penalty * q.std(0).mean() / r.penalty_sigma
+    beta = r.penalty * q.std(0, correction=0).mean() / r.penalty_sigma
     q = blend(q, log_rho, r) - beta * (log_rho.exp() if r.regularize == "chi2" else log_rho)
     return q - q.mean(-1, keepdim=True), beta
 
@@ -493,7 +495,12 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
         loss.backward()
         info |= {"pg_loss": loss.detach()} | ppo_info
     if r.forward_kl > 0:
-        action = sample_ode(agent.actor_slow, obs, agent.rng.randn(len(obs), dim), p.flow_steps)
+        if r.forward_kl_noise:
+            noise = agent.rng.randn(len(obs), p.flow_steps + 1, dim)
+            with torch.no_grad():
+                action = sample_chain(agent.actor_slow, obs, noise, p)[0][:, -1].clamp(-1, 1)
+        else:
+            action = sample_ode(agent.actor_slow, obs, agent.rng.randn(len(obs), dim), p.flow_steps)
         loss = bc_loss(agent.actor, obs, action, agent.rng.randn(*action.shape), agent.rng.rand(len(action)))
         (r.forward_kl * loss).backward()
         info["forward_kl"] = loss.detach()

@@ -5,7 +5,8 @@ name the source of a line: [S n.m] a section of docs/ogpo_state.md, [C] the rele
 [deviation: why] marks where we differ.
 
 A variant of ogpo_state.py: `diff ogpo_state.py variants/ogpo_released.py` shows all of it. The switches' defaults are
-what generation 3 of the released scripts runs; with --preset paper so are sizes and schedule.
+what generation 3 of the released scripts runs; with --preset paper so are sizes and schedule. docs/ogpo_state.md
+lists every difference, also those without a switch.
 
     python variants/ogpo_released.py --env square --preset paper
 
@@ -114,9 +115,10 @@ class PolicyArgs:
     score_correction: Literal["matched", "released"] = "released"  # marginal-keeping drift, or 1/K of it
     clip_mean: Literal["last", "all"] = "all"  # which denoising means are clipped to [-1, 1]
     clip_chain_end: bool = True  # the new policy scores the clipped last state: biases the ratio
+    distinct_heads: bool = False  # best-of-N's random heads are distinct, not drawn with replacement
     noise_clip: Positive = 3.0  # standard normal draws are clipped to this many deviations [C]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
-    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads; 0: mean of all [C]
+    best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
 
 
@@ -129,6 +131,9 @@ class PretrainArgs:
     bc_lr: NonNegative = 3e-4  # learning rate
     bc_batch: Size = 256  # chunks per step
     bc_stop_success: Unit = 0.5  # stop at the first evaluation above it, keep the last policy at or below it
+    bc_stop_policy: Literal["ode", "bon"] = "bon"  # evaluated is the noise-free one, or best-of-N, which keeps the last
+    bc_cosine: bool = False  # the learning rate follows the actor's schedule, with bc_lr as its peak
+    ema_lag: bool = True  # the target actor averages over cloning and enters RL as it is
     bc_eval_every: Count = 100  # gradient steps between evaluations
     bc_eval_episodes: Count = 32  # episodes of each of them
 
@@ -165,6 +170,7 @@ class CriticArgs:
     critic_lr: NonNegative = 1e-3  # learning rate; Adam moves a value by about this much an update, over a range of 100
     pessimistic_init: bool = False  # critics start at the value of never succeeding, or near 0
     success_critic: bool = True  # a second critic step on a success batch
+    target_before_actor: bool = True  # targets are drawn from the target actor before the actor's step moves it
     critic_weight_decay: NonNegative = 1e-5  # AdamW weight decay of the critics
     max_grad_norm: Positive = 1_000.0  # gradient-norm clip, in practice inactive
     critic_ema: Unit = 0.05  # step size of the target critics
@@ -323,11 +329,11 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
     return x.clamp(-1, 1)
 
 
-def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
-    """q, draws (M, n, N) -> best candidate (n,): least of `heads` distinct random heads; 0: mean of all [S 1.8]."""
+def best_of_n(q: Tensor, draws: Tensor, heads: int, distinct: bool = True) -> Tensor:
+    """q, draws (M, n, N) -> best (n,): least of `heads` heads, distinct or with replacement; 0: their mean."""
     if heads == 0:
         return q.mean(0).argmax(-1)
-    picked = draws.argsort(0)[:heads]
+    picked = draws.argsort(0)[:heads] if distinct else (draws[:heads] * len(q)).long()
     return q.gather(0, picked).amin(0).argmax(-1)
 
 
@@ -431,7 +437,7 @@ def act_best_of_n(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
     action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B N, D)
     if n > 1:
         q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
-        best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads)
+        best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads, p.distinct_heads)
         action = action.unflatten(0, (-1, n))[torch.arange(len(obs)), best]
     return action.unflatten(1, (p.chunk, -1))
 
@@ -467,18 +473,16 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
     info["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), args.critic.max_grad_norm)
     agent.actor_opt.step()
     agent.actor_updates += 1
-    update_ema(agent.actor_ema, agent.actor, p.actor_ema)
     return info
 
 
-def update_bc(agent: Agent, batch: Batch, args: Args) -> Tensor:
+def update_bc(agent: Agent, batch: Batch) -> Tensor:
     """A cloning step while the actor has no policy gradient."""
     action = batch.actions.flatten(1)  # (n, D)
     loss = bc_loss(agent.actor, batch.obs, action, agent.rng.randn(*action.shape), agent.rng.rand(len(action)))
     agent.actor_opt.zero_grad()
     loss.backward()
     agent.actor_opt.step()
-    update_ema(agent.actor_ema, agent.actor, args.policy.actor_ema)
     return loss.detach()
 
 
@@ -518,18 +522,24 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
     if agent.policy_gradient_on:
         info = update_actor(agent, batch.obs[: a.states], imitated if a.bc_coef > 0 else None, args)
     elif imitated is not None:
-        info = {"bc_loss": update_bc(agent, imitated, args)}
+        info = {"bc_loss": update_bc(agent, imitated)}
+    moved = args.policy.actor_ema if info else 0.0
+    if not c.target_before_actor:
+        update_ema(agent.actor_ema, agent.actor, moved)
     info |= update_critic(agent, batch, args)
     if c.success_critic and success is not None:
         update_critic(agent, success, args)
+    if c.target_before_actor:
+        update_ema(agent.actor_ema, agent.actor, moved)
     agent.updates += 1
     agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
     return info
 
 
 def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
-    """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it."""
+    """Clone until the first evaluation above bc_stop_success; if it was noise-free, go back to the last at or below."""
     c, success = args.pretrain, 0.0
+    lag = args.policy.actor_ema if c.ema_lag else 1.0
     obs, action = (torch.from_numpy(x).to(agent.rng.device) for x in demos.chunks(args.policy.chunk))  # (n, O), (n, D)
     while not c.cloned and agent.bc_step < c.bc_steps and success <= c.bc_stop_success:
         if run.stop.requested:
@@ -537,21 +547,25 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
         rows = agent.rng.randint(0, len(obs), c.bc_batch)
         x0, t = agent.rng.randn(c.bc_batch, action.shape[1]), agent.rng.rand(c.bc_batch)
         loss = bc_loss(agent.actor, obs[rows], action[rows], x0, t)
+        for group in agent.actor_opt.param_groups if c.bc_cosine else ():
+            group["lr"] = periodic_lr(agent.bc_step, cli.override(args.actor, dict(actor_lr=c.bc_lr)))
         agent.actor_opt.zero_grad()
         loss.backward()
         agent.actor_opt.step()
+        update_ema(agent.actor_ema, agent.actor, lag)
         agent.bc_step += 1
         if agent.bc_step % c.bc_eval_every == 0 or agent.bc_step == c.bc_steps:
             run.stop_if_not_finite({"bc_loss": loss.item()})
             label = f"cloning step {agent.bc_step}, loss {loss.item():.3f}"
-            success = run.evaluate("bc", c.bc_eval_episodes, label, only="ode")["ode"].rate
+            success = run.evaluate("bc", c.bc_eval_episodes, label, only=c.bc_stop_policy)[c.bc_stop_policy].rate
             run.log.log(0, {"bc/step": agent.bc_step, "bc/loss": loss.item(), "bc/success": success})
             if success <= c.bc_stop_success:
-                agent.bc_below = copy.deepcopy(agent.actor.state_dict())
+                agent.bc_below = None if c.bc_stop_policy == "bon" else copy.deepcopy(agent.actor.state_dict())
                 run.save()
     cloned = checkpoint.load(Path(c.cloned) / "cloned.pt") if c.cloned else agent.bc_below
     agent.actor.load_state_dict(cloned or agent.actor.state_dict())
-    agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
+    if c.cloned or not c.ema_lag:  # the policy of another run comes without its average
+        agent.actor_ema.load_state_dict(agent.actor.state_dict())
     agent.actor_opt = adamw(agent.actor, args.actor.actor_lr, args.actor.actor_weight_decay)  # afresh [C]
     agent.bc_done, agent.bc_below = True, None
     checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())

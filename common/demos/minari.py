@@ -21,7 +21,7 @@ except ImportError as error:
 
 def dataset_name(task: TaskSpec, release: str) -> str:
     """Minari's name of the task's data set; `release` is one of `TaskSpec.datasets`."""
-    return f"D4RL/{'kitchen' if task.suite == 'kitchen' else task.name.removesuffix('-dense')}/{release}-v2"
+    return f"D4RL/{'kitchen' if task.suite == 'kitchen' else task.name.partition('-')[0]}/{release}-v2"
 
 
 def read_dataset(name: str, task: TaskSpec) -> tuple[Floats, Floats, NDArray[np.int64]]:

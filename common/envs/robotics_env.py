@@ -30,7 +30,7 @@ class RoboticsEnv(Simulation):
     """An Adroit or Kitchen task with flat float32 observations and `info["success"]`.
 
     Adroit: 24 joints of a hand and up to 6 of the arm; the benchmark's observation; sparse tasks pay 1 on success, else
-    0, and end there [deviation: the benchmark pays 10 and -0.1 and goes on]; dense ones are the benchmark's.
+    0, and end there [deviation: the benchmark pays 10 and -0.1 and goes on]; raw and dense ones are the benchmark's.
 
     Kitchen: 9 joint velocities of a Franka arm; observation (59,) with the achieved goals of the four tasks and their
     desired ones after it, by name; the reward is the number of tasks complete now; all four complete is success and
@@ -46,7 +46,6 @@ class RoboticsEnv(Simulation):
             # Rewards as in the paper's data: what is complete counts at every step.
             more = dict(tasks_to_complete=list(task.goals), remove_task_when_completed=False)
         self.env = gym.make(task.env_name, max_episode_steps=-1, **more)
-        self.sparse = task.suite == "adroit" and "Sparse" in task.env_name
 
     def _start(self, seed: int) -> NDArray[np.float32]:
         return flat_observation(self.env.reset(seed=seed)[0], self.task)
@@ -54,9 +53,9 @@ class RoboticsEnv(Simulation):
     def _act(self, action: NDArray[np.float32]) -> tuple[NDArray[np.float32], float, bool, bool]:
         obs, reward, terminated, _, info = self.env.step(action)
         kitchen = self.task.suite == "kitchen"
-        success = terminated if kitchen else info["success"]
-        reward = success if self.sparse else reward
-        return flat_observation(obs, self.task), reward, success and (kitchen or self.sparse), success
+        success, own = terminated if kitchen else info["success"], kitchen or self.task.raw
+        reward = reward if own else success
+        return flat_observation(obs, self.task), reward, success and not self.task.raw, success
 
     def close(self) -> None:
         """Frees the renderers and the simulation."""
