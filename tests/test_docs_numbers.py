@@ -269,7 +269,8 @@ ALLOWED = {  # kind -> what it looks like
     "level that a table names": r"[Ss]teps to 0\.\d(?: and 0\.\d)?|episodes at 0\.9",
     "number of a paper": r"the paper: 0\.8 for LM1B|48 to 53 % is one of 14 to 27 % .* 0\.27, 0\.20, 0\.14 on Square",
     "setting of the released code": r"\(the script says 3e-4\)|at 3e-4 a short run|plus 1e-8"
-    r"|cosine, (?:peak 3e-4|1e-8 to 4\.5e-5)|1e-6 on ToolHang|\| least of two random heads; noise 0\.01|3e-4 to 4\.5e-5|1e-5 \(Square\), 1e-6 \(ToolHang"
+    r"|cosine, (?:peak 3e-4|1e-8 to 4\.5e-5)|1e-6 on ToolHang"
+    r"|\| least of two random heads; noise 0\.01|3e-4 to 4\.5e-5|1e-5 \(Square\), 1e-6 \(ToolHang"
     r"|10(?: or|.* else) \u22120\.1|noise of 0\.01 .* 3e-4; the scripts run 0\.05 .* 4\.5e-5",
     "bound in the code": r"kept above 1e-3|not fall below 1e-3|at least 1e-6|decay of the critics \| 1e-5",
     "setting of a benchmark": r"starts 1e-15 faster|below 0\.9 it trades .* 0\.7 to 0\.8 reads best",
