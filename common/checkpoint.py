@@ -14,7 +14,6 @@ import torch
 
 from common.errors import RunError, UserError, first_line
 
-VERSION = 2  # of what checkpoints hold; 1 did not say so
 _PLAIN = (torch.Tensor, str, int, float, bool, bytes, type(None))
 
 
@@ -31,7 +30,7 @@ def save(path: Path, state: dict[str, Any]) -> None:
     tmp = _tmp(path)
     try:
         with open(tmp, "wb") as file:
-            torch.save({"version": VERSION} | state, file)
+            torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
         if path.exists():

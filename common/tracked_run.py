@@ -11,6 +11,8 @@ from common.errors import RunError, UserError, first_line
 from common.runlog import RunLog
 from common.start import CHECKPOINT
 
+VERSION = 2  # of what a run's checkpoints hold; 1 did not say so
+
 
 class TrackedRun(ExitStack):
     """Writes log and checkpoints to its folder, and goes on from a checkpoint. Without a log it writes nothing.
@@ -50,7 +52,7 @@ class TrackedRun(ExitStack):
                     version = self.saved.get("version", 1)
                     raise UserError(
                         f"{self.folder}: the checkpoint's {name} does not fit this script ({first_line(error)}); it "
-                        f"has version {version}, this code writes {checkpoint.VERSION}: use the code that made it"
+                        f"has version {version}, this code writes {VERSION}: use the code that made it"
                     ) from error
 
     def save(self) -> None:
@@ -67,7 +69,7 @@ class TrackedRun(ExitStack):
     def _state(self) -> dict[str, Any]:
         parts = {name: checkpoint.pack(part) for name, part in self.parts.items()}
         args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
-        return {"args": args, "step": self.step, "log": self.log.position()} | parts
+        return {"version": VERSION, "args": args, "step": self.step, "log": self.log.position()} | parts
 
     def _stop_on(self, bad: list[str]) -> None:
         if bad:

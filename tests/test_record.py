@@ -17,6 +17,7 @@ import ogpo_pixels
 import ogpo_state
 from common import checkpoint, record
 from common.errors import UserError
+from common.tracked_run import VERSION
 
 ROOT = Path(__file__).resolve().parents[1]
 WEIGHTS = (ogpo_state.VelocityNet, ogpo_state.CriticEnsemble)
@@ -155,7 +156,7 @@ def test_load_run_of_an_earlier_version_says_what_does_not_fit(tmp_path: Path) -
     ogpo_state.main([*line, "--total-steps", "60", "--start-training", "60", "--bc-steps", "5"])
     path = tmp_path / "a" / "checkpoint.pt"
     state = checkpoint.load(path)
-    assert state["version"] == checkpoint.VERSION
+    assert state["version"] == VERSION
     del state["agent"]["critic"]
     checkpoint.save(path, state)
     with pytest.raises(UserError, match="the checkpoint's agent does not fit this script"):
