@@ -178,7 +178,7 @@ def test_start_refuses_to_overwrite_or_to_change_a_run_s_networks(tmp_path: Path
 def test_stop_if_not_finite_leaves_a_dump(tmp_path: Path) -> None:
     done = train(tmp_path, *SMALL, "--total-steps", "600", "--run-name", "run", "--critic-lr", "1e30", check=1)
     assert "not finite" in done.stderr and "Traceback" not in done.stderr
-    assert checkpoint.load(tmp_path / "run" / "nonfinite.pt")["step"] <= 600
+    assert torch.load(tmp_path / "run" / "nonfinite.pt", weights_only=True)["step"] <= 600
 
 
 def test_check_run_dir_unwritable_is_said_before_training(tmp_path: Path) -> None:
@@ -237,8 +237,9 @@ def test_main_trains_on_own_environment_and_demonstrations(tmp_path: Path, monke
     assert "best-of-N policy: success" in out
     cloned = next(row for row in read_metrics(tmp_path / "run") if "eval/ode_success" in row)
     assert cloned["eval/ode_success"] == 1.0 and cloned["eval/ode_length"] < 10  # 5 steps of 0.2 reach the goal
-    train(tmp_path, "--eval", str(tmp_path / "run"))
-    train(tmp_path, "--resume", str(tmp_path / "run"), "--total-steps", "400")
+    assert "runs code of the module" in train(tmp_path, "--eval", str(tmp_path / "run"), check=2).stderr
+    train(tmp_path, "--eval", str(tmp_path / "run"), "--env", "mine:Line-v0")
+    train(tmp_path, "--resume", str(tmp_path / "run"), "--env", "mine:Line-v0", "--total-steps", "400")
     refused = train(tmp_path, *SMALL, "--demos", str(tmp_path / "line.hdf5"), check=2)
     assert "line.hdf5" in refused.stderr
 
