@@ -300,7 +300,7 @@ def test_main_long_tasks_run_at_their_paper_settings(tmp_path: Path, name: str, 
     cut = ["--bc-steps", "2", "--bc-eval-every", "2", "--bc-eval-episodes", "1", "--eval-episodes", "1", "--no-video"]
     cut += ["--eval-envs", "1"]
     cut += ["--horizon", "40", "--collect-horizon", "40", "--total-steps", "360", "--log-every", "360"]
-    cut += ["--eval-every", "1000"] + (["--start-training", "360", "--update-every", "360"] if updates else [])
+    cut += ["--eval-every", "1000", "--start-training", "360", "--update-every", "360" if updates else "1000"]
     out = train(tmp_path, "--env", name, "--preset", "paper", "--demos", str(demos), "--run-name", "run", *cut).stdout
     assert "best-of-N policy: success 0.00" in out
     args = json.loads((tmp_path / "run" / "args.json").read_text())["args"]
