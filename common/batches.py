@@ -112,10 +112,7 @@ def _permutation(rows: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def row_noise(step: int, places: range, shape: tuple[int, ...], seed: int, device: torch.device) -> Tensor:
-    """Standard normal (len(places), *shape): a function of seed, step and the row's place in the global batch.
-
-    So any number of processes and micro-batches draws the same noise.
-    """
+    """Standard normal (len(places), *shape): a function of seed, step and the row's place in the global batch."""
     generator = torch.Generator(device)
     seeds = (mixed_seed(seed, 2, step, place) for place in places)
     return torch.stack([torch.randn(shape, generator=generator.manual_seed(s), device=device) for s in seeds])

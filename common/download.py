@@ -16,11 +16,21 @@ ADDRESS = re.compile(r"https://huggingface\.co/(datasets/)?([^/]+/[^/]+)/resolve
 def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Path:
     """`path`, downloaded from the hub's `url` if it is missing, and checked as `check_digest` does.
 
-    Raises UserError without a network, with `otherwise` as the remedy besides placing the file by hand.
+    A dropped connection is taken up again; what fails leaves nothing. Raises UserError without a network,
+    with `otherwise` as the remedy besides placing the file by hand.
     """
     if not path.is_file():
+        dataset, repository, revision, name = ADDRESS.fullmatch(url).groups()
+        where = {"repo_type": "dataset" if dataset else "model", "revision": revision}
         try:
-            _download(path, url, known)
+            # Without a network this fails at once, where the download tries for long.
+            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name, **where))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
+                file = Path(huggingface_hub.hf_hub_download(repository, name, local_dir=folder, **where))
+                if known and sha256(file) != known:
+                    raise OSError("its sha256 is not the expected one")
+                os.replace(file, path)
         except Exception as error:  # hub, network and disk each have exceptions of their own
             file = f"the file (sha256 {known[:12]}...)" if known else "the file"
             raise UserError(
@@ -35,8 +45,7 @@ def check_digest(path: Path, known: str | None = None) -> Path:
     Where that is None, the file's own is written beside it (NAME.sha256) on first use and compared later: damage
     and change after the download are noticed, the download itself is trusted. Raises UserError if it differs.
     """
-    digest = sha256(path)
-    manifest = path.with_name(path.name + ".sha256")
+    digest, manifest = sha256(path), path.with_name(path.name + ".sha256")
     if known is None and not manifest.exists():
         write_atomic(manifest, f"{digest}  {path.name}\n".encode())
     expected = known or (manifest.read_text().split() or ["nothing"])[0]
@@ -47,17 +56,3 @@ def check_digest(path: Path, known: str | None = None) -> Path:
             f"{path} has sha256 {digest[:12]}..., not {expected[:12]}...: {why}; delete it{also} to download it again"
         )
     return path
-
-
-def _download(path: Path, url: str, known: str | None) -> None:
-    """The file at `path`, whole and as its sha256 says, or nothing. A dropped connection is taken up again."""
-    dataset, repository, revision, name = ADDRESS.fullmatch(url).groups()
-    where = {"repo_type": "dataset" if dataset else "model", "revision": revision}
-    # Without a network this fails at once, where the download tries for long.
-    huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name, **where))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
-        file = Path(huggingface_hub.hf_hub_download(repository, name, local_dir=folder, **where))
-        if known and sha256(file) != known:
-            raise OSError("its sha256 is not the expected one")
-        os.replace(file, path)

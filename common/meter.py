@@ -19,10 +19,7 @@ class Meter:
         self, net: nn.Module, *, batch: int, layers: int, length: int, width: int, processes: int, bf16: bool,
         step: int, forwards: float = 0.0,
     ) -> None:  # fmt: skip
-        """batch: rows of a step, over all processes; forwards: passes without gradients in a step, per row.
-
-        step: the one that training begins with.
-        """
+        """batch: rows of a step, over all processes; step: the first; forwards: passes without gradients, per row."""
         self.device, self.tokens = next(net.parameters()).device, batch * length
         weights = sum(m.weight.numel() for m in net.modules() if isinstance(m, nn.Linear))
         self.work = self.tokens * (3 + forwards) * (2 * weights + 4 * layers * length * width) / processes

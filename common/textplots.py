@@ -11,31 +11,23 @@ from common.judge.metrics import REAL, TextScore
 def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: str = "") -> None:
     """Two panels, written atomically: perplexity over network calls; perplexity against per-sample entropy.
 
-    Args:
-        series: {label: lines of one table}; lines named "N steps" are joined in that order, that of real text (the
-            same in all tables of one corpus) is drawn once, as a dashed line and a star. Empty texts, which an
-            untrained network writes, have no perplexity: their lines are left out.
-        path: of the PNG.
-        title: of the figure.
+    series: {label: lines of one table}. Lines named "N steps" are joined in that order; that of real text, the same in
+    all tables of one corpus, is drawn once, as a dashed line and a star. Lines without a perplexity are left out: those
+    of empty texts, which an untrained network writes.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4), layout="constrained")
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, sharey=True)
     for label, scores in series.items():
         made = [score for score in scores if score.text != REAL and math.isfinite(score.perplexity)]
-        steps = [int(score.text.split()[0]) for score in made]
+        calls, entropy = [int(score.text.split()[0]) for score in made], [score.entropy for score in made]
         perplexity = [score.perplexity for score in made]
-        (line,) = left.plot(steps, perplexity, "o-", markersize=4, label=label)
-        right.plot([score.entropy for score in made], perplexity, "o-", markersize=4, color=line.get_color())
-        for n, score in zip(steps, made, strict=True):
-            right.annotate(
-                str(n), (score.entropy, score.perplexity), fontsize=7, xytext=(3, 3), textcoords="offset points"
-            )
-    first = next(iter(series.values()))
-    real = next(score for score in first if score.text == REAL)
+        (line,) = left.plot(calls, perplexity, "o-", markersize=4, label=label)
+        right.plot(entropy, perplexity, "o-", markersize=4, color=line.get_color())
+        for n, *place in zip(calls, entropy, perplexity, strict=True):
+            right.annotate(str(n), place, fontsize=7, xytext=(3, 3), textcoords="offset points")
+    real = next(score for scores in series.values() for score in scores if score.text == REAL)
     left.axhline(real.perplexity, color="black", linestyle="--", linewidth=1, label=REAL)
     right.plot([real.entropy], [real.perplexity], "k*", markersize=10)
     left.set_xlim(left=0.9)

@@ -6,6 +6,7 @@ import math
 import random
 import re
 from collections import Counter
+from functools import partial
 from itertools import pairwise, product
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,9 +19,19 @@ import transformers
 from safetensors.torch import save_file
 
 from common.errors import UserError
-from common.judge import JUDGES, TextScore, causal, format_table, get_judge, gpt2, score_texts, smollm2, split_real
+from common.judge import JUDGES, causal, get_judge
 from common.judge.causal import corpus_perplexity, load_model
-from common.judge.metrics import REAL, copied_fraction, ngram_distance, self_bleu, unigram_entropy
+from common.judge.metrics import (
+    REAL,
+    TextScore,
+    copied_fraction,
+    format_table,
+    ngram_distance,
+    score_texts,
+    self_bleu,
+    split_real,
+    unigram_entropy,
+)
 from common.judge.ngram import UNKNOWN, NgramJudge, discounts, words
 from common.textplots import plot_scores
 
@@ -340,7 +351,7 @@ E = 9  # end of text
 
 def counted(rows, **options):
     """Tokens that count in each batch, by `paper_batches`; the first column is never scored."""
-    batches = list(gpt2.paper_batches(rows, options.pop("max_length", 99), eos=E, **options))
+    batches = list(causal.paper_batches(rows, options.pop("max_length", 99), eos=E, **options))
     return [[row[mask][int(mask[0]) :].tolist() for row, mask in zip(*batch, strict=True)] for batch in batches]
 
 
@@ -363,7 +374,7 @@ def test_paper_batches_score_pieces_of_the_context_apart():
     assert counted([[1, 2, 3, 4, 5], [1, 2]], context=3) == [[[2, 3], [2, E]], [[5], []]]
 
 
-def tiny_gpt2(vocabulary=gpt2.EOS + 1, layers=2):
+def tiny_gpt2(vocabulary=causal.EOS + 1, layers=2):
     torch.manual_seed(0)
     ends = dict(bos_token_id=None, eos_token_id=None)
     config = transformers.GPT2Config(
@@ -372,8 +383,9 @@ def tiny_gpt2(vocabulary=gpt2.EOS + 1, layers=2):
     return transformers.GPT2Model(config).eval()
 
 
-def letters(text):
-    return [ord(c) for c in text]
+def gpt2_judge(model):
+    encode = causal.with_ends(lambda text: [ord(c) for c in text])
+    return causal.CausalJudge("gpt2", "token", model, encode, causal.paper_batches)
 
 
 @pytest.mark.parametrize(
@@ -382,11 +394,11 @@ def letters(text):
 )
 def test_load_gpt2_builds_the_published_sizes(tmp_path, monkeypatch, name, parameters):
     """The model that is asked of the package, without storage for its weights."""
-    (tmp_path / gpt2.FILE).touch()
-    monkeypatch.setattr(gpt2, "load_tokenizer", lambda name, data_dir: None)
+    (tmp_path / causal.GPT2_FILE).touch()
+    monkeypatch.setattr(causal, "load_tokenizer", lambda name, data_dir: None)
     asked = []
-    monkeypatch.setattr(gpt2, "load_model", lambda kind, *_, config: asked.append((kind, config)))
-    assert gpt2.load_gpt2(name, tmp_path, tmp_path, "cpu").name == name
+    monkeypatch.setattr(causal, "load_model", lambda kind, *_, config: asked.append((kind, config)))
+    assert causal.load_gpt2(name, tmp_path, tmp_path, "cpu").name == name
     ((kind, config),) = asked
     with torch.device("meta"):
         model = getattr(transformers, kind)(config)
@@ -396,13 +408,13 @@ def test_load_gpt2_builds_the_published_sizes(tmp_path, monkeypatch, name, param
 
 def test_gpt2_judge_scores_by_the_protocol():
     model = tiny_gpt2()
-    judge = gpt2.GPT2Judge("gpt2", model, letters)
-    assert judge.rows(["ab<|endoftext|>c", ""]) == [[97, 98, gpt2.EOS, 99], []]
+    judge = gpt2_judge(model)
+    assert [judge.encode(text) for text in ("ab<|endoftext|>c", "")] == [[97, 98, causal.EOS, 99], []]
     texts = ["hello there", "short"] * 4 + ["dropped"]
     whole = language_model("GPT2LMHeadModel", model)
     total, count = 0.0, 0
     for text in texts[:8]:
-        ids = [*letters(text), gpt2.EOS][:7]  # the end counts after "short" only
+        ids = [*map(ord, text), causal.EOS][:7]  # the end counts after "short" only
         value, scored = likelihood(whole, ids, [True] * len(ids))
         total, count = total + value, count + scored
     assert count == 4 * (6 + 5)
@@ -412,7 +424,7 @@ def test_gpt2_judge_scores_by_the_protocol():
 def test_gpt2_judge_without_knowledge_is_as_perplexed_as_its_vocabulary_is_large():
     model = tiny_gpt2()
     torch.nn.init.zeros_(model.wte.weight)
-    judge = gpt2.GPT2Judge("gpt2", model, letters)
+    judge = gpt2_judge(model)
     assert judge.perplexity(["any", "text <|endoftext|> at all"], 99) == pytest.approx(50257, rel=1e-5)
     assert math.isnan(judge.perplexity(["", "a"], 1))
 
@@ -452,9 +464,13 @@ def tiny_llama():
     return transformers.LlamaModel(config).eval()
 
 
+def smollm2_judge(model, encode):
+    return causal.CausalJudge("smollm2", "token", model, encode, partial(causal.started_batches, start=0))
+
+
 def test_smollm2_judge_scores_every_token_after_a_start():
     model = tiny_llama()
-    judge = smollm2.SmolLM2Judge(model, lambda text: [ord(c) - 96 for c in text], start=0)
+    judge = smollm2_judge(model, lambda text: [ord(c) - 96 for c in text])
     whole = language_model("LlamaForCausalLM", model)
     texts = ["abcde", "fa", "b"] * 4
     total = 0.0
@@ -505,15 +521,15 @@ def write_gguf(path, model):
 def test_load_smollm2_reads_weights_and_encoding(tmp_path):
     model, path = tiny_llama(), tmp_path / "tiny.gguf"
     write_gguf(path, model)
-    judge = smollm2.load_smollm2(path, "cpu")
+    judge = causal.load_smollm2(path, "cpu")
     for key, value in model.state_dict().items():
-        assert torch.equal(value, judge._model.state_dict()[key]), key
-    encode = judge._encode
+        assert torch.equal(value, judge.model.state_dict()[key]), key
+    encode = judge.encode
     assert [TOKENS[i] for i in encode("ab ab12")] == ["ab", "Ġab", "1", "2"]  # a digit stands alone
     assert [TOKENS[i] for i in encode("   1")] == ["ĠĠ", "Ġ", "1"]  # and blanks before one together
     assert encode("\x04") == [0]  # an unknown byte
     assert [TOKENS[i] for i in encode("<|endoftext|>")] == list("<|endoftext|>")
-    direct = smollm2.SmolLM2Judge(model, encode, 0)
+    direct = smollm2_judge(model, encode)
     texts = ["ab ab12", "a longer line of text", "z"]
     assert judge.perplexity(texts, 12) == pytest.approx(direct.perplexity(texts, 12), rel=1e-6)
 
@@ -531,7 +547,7 @@ def test_load_smollm2_refuses_other_files(tmp_path):
         if content is not None:
             path.write_bytes(content)
         with pytest.raises(UserError, match=r"x.gguf is not a readable model") as caught:
-            smollm2.load_smollm2(path, "cpu")
+            causal.load_smollm2(path, "cpu")
         assert "\n" not in str(caught.value)
 
 
@@ -541,11 +557,11 @@ def test_load_smollm2_refuses_other_files(tmp_path):
 def test_get_judge_errors_say_what_to_do(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"no judge 'gpt3'; choose one of {', '.join(JUDGES)}"):
         get_judge("gpt3", data_dir=tmp_path)
-    with pytest.raises(ValueError, match="needs train_texts"):
+    with pytest.raises(UserError, match="at least 4 words of training text, got 0"):
         get_judge("ngram", data_dir=tmp_path)
     with pytest.raises(UserError, match="takes no file"):
         get_judge("ngram", data_dir=tmp_path, train_texts=["a b c d"], path=tmp_path)
-    monkeypatch.setattr(gpt2, "load_tokenizer", lambda name, data_dir: None)
+    monkeypatch.setattr(causal, "load_tokenizer", lambda name, data_dir: None)
     with pytest.raises(UserError, match=r"model.safetensors does not exist; it should be https://.*gpt2-large/"):
         get_judge("gpt2-large", data_dir=tmp_path, path=tmp_path)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
@@ -574,9 +590,9 @@ def test_get_judge_names_the_missing_package(tmp_path, monkeypatch, name, packag
 def test_require_is_told_commands_with_the_tested_versions():
     pinned = (Path(__file__).parents[1] / "requirements-dev.txt").read_text()
     for package in ("transformers", "accelerate", "gguf"):
-        (version,) = re.findall(rf"{package}==\S+", smollm2.INSTALL)
+        (version,) = re.findall(rf"{package}==\S+", causal.SMOLLM2_INSTALL)
         assert version in pinned.split()
-    assert gpt2.INSTALL.split()[-1] in pinned.split()
+    assert causal.GPT2_INSTALL.split()[-1] in pinned.split()
 
 
 def test_plot_scores_leaves_out_texts_without_perplexity(tmp_path):

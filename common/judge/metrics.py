@@ -4,8 +4,8 @@ Rows are lists of tokens: ids of the evaluated model, (S, L) arrays or lists of 
 """
 
 import math
-from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Rows = Sequence[Sequence[Hashable]] | NDArray[Any]
+Gram = tuple[Hashable, ...]
 COPY_LENGTH = 8
 REAL = "real text"
 
@@ -24,11 +25,7 @@ class Judge(Protocol):
     unit: str  # what its perplexity is per, such as "word"; perplexities of different units do not compare
 
     def perplexity(self, texts: list[str], max_length: int) -> float:
-        """exp(negative log likelihood per unit) of all texts together, each cut to its first `max_length` units.
-
-        NaN where there is nothing to score.
-        """
-        ...
+        """exp(negative log likelihood per unit) of all texts, each cut to its first `max_length` units; NaN of none."""
 
 
 @dataclass(frozen=True)
@@ -49,13 +46,11 @@ class TextScore:
 def score_texts(
     text: str, rows: Rows, texts: list[str], judge: Judge, *, reference_rows: Rows, train_rows: Rows
 ) -> TextScore:
-    """All numbers of one set of samples.
+    """All numbers of one set of samples, in a line named `text`.
 
     Args:
-        text: name of the line.
         rows: samples as tokens of the evaluated model, all of its length (S, L).
         texts: the same samples as text (S), for the judge, which reads at most L of its units of each.
-        judge: from `get_judge`.
         reference_rows: held-out rows that are not themselves scored; see `split_real`.
         train_rows: the training rows, for `copied_fraction`.
     """
@@ -75,8 +70,8 @@ def score_texts(
 def split_real(rows: NDArray[Any], samples: int) -> tuple[NDArray[Any], NDArray[Any]]:
     """Two disjoint random sets of held-out rows: one to score as the line "real text", one as the reference.
 
-    Both have `samples` rows, or half of what there is. Scored like samples, the first set shows what every number
-    would be for perfect samples: its distance from the second is the floor. The choice is the same on every call.
+    Both have `samples` rows, or half of what there is; always the same. Scored like samples, the first set shows what
+    every number would be for perfect samples: its distance from the second is the floor.
     """
     order = np.random.default_rng(0).permutation(len(rows))
     size = min(samples, len(rows) // 2)
@@ -88,11 +83,8 @@ def unigram_entropy(rows: Rows) -> float:
 
     A row of L different tokens has log L, a row of one repeated token 0.
     """
-    entropies = []
-    for row in _lists(rows):
-        share = np.array(list(Counter(row).values())) / len(row)
-        entropies.append(-(share * np.log(share)).sum())
-    return float(np.mean(entropies))
+    shares = (np.array(list(Counter(row).values())) / len(row) for row in _lists(rows))
+    return float(np.mean([-(share * np.log(share)).sum() for share in shares]))
 
 
 def self_bleu(rows: Rows, n: int = 4) -> float:
@@ -105,39 +97,26 @@ def self_bleu(rows: Rows, n: int = 4) -> float:
     Cherry, 2014). Every row is compared with every other, nothing is drawn. The value grows with the number of
     rows: compare equal numbers. NaN for a single row.
     """
-    tokens = _lists(rows)
+    tokens = list(_lists(rows))
     if len(tokens) < 2:
         return math.nan
-    log_precision = np.zeros(len(tokens))
+    log_precision, brevity = np.zeros((2, len(tokens)))
     for k in range(1, n + 1):
         counts = [Counter(_grams(row, k)) for row in tokens]
-        top: dict[tuple[Hashable, ...], tuple[int, int, int]] = {}  # k-gram: largest count, its row, second largest
-        for i, count in enumerate(counts):
+        top: dict[Gram, int] = defaultdict(int)  # largest count of a k-gram in any row
+        second: dict[Gram, int] = defaultdict(int)  # in any row but that one: what two rows may share
+        for count in counts:
             for gram, m in count.items():
-                most, owner, second = top.get(gram, (0, -1, 0))
-                if m > most:
-                    top[gram] = (m, i, most)
-                elif m > second:
-                    top[gram] = (most, owner, m)
+                second[gram] = max(second[gram], min(top[gram], m))
+                top[gram] = max(top[gram], m)
         for i, count in enumerate(counts):
-            matches: float = 0
-            for gram, m in count.items():
-                most, owner, second = top[gram]
-                matches += min(m, second if owner == i else most)
-            if matches == 0:
-                matches = 0.1 if k > 1 else 0.0
+            matches = sum(min(m, second[gram]) for gram, m in count.items()) or (0.1 if k > 1 else 0.0)
             log_precision[i] += math.log(matches / max(1, count.total())) if matches else -math.inf
-    return float(np.mean(np.exp(log_precision / n + _log_brevity(np.array([len(row) for row in tokens])))))
-
-
-def _log_brevity(lengths: NDArray[np.int64]) -> NDArray[np.float64]:
-    """min(0, 1 - r / c) for each length c and the length r of the other row that is closest to it."""
-    penalty = np.zeros(len(lengths))
-    for i, c in enumerate(lengths):
-        others = np.delete(lengths, i)
-        r = others[np.lexsort((others, abs(others - c)))[0]]
-        penalty[i] = min(0.0, 1 - r / c)
-    return penalty
+    lengths = Counter(map(len, tokens))
+    for i, c in enumerate(map(len, tokens)):
+        r = c if lengths[c] > 1 else min(lengths.keys() - {c}, key=lambda other: (abs(other - c), other))
+        brevity[i] = min(0.0, 1 - r / c)
+    return float(np.mean(np.exp(log_precision / n + brevity)))
 
 
 def ngram_distance(rows: Rows, reference_rows: Rows, n: int) -> float:
@@ -150,11 +129,8 @@ def ngram_distance(rows: Rows, reference_rows: Rows, n: int) -> float:
     number of rows, and the value is read beside that of real text (`split_real`).
     """
     size = min(len(rows), len(reference_rows))
-    counts = [
-        Counter(gram for row in _lists(part[:size]) for gram in _grams(row, n)) for part in (rows, reference_rows)
-    ]
-    total_p, total_q = (count.total() for count in counts)
-    if not total_p or not total_q:
+    counts = [Counter(g for row in _lists(part[:size]) for g in _grams(row, n)) for part in (rows, reference_rows)]
+    if not all(counts):
         raise ValueError(f"no row is as long as {n} tokens")
     grams = counts[0].keys() | counts[1].keys()
     p, q = (np.array([count[gram] for gram in grams]) / count.total() for count in counts)
@@ -165,9 +141,9 @@ def copied_fraction(rows: Rows, train_rows: Rows, n: int = COPY_LENGTH) -> float
     """Share of the rows' n-grams that occur in the training rows: memorisation, where it exceeds real text's."""
     grams = [gram for row in _lists(rows) for gram in _grams(row, n)]
     wanted = set(grams)
-    found: set[tuple[Hashable, ...]] = set()
-    for row in train_rows:
-        found.update(wanted.intersection(_grams(_list(row), n)))
+    found: set[Gram] = set()
+    for row in _lists(train_rows):
+        found.update(wanted.intersection(_grams(row, n)))
     return sum(gram in found for gram in grams) / max(1, len(grams))
 
 
@@ -181,25 +157,21 @@ def format_table(scores: Sequence[TextScore]) -> str:
     if len({(score.judge, score.unit) for score in scores}) > 1:
         raise ValueError("a table has one judge; make a table for each")
     judge = f"{scores[0].judge}, per {scores[0].unit}"
-    head = ["text", f"perplexity ({judge})", "entropy (nats)", "self-BLEU-4", "JS 1-gram (bits)", "JS 2", "JS 3"]
-    head += [f"copied {COPY_LENGTH}-grams", "samples"]
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1)]
-    for score in scores:
-        distances = [f"{distance:.3f}" for distance in score.distances]
-        lines.append(
-            [score.text, f"{score.perplexity:.2f}", f"{score.entropy:.3f}", f"{score.self_bleu:.3f}", *distances]
-        )
-        lines[-1] += [f"{score.copied:.2%}", str(score.samples)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    lines = [
+        f"| text | perplexity ({judge}) | entropy (nats) | self-BLEU-4 | JS 1-gram (bits) | JS 2 | JS 3 "
+        f"| copied {COPY_LENGTH}-grams | samples |",
+        "| --- |" + " ---: |" * 8,
+    ]
+    for s in scores:
+        distances = " | ".join(f"{distance:.3f}" for distance in s.distances)
+        numbers = f"{s.perplexity:.2f} | {s.entropy:.3f} | {s.self_bleu:.3f} | {distances} | {s.copied:.2%}"
+        lines.append(f"| {s.text} | {numbers} | {s.samples} |")
+    return "\n".join(lines)
 
 
-def _list(row: Any) -> list[Hashable]:
-    return row.tolist() if hasattr(row, "tolist") else list(row)  # numpy scalars are slow keys
+def _lists(rows: Rows) -> Iterator[list[Hashable]]:
+    return (row.tolist() if hasattr(row, "tolist") else list(row) for row in rows)  # numpy scalars are slow keys
 
 
-def _lists(rows: Iterable[Any]) -> list[list[Hashable]]:
-    return [_list(row) for row in rows]
-
-
-def _grams(row: list[Hashable], n: int) -> Iterator[tuple[Hashable, ...]]:
+def _grams(row: list[Hashable], n: int) -> Iterator[Gram]:
     return zip(*(row[i:] for i in range(n)), strict=False)

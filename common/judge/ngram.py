@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from common.errors import UserError
 
+MAX_VOCABULARY = 50_000
 UNKNOWN = 0  # id of every word outside the vocabulary
 _WORD = re.compile(r"[^\W_]+|[^\w\s]|_")
 
@@ -42,14 +43,6 @@ class _Level:
     contexts: NDArray[np.int64]  # (C,)
     gamma: NDArray[np.float64]  # (C,)
 
-    @classmethod
-    def from_counts(cls, grams: NDArray[np.int64], counts: NDArray[np.int64], vocabulary: int) -> "_Level":
-        contexts, start = np.unique(grams // vocabulary, return_index=True)
-        total = np.add.reduceat(counts, start)  # sorted k-grams of one context lie together
-        taken = discounts(counts)[np.minimum(counts, 3)]
-        share = (counts - taken) / np.repeat(total, np.diff(start, append=len(grams)))
-        return cls(grams, share, contexts, np.add.reduceat(taken, start) / total)
-
 
 def discounts(counts: NDArray[np.int64]) -> NDArray[np.float64]:
     """D for counts 0, 1, 2 and 3 or more, shape (4,), from the numbers of counts 1 to 4 (Chen and Goodman, eq. 26).
@@ -70,7 +63,7 @@ class NgramJudge:
     """Scores texts by word; see `Judge`. It has read the training text: copies of that are cheap, which only the
     column "copied" of the table shows.
 
-    The vocabulary is closed: the training words seen at least twice, at most `max_vocabulary`, and one class for
+    The vocabulary is closed: the training words seen at least twice, at most MAX_VOCABULARY, and one class for
     all others. A word of that class costs the class and its spelling under a model of the characters of the rare
     training words, so the probabilities of all strings together stay below one and no text becomes cheaper by
     being garbled. A word cut by the edge of a window is scored as it stands, in samples and in real text alike.
@@ -78,19 +71,16 @@ class NgramJudge:
     Args:
         train_texts: the training split, joined in order into one stream, as packed training rows are. Texts
             should be whole documents or sentences: a text cut inside a word leaves two fragments.
-        order: n, the longest n-gram.
-        max_vocabulary: most frequent words kept; `max_vocabulary ** order` must stay below 2 ** 63.
+        order: n, the longest n-gram; a key of n words must fit into 64 bits.
         max_words: words of the stream that are used; 10 million take about 1.5 GB.
     """
 
     name = "ngram"
     unit = "word"
 
-    def __init__(
-        self, train_texts: Iterable[str], order: int = 4, max_vocabulary: int = 50_000, max_words: int = 10_000_000
-    ) -> None:
-        if max_vocabulary**order >= 2**63:
-            raise ValueError(f"n-grams of order {order} over {max_vocabulary} words do not fit into 64 bits")
+    def __init__(self, train_texts: Iterable[str], order: int = 4, max_words: int = 10_000_000) -> None:
+        if MAX_VOCABULARY**order >= 2**63:
+            raise ValueError(f"n-grams of order {order} over {MAX_VOCABULARY} words do not fit into 64 bits")
         stream: list[str] = []
         for text in train_texts:
             stream += words(text)
@@ -100,14 +90,12 @@ class NgramJudge:
         if len(stream) < order:
             raise UserError(f"the judge ngram needs at least {order} words of training text, got {len(stream)}")
         ranked = sorted(Counter(stream).items(), key=lambda item: (-item[1], item[0]))
-        known = [word for word, count in ranked[: max_vocabulary - 1] if count > 1]
+        known = [word for word, count in ranked[: MAX_VOCABULARY - 1] if count > 1]
         self._ids = {word: i for i, word in enumerate(known, start=UNKNOWN + 1)}
         self.vocabulary = len(known) + 1
-        self._set_spelling([word for word, _ in ranked if word not in self._ids])
         self._levels = self._train(np.array([self._ids.get(word, UNKNOWN) for word in stream]), order)
-
-    def _set_spelling(self, rare: list[str]) -> None:
-        """Log probability of each character, of the end of a word, and of each character not seen in `rare`."""
+        # Log probabilities of each character, of the end of a word, and of each character not seen in the rare words.
+        rare = [word for word, _ in ranked if word not in self._ids]
         count = Counter(character for word in rare for character in word)
         total = count.total() + len(rare) + len(count) + 2  # add one to each character, to the end and to the rest
         self._character = {character: math.log((n + 1) / total) for character, n in count.items()}
@@ -119,13 +107,15 @@ class NgramJudge:
 
     def _train(self, ids: NDArray[np.int64], order: int) -> list[_Level]:
         """Levels 1 to `order` from the word ids (N,) of the stream."""
-        size = self.vocabulary
-        keys = sum(ids[i : len(ids) - order + 1 + i] * size ** (order - 1 - i) for i in range(order))
-        grams, counts = np.unique(keys, return_counts=True)
-        levels = [_Level.from_counts(grams, counts, size)]
-        for k in range(order - 1, 0, -1):
-            grams, counts = np.unique(grams % size**k, return_counts=True)  # without the first word
-            levels.append(_Level.from_counts(grams, counts, size))
+        size, levels = self.vocabulary, []
+        grams = sum(ids[i : len(ids) - order + 1 + i] * size ** (order - 1 - i) for i in range(order))
+        for k in range(order, 0, -1):
+            grams, counts = np.unique(grams % size**k, return_counts=True)  # below the order: without the first word
+            contexts, start = np.unique(grams // size, return_index=True)
+            total = np.add.reduceat(counts, start)  # sorted k-grams of one context lie together
+            taken = discounts(counts)[np.minimum(counts, 3)]
+            share = (counts - taken) / np.repeat(total, np.diff(start, append=len(grams)))
+            levels.append(_Level(grams, share, contexts, np.add.reduceat(taken, start) / total))
         return levels[::-1]
 
     def log_probs(self, ids: NDArray[np.int64], history: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -151,9 +141,8 @@ class NgramJudge:
             return math.nan
         ids = np.array([self._ids.get(word, UNKNOWN) for word in stream])
         history = np.concatenate([np.arange(len(row)) for row in rows])
-        total = self.log_probs(ids, history).sum() + sum(
-            self._spelling(stream[i]) for i in np.flatnonzero(ids == UNKNOWN)
-        )
+        spellings = sum(self._spelling(stream[i]) for i in np.flatnonzero(ids == UNKNOWN))
+        total = self.log_probs(ids, history).sum() + spellings
         with np.errstate(over="ignore"):  # one endless word is infinitely perplexing
             return float(np.exp(-total / len(stream)))
 

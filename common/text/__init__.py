@@ -15,8 +15,6 @@ from common.text.toy import toy_probabilities, toy_rows
 
 __all__ = ["TextData", "Tokenizer", "load_text", "load_tokenizer", "toy_probabilities", "toy_rows"]
 
-TOY_ROWS = {"train": 20_000, "valid": 2_000}
-
 
 @dataclass(frozen=True)
 class TextData:
@@ -33,8 +31,8 @@ class TextData:
 
 
 def load_text(
-    data: str, *, length: int, data_dir: Path, tokenizer: str = "", tokenizer_path: Path | None = None, seed: int = 0
-) -> TextData:
+    data: str, *, length: int, data_dir: Path, tokenizer: str = "", tokenizer_path: Path | None = None
+) -> TextData:  # fmt: skip
     """Rows of `length` tokens of a corpus: tokenized and packed on first use, mapped from disk ever after.
 
     Args:
@@ -43,12 +41,15 @@ def load_text(
         data_dir: rows are kept in its folder text, tokenizers in its folder tokenizers.
         tokenizer: austen, gpt2 or bert-base-uncased; "" takes the corpus' own.
         tokenizer_path: the tokenizer's file or a folder with it, instead of fetching it.
-        seed: of the toy sentences; other corpora ignore it.
 
     Raises UserError, one line with the remedy, for whatever the user can mend: names, files, network, packages, length.
     """
     if data == "toy":
-        return _toy(length, tokenizer, seed)
+        if length != toy.LENGTH:
+            raise UserError(f"--length {length}: --data toy has {toy.LENGTH} tokens a row; use --length {toy.LENGTH}")
+        if tokenizer not in ("", "toy"):
+            raise UserError(f"--tokenizer {tokenizer}: --data toy has a tokenizer of its own; leave the flag out")
+        return TextData("toy", toy.toy_tokenizer(), toy_rows(20_000, seed=0), toy_rows(2_000, seed=1))
     if length < 3:
         raise UserError(f"--length {length}: must be at least 3, a token between two separators")
     source = find_source(data)
@@ -57,14 +58,3 @@ def load_text(
     made_from = packing.describe(source.identity, tok, length)
     rows = packing.load(folder, made_from) or packing.build(folder, made_from, tok, source.splits)
     return TextData(data, tok, rows["train"], rows["valid"])
-
-
-def _toy(length: int, tokenizer: str, seed: int) -> TextData:
-    if length != toy.LENGTH:
-        raise UserError(f"--length {length}: --data toy has {toy.LENGTH} tokens a row; use --length {toy.LENGTH}")
-    if tokenizer not in ("", "toy"):
-        raise UserError(f"--tokenizer {tokenizer}: --data toy has a tokenizer of its own; leave the flag out")
-    rows = {name: toy_rows(n, 2 * seed + i) for i, (name, n) in enumerate(TOY_ROWS.items())}
-    for split in rows.values():
-        split.flags.writeable = False
-    return TextData("toy", toy.toy_tokenizer(), rows["train"], rows["valid"])

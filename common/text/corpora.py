@@ -3,20 +3,22 @@
 import hashlib
 import lzma
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, first_line
 from common.files import sha256
-from common.text.local import fingerprint, local_splits, text_files
 from common.text.packing import Split
 from common.text.tokenizers import ASSETS
 
 AUSTEN_TEXT = ASSETS / "austen.txt.xz"
 AUSTEN_HELD_OUT = slice(11, None, 20)  # of 269 chapters: one to three of every novel, 5.0 % of the text
 HELD_OUT = 20  # one text in so many, the last ones, where a source does not say what is for validation
+LINES_PER_PARAGRAPH = 50  # files with fewer on average have paragraphs; a stray blank line does not join a book
 
 
 @dataclass(frozen=True)
@@ -34,14 +36,14 @@ class Source:
 
 
 @dataclass(frozen=True)
-class Benchmark:
-    """A data set of the Hugging Face hub at a fixed commit, with its validation part and its tokenizer."""
+class HubData:
+    """A data set of the Hugging Face hub; its last `held_out` texts are for validation if no part of it is."""
 
     hub: str
-    revision: str
-    valid: str | int  # a split, or so many last texts
-    tokenizer: str
-    clean: Callable[[str], str]
+    revision: str | None = None
+    tokenizer: str = "gpt2"
+    clean: Callable[[str], str] = str
+    held_out: int | None = None  # 5 %
 
 
 def find_source(data: str) -> Source:
@@ -59,18 +61,17 @@ def find_source(data: str) -> Source:
     """
     if data == "austen":
         return Source("austen", sha256(AUSTEN_TEXT), "austen", _austen_splits)
-    if data in BENCHMARKS:
-        bench = BENCHMARKS[data]
-        return Source(data, [bench.hub, bench.revision], bench.tokenizer, lambda: _benchmark_splits(bench))
     kind, _, rest = data.partition(":")
-    if kind in BENCHMARKS and rest:
-        bench = BENCHMARKS[kind]
-        return _local(Path(rest).expanduser(), "*", bench.tokenizer, kind, bench.clean)
+    if source := BENCHMARKS.get(kind):
+        if rest:
+            return _local(Path(rest).expanduser(), "*", source.tokenizer, kind, source.clean)
+        if data == kind:
+            return Source(kind, [source.hub, source.revision], source.tokenizer, lambda: _hub_splits(source))
     path = Path(data).expanduser()
     if data and path.exists():
         return _local(path, "*.txt", "austen", "text", str)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.txt)(:[\w.-]+)?", data):
-        return Source(re.sub("[/:]", "--", data), data, "gpt2", lambda: _hub_splits(data))
+        return Source(re.sub("[/:]", "--", data), data, "gpt2", lambda: _hub_splits(HubData(data)))
     raise UserError(
         f"--data {data}: no such file or folder; expected a path, austen, toy, {', '.join(BENCHMARKS)} or a "
         "Hugging Face data set as owner/name"
@@ -86,101 +87,137 @@ def austen_sentences() -> tuple[list[str], list[str]]:
 
 
 def _austen_splits() -> dict[str, Split]:
-    train, valid = austen_sentences()
-    return {
-        "train": Split(len(train), lambda start: iter(train[start:])),
-        "valid": Split(len(valid), lambda start: iter(valid[start:])),
-    }
+    named = zip(("train", "valid"), austen_sentences(), strict=True)
+    return {name: Split(len(texts), lambda start, texts=texts: iter(texts[start:])) for name, texts in named}
+
+
+def text_files(path: Path, pattern: str) -> list[Path]:
+    """The file itself, or the files of this pattern in and below a folder, sorted. Raises UserError without any."""
+    files = sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else [path]
+    if not files:
+        raise UserError(f"{path} has no {pattern} files; put UTF-8 text files there")
+    return files
+
+
+def fingerprint(files: Sequence[Path]) -> str:
+    """Changes if a file is added, removed, renamed or written; reads none of them. Raises UserError if one is gone."""
+    try:
+        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    except OSError as error:
+        raise UserError(f"cannot read {error.filename} ({error.strerror}); give an existing text file") from error
+    return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
 def _local(path: Path, pattern: str, tokenizer: str, kind: str, clean: Callable[[str], str]) -> Source:
-    files = text_files(path, pattern)
-    path = path.resolve()
+    files, path = text_files(path, pattern), path.resolve()
     place = hashlib.sha256(str(path).encode()).hexdigest()[:8]  # tells files of one name apart
     identity = [kind, fingerprint(files)]
-    return Source(f"{kind}-{path.stem}-{place}", identity, tokenizer, lambda: local_splits(files, clean, HELD_OUT))
+    return Source(f"{kind}-{path.stem}-{place}", identity, tokenizer, lambda: local_splits(files, clean))
+
+
+def local_splits(files: Sequence[Path], clean: Callable[[str], str], held_out: int = HELD_OUT) -> dict[str, Split]:
+    """The texts of all files in order, `clean`ed; the last one in `held_out` for validation.
+
+    Raises UserError if a file is not UTF-8 or cannot be read, or there are fewer than two texts.
+    """
+    scans = [_scan(file) for file in files]
+    count = sum(texts for texts, _ in scans)
+    if not count:
+        raise UserError(f"{files[0]} is empty{' and so are all others' * (len(files) > 1)}; give some text")
+    if count == 1:
+        raise UserError(f"{files[0]} is a single text, of which no part can be held out; put one sentence a line")
+
+    def read(start: int) -> Iterator[str]:
+        every = (text for file, (_, paragraphs) in zip(files, scans, strict=True) for text in _texts(file, paragraphs))
+        return map(clean, islice(every, start, None))
+
+    return Split(count, read).hold_out(max(1, round(count / held_out)))
+
+
+def _lines(path: Path) -> Iterator[str]:
+    """Lines of a UTF-8 file without surrounding blanks and without a byte-order mark."""
+    offset = 0
+    with open(path, "rb") as file:
+        for raw in file:
+            try:
+                line = raw.decode("utf-8")
+            except UnicodeDecodeError as error:
+                at = offset + error.start
+                raise UserError(f"{path}: byte {at} is not UTF-8; convert it, e.g. with iconv -t UTF-8") from error
+            yield (line.removeprefix("\ufeff") if offset == 0 else line).strip()
+            offset += len(raw)
+
+
+def _scan(path: Path) -> tuple[int, bool]:
+    """Number of texts in a file, and whether they are paragraphs."""
+    sizes = [sum(1 for _ in lines) for full, lines in groupby(_lines(path), bool) if full]
+    by_paragraph = len(sizes) > 1 and sum(sizes) < LINES_PER_PARAGRAPH * len(sizes)
+    return (len(sizes) if by_paragraph else sum(sizes)), by_paragraph
+
+
+def _texts(path: Path, by_paragraph: bool) -> Iterator[str]:
+    """Lines of a file that are not blank, or its paragraphs with their lines joined by spaces."""
+    if not by_paragraph:
+        return filter(None, _lines(path))
+    return (" ".join(lines) for full, lines in groupby(_lines(path), bool) if full)
 
 
 # Detokenization of LM1B. WordPiece splits at punctuation anyway: of these rules only the last changes BERT's ids.
-_SPACING = [
-    (re.compile(pattern), replacement)
-    for pattern, replacement in (
-        (r" ([.,:;?!])(?= |$)", r"\1"),
-        (r" '(?=\w)", "'"),  # isn 't, he 's
-        (r" ?/ ", "/"),
-        (r'" ([^"]+) "', r'"\1"'),
-        (r"' ([^']+) '", r"'\1'"),
-        (r"([(\[]) ", r"\1"),
-        (r" ([)\]])", r"\1"),
-        (r"([$£]) ", r"\1"),
-    )
-]
+_SPACING = (
+    (r" ([.,:;?!])(?= |$)", r"\1"),
+    (r" '(?=\w)", "'"),  # isn 't, he 's
+    (r" ?/ ", "/"),
+    (r'" ([^"]+) "', r'"\1"'),
+    (r"' ([^']+) '", r"'\1'"),
+    (r"([(\[]) ", r"\1"),
+    (r" ([)\]])", r"\1"),
+    (r"([$£]) ", r"\1"),
+)
 
 
 def undo_lm1b_spacing(text: str) -> str:
     """Plain text from a sentence in which LM1B set words and punctuation apart by spaces."""
     for pattern, replacement in _SPACING:
-        text = pattern.sub(replacement, text)
+        text = re.sub(pattern, replacement, text)
     return text
 
 
 BENCHMARKS = {
-    "lm1b": Benchmark(
+    "lm1b": HubData(
         hub="billion-word-benchmark/lm1b",
         revision="8d52bfd3cc2819fc1166dbb8144c328e2690de3e",  # of refs/convert/parquet; its main is a script
-        valid="test",
         tokenizer="bert-base-uncased",
         clean=undo_lm1b_spacing,
     ),
-    "openwebtext": Benchmark(
+    "openwebtext": HubData(
         hub="Skylion007/openwebtext",
         revision="79d93d786212f7344586290adb811d4ae6a1762c",
-        valid=100_000,
-        tokenizer="gpt2",
-        clean=str,
+        held_out=100_000,
     ),
 }
 
 
-def _benchmark_splits(bench: Benchmark) -> dict[str, Split]:
-    data = _load_hub(bench.hub, revision=bench.revision)
-    if isinstance(bench.valid, str):
-        return {"train": _column(data, "train", bench.clean), "valid": _column(data, bench.valid, bench.clean)}
-    return _column(data, "train", bench.clean).hold_out(bench.valid)
-
-
-def _hub_splits(name: str) -> dict[str, Split]:
-    data = _load_hub(*name.split(":"))
-    if "train" not in data or "text" not in data["train"].column_names:
-        raise UserError(f"{name} of the Hugging Face hub has no split train with a column text; choose another one")
-    train = _column(data, "train", str)
-    for split in ("validation", "test"):
-        if split in data:
-            return {"train": train, "valid": _column(data, split, str)}
-    return train.hold_out(round(train.count / HELD_OUT))
-
-
-def _load_hub(*args: str, **kwargs: str) -> Any:
-    """{split: data set}, downloaded once into the cache of the package datasets."""
+def _hub_splits(source: HubData) -> dict[str, Split]:
+    """The texts of a data set, downloaded once into the cache of the package datasets, cleaned a thousand at a time."""
     try:
         from datasets import load_dataset
     except ImportError as error:
         raise UserError("data from the Hugging Face hub needs a package: pip install datasets==5.2.0") from error
     try:
-        return load_dataset(*args, **kwargs)
+        data = load_dataset(*source.hub.split(":"), revision=source.revision)
     except Exception as error:  # hub, network, cache and format each have exceptions of their own
         raise UserError(
-            f"cannot load {args[0]} from the Hugging Face hub ({first_line(error)}); check the name and the network, "
-            "or use local files: see --data"
+            f"cannot load {source.hub} from the Hugging Face hub ({first_line(error)}); check the name and the "
+            "network, or use local files: see --data"
         ) from error
+    if "train" not in data or "text" not in data["train"].column_names:
+        raise UserError(f"{source.hub} of the Hugging Face hub has no split train with a column text; choose another")
 
-
-def _column(data: Any, split: str, clean: Callable[[str], str]) -> Split:
-    """The texts of one split, read a thousand at a time."""
-    rows = data[split]
-
-    def read(start: int) -> Iterator[str]:
+    def read(rows: Any, start: int) -> Iterator[str]:
         for at in range(start, len(rows), 1000):
-            yield from (clean(text or "") for text in rows[at : at + 1000]["text"])
+            yield from (source.clean(text or "") for text in rows[at : at + 1000]["text"])
 
-    return Split(len(rows), read)
+    splits = {name: Split(len(rows), partial(read, rows)) for name, rows in data.items()}
+    if valid := splits.get("validation") or splits.get("test"):
+        return {"train": splits["train"], "valid": valid}
+    return splits["train"].hold_out(source.held_out or round(splits["train"].count / HELD_OUT))

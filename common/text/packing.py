@@ -2,8 +2,7 @@
 
 A stream is the ids of all texts in order, each text followed by the separator. It is cut into pieces of length - 2
 ids; every piece becomes a row: separator, piece, separator. What does not fill a piece is dropped, once, at the end.
-[deviation: the released code cuts the stream anew every 1,000 texts and drops each remainder (0.2 % of LM1B); which
-texts share a cut depends there on the number of processes. Here rows begin at other places of the same stream.]
+[deviation: the released code cuts the stream anew every 1,000 texts and drops each remainder, 0.2 % of LM1B]
 """
 
 import fcntl
@@ -46,8 +45,8 @@ class Split:
 
 
 def token_dtype(vocab_size: int) -> np.dtype[Any]:
-    """Little-endian uint16 if it holds every id, else uint32."""
-    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+    """uint16 if it holds every id, else uint32."""
+    return np.dtype(np.uint16 if vocab_size <= 2**16 else np.uint32)
 
 
 def cut(stream: NDArray[Any], length: int, separator: int) -> tuple[NDArray[Any], NDArray[Any]]:
@@ -59,15 +58,14 @@ def cut(stream: NDArray[Any], length: int, separator: int) -> tuple[NDArray[Any]
 
 
 def describe(source: Any, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
-    """All that rows depend on, as JSON gives it back; rows made from anything else are made again."""
-    description = {
+    """All that rows depend on, of JSON's types; rows made from anything else are made again."""
+    return {
         "format": 1,
         "source": source,
         "tokenizer": {"name": tokenizer.name, "sha256": tokenizer.sha256, "vocab_size": tokenizer.vocab_size},
         "length": length,
         "dtype": token_dtype(tokenizer.vocab_size).name,
     }
-    return json.loads(json.dumps(description))
 
 
 def load(folder: Path, made_from: Mapping[str, Any]) -> dict[str, np.memmap] | None:
@@ -75,14 +73,16 @@ def load(folder: Path, made_from: Mapping[str, Any]) -> dict[str, np.memmap] | N
 
     Contents are not read; the manifest has their sha256 for whoever wants to compare.
     """
-    manifest = _read_manifest(folder, made_from)
-    if manifest is None:
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        if manifest["made_from"] != made_from:
+            return None
+        return {
+            name: np.memmap(folder / f"{name}.bin", made_from["dtype"], "r", shape=(state["rows"], made_from["length"]))
+            for name, state in manifest["splits"].items()
+        }
+    except (OSError, ValueError, TypeError, KeyError):  # absent, half a file, or not ours
         return None
-    length, dtype = made_from["length"], token_dtype(made_from["tokenizer"]["vocab_size"])
-    return {
-        name: np.memmap(folder / f"{name}.bin", dtype, "r", shape=(state["rows"], length))
-        for name, state in manifest["splits"].items()
-    }
 
 
 def build(
@@ -97,7 +97,9 @@ def build(
     """
     partial = folder.with_name(folder.name + ".partial")
 
-    def save() -> None:
+    def save(file: BinaryIO) -> None:
+        file.flush()
+        os.fsync(file.fileno())
         write_atomic(partial / MANIFEST, json.dumps(manifest).encode())
 
     try:
@@ -107,14 +109,19 @@ def build(
             if (rows := load(folder, made_from)) is not None:  # another process was faster
                 return rows
             splits = open_splits()
-            manifest = _resume(partial, made_from)
+            if load(partial, made_from):  # what an interrupted build saved
+                manifest = json.loads((partial / MANIFEST).read_bytes())
+            else:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir()
+                manifest = {"made_from": made_from, "splits": {}}
             for name, split in splits.items():
-                path = partial / f"{name}.bin"
                 state = manifest["splits"].setdefault(name, {"texts": 0, "tokens": 0, "rows": 0, "rest": []})
-                with open(path, "ab") as file:
-                    _pack(split, tokenizer, made_from["length"], file, state, save)
-                state["sha256"] = sha256(path)
-                save()
+                with open(partial / f"{name}.bin", "ab") as file:
+                    for _ in _pack(split, tokenizer, made_from["length"], file, state):
+                        save(file)
+                    state["sha256"] = sha256(Path(file.name))
+                    save(file)
                 if not state["rows"]:
                     shutil.rmtree(partial)
                     raise UserError(
@@ -130,34 +137,8 @@ def build(
     return rows
 
 
-def _read_manifest(folder: Path, made_from: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a folder made from `made_from` whose files are at least as long as it says; else None."""
-    try:
-        manifest = json.loads((folder / MANIFEST).read_bytes())
-        row_bytes = made_from["length"] * np.dtype(made_from["dtype"]).itemsize
-        complete = all(
-            (folder / f"{name}.bin").stat().st_size >= state["rows"] * row_bytes
-            for name, state in manifest["splits"].items()
-        )
-    except (OSError, ValueError, TypeError, KeyError):  # absent, half a file, or not ours
-        return None
-    return manifest if complete and manifest["made_from"] == made_from else None
-
-
-def _resume(partial: Path, made_from: Mapping[str, Any]) -> dict[str, Any]:
-    """The manifest of the interrupted build in `partial`, or that of a new one."""
-    manifest = _read_manifest(partial, made_from)
-    if manifest is None:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        manifest = {"made_from": made_from, "splits": {}}
-    return manifest
-
-
-def _pack(
-    split: Split, tokenizer: Tokenizer, length: int, file: BinaryIO, state: dict[str, Any], save: Callable[[], None]
-) -> None:
-    """Appends the rows of a split's texts from `state` on; calls `save` now and then, with all of them on disk."""
+def _pack(split: Split, tokenizer: Tokenizer, length: int, file: BinaryIO, state: dict[str, Any]) -> Iterator[None]:
+    """Appends the rows of a split's texts from `state` on; yields now and then and at the end, to be saved."""
     dtype = token_dtype(tokenizer.vocab_size)
     file.truncate(state["rows"] * length * dtype.itemsize)  # what came after the last save is done again
     texts, unsaved = split.read(state["texts"]), 0
@@ -175,12 +156,6 @@ def _pack(
             state["rest"] = rest.tolist()
             bar.update(len(batch))
             if unsaved >= SAVE_TOKENS:
-                _sync(file)
-                save()
+                yield
                 unsaved = 0
-        _sync(file)
-
-
-def _sync(file: BinaryIO) -> None:
-    file.flush()
-    os.fsync(file.fileno())
+    yield

@@ -47,66 +47,56 @@ class Tokenizer:
         return separators.join(self.literal(list(part)) for is_separator, part in parts if not is_separator)
 
 
-@dataclass(frozen=True)
-class _File:
-    """A tokenizer's defining file: names it is found under (the first is used in the cache), content and origin."""
-
-    names: tuple[str, ...]
-    sha256: str
-    url: str
-
-
-_FILES = {
-    "gpt2": _File(
-        ("vocab.bpe", "merges.txt"),
+_FILES = {  # name in the cache, sha256 and origin of a tokenizer's defining file
+    "gpt2": (
+        "vocab.bpe",
         "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5",
         "https://huggingface.co/openai-community/gpt2/resolve/main/merges.txt",
     ),
-    "bert-base-uncased": _File(
-        ("bert-base-uncased-vocab.txt", "vocab.txt"),
+    "bert-base-uncased": (
+        "bert-base-uncased-vocab.txt",
         "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
         "https://huggingface.co/google-bert/bert-base-uncased/resolve/main/vocab.txt",
     ),
 }
-NAMES = ("austen", *_FILES)
 
 
 def load_tokenizer(name: str, data_dir: Path, path: Path | None = None) -> Tokenizer:
-    """The tokenizer of this name: austen, gpt2 or bert-base-uncased.
+    """The tokenizer austen, gpt2 or bert-base-uncased.
 
-    Args:
-        data_dir: files are fetched once into its folder tokenizers.
-        path: the tokenizer's file or a folder with it, instead of fetching; austen needs none.
-
-    Raises UserError for an unknown name, a file that is missing or not the right one, and a missing package.
+    Its file is `path`, or in that folder; else it is fetched once into `data_dir`'s folder tokenizers. austen's is
+    shipped. Raises UserError for an unknown name, and a file that is missing or not the right one.
     """
-    if name == "austen":
-        return _byte_level(name, AUSTEN_MERGES, (END,))
-    if name not in _FILES:
-        raise UserError(f"there is no tokenizer {name!r}; expected one of {', '.join(NAMES)}")
-    file = _find(name, data_dir, path)
-    if name == "gpt2":
-        return _byte_level(name, file, (END, "[PAD]"))  # V = 50258: the paper's code adds [PAD]; packed rows have none
-    return _word_piece(name, file)
+    if name != "austen" and name not in _FILES:
+        raise UserError(f"there is no tokenizer {name!r}; expected one of {', '.join(('austen', *_FILES))}")
+    file = AUSTEN_MERGES if name == "austen" else _find(name, data_dir, path)
+    if name == "bert-base-uncased":
+        pipeline, separator = _word_piece(file), "[CLS]"  # the paper's code resolves both ends of a text to it
+    else:  # V = 50258 for gpt2: the paper's code adds [PAD]; packed rows have none
+        pipeline, separator = _byte_level(file, (END, "[PAD]") if name == "gpt2" else (END,)), END
+
+    def encode_batch(texts: list[str]) -> list[list[int]]:
+        return [encoding.ids for encoding in pipeline.encode_batch(texts, add_special_tokens=False)]
+
+    ids = pipeline.get_vocab(with_added_tokens=False)
+    return Tokenizer(name, len(ids), ids[separator], sha256(file), encode_batch, pipeline.decode)
 
 
 def _find(name: str, data_dir: Path, path: Path | None) -> Path:
     """The verified defining file of a tokenizer."""
-    spec = _FILES[name]
+    cached, digest, url = _FILES[name]
     if path is None:
-        path = data_dir / "tokenizers" / spec.names[0]
-        return obtain(path, spec.url, "give its place with --tokenizer-path", spec.sha256)
-    places = (path, *(path / file for file in spec.names))
-    found = next((place for place in places if place.is_file()), None)
-    if found is None:
-        raise UserError(f"{path} is no file and no folder with {' or '.join(spec.names)}, the file of {name}")
-    if sha256(found) != spec.sha256:
-        raise UserError(f"{found} is not the file of {name} (sha256 {spec.sha256[:12]}...); replace it by {spec.url}")
-    return found
+        return obtain(data_dir / "tokenizers" / cached, url, "give its place with --tokenizer-path", digest)
+    names = (cached, url.rpartition("/")[2])
+    for place in filter(Path.is_file, (path, *(path / file for file in names))):
+        if sha256(place) != digest:
+            raise UserError(f"{place} is not the file of {name} (sha256 {digest[:12]}...); replace it by {url}")
+        return place
+    raise UserError(f"{path} is no file and no folder with {' or '.join(names)}, the file of {name}")
 
 
-def _byte_level(name: str, file: Path, specials: tuple[str, ...]) -> Tokenizer:
-    """Byte-level BPE from a file of merges, as GPT-2's; any text round-trips. The separator is the first of `specials`.
+def _byte_level(file: Path, specials: tuple[str, ...]) -> Pipeline:
+    """Byte-level BPE from a file of merges, as GPT-2's; any text round-trips.
 
     Ids: the single bytes, the merges in order, `specials`. No merge leads to one of the latter.
     """
@@ -115,12 +105,11 @@ def _byte_level(name: str, file: Path, specials: tuple[str, ...]) -> Tokenizer:
     tokens = [*letters, *(left + right for left, right in merges), *specials]
     pipeline = Pipeline(BPE({token: i for i, token in enumerate(tokens)}, merges))
     pipeline.pre_tokenizer, pipeline.decoder = ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    separator = len(tokens) - len(specials)
-    return Tokenizer(name, len(tokens), separator, sha256(file), _encoder(pipeline), pipeline.decode)
+    return pipeline
 
 
-def _word_piece(name: str, file: Path) -> Tokenizer:
-    """Lowercase WordPiece of BERT. The separator is [CLS]: the paper's code resolves both ends of a text to it.
+def _word_piece(file: Path) -> Pipeline:
+    """Lowercase WordPiece of BERT.
 
     Decoding joins words by spaces and undoes no spacing of punctuation, as the released evaluation's tokenizer does.
     """
@@ -129,8 +118,4 @@ def _word_piece(name: str, file: Path) -> Tokenizer:
     pipeline = Pipeline(WordPiece({piece: i for i, piece in enumerate(pieces)}, unk_token="[UNK]"))
     pipeline.normalizer, pipeline.pre_tokenizer = BertNormalizer(lowercase=True), BertPreTokenizer()
     pipeline.decoder = decoders.WordPiece(cleanup=False)
-    return Tokenizer(name, len(pieces), pieces.index("[CLS]"), sha256(file), _encoder(pipeline), pipeline.decode)
-
-
-def _encoder(pipeline: Pipeline) -> Callable[[list[str]], list[list[int]]]:
-    return lambda texts: [encoding.ids for encoding in pipeline.encode_batch(texts, add_special_tokens=False)]
+    return pipeline

@@ -21,13 +21,6 @@ PLACES = ("house", "tree")
 VERBS = (("sleeps", "sleep"), ("runs", "run"))
 WORDS = (*DETERMINERS, *ADJECTIVES, *NOUNS[0], *NOUNS[1], *PREPOSITIONS, "the", *PLACES, *VERBS[0], *VERBS[1], ".")
 
-PLURAL = 0.4
-SMALL = 0.3
-DOG = 0.45
-BEHIND = 0.35
-TREE = (0.25, 0.6)  # given old, small
-RUN = (0.2, 0.75)  # given cat, dog
-
 
 def toy_probabilities() -> dict[tuple[int, ...], float]:
     """{sentence as eight ids: probability} of all 64 sentences; they sum to 1."""
@@ -37,16 +30,18 @@ def toy_probabilities() -> dict[tuple[int, ...], float]:
             *(DETERMINERS[plural], ADJECTIVES[small], NOUNS[dog][plural], PREPOSITIONS[behind], "the"),
             *(PLACES[tree], VERBS[run][plural], "."),
         )
-        chances = ((PLURAL, plural), (SMALL, small), (DOG, dog), (BEHIND, behind), (TREE[small], tree), (RUN[dog], run))
+        p_tree, p_run = (0.25, 0.6)[small], (0.2, 0.75)[dog]
+        chances = ((0.4, plural), (0.3, small), (0.45, dog), (0.35, behind), (p_tree, tree), (p_run, run))
         table[tuple(map(WORDS.index, words))] = float(np.prod([p if yes else 1 - p for p, yes in chances]))
     return table
 
 
 def toy_rows(n: int, seed: int) -> NDArray[np.uint16]:
-    """(n, 8) independent sentences; a function of n and seed."""
+    """(n, 8) independent sentences, read-only; a function of n and seed."""
     table = toy_probabilities()
-    rows = np.array(list(table), np.uint16)
-    return rows[np.random.default_rng(seed).choice(len(rows), n, p=list(table.values()))]
+    rows = np.array(list(table), np.uint16)[np.random.default_rng(seed).choice(len(table), n, p=list(table.values()))]
+    rows.flags.writeable = False
+    return rows
 
 
 def toy_tokenizer() -> Tokenizer:
