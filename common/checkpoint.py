@@ -76,7 +76,8 @@ def load(path: Path) -> dict[str, Any]:
 class StopSignal:
     """Context manager: the first SIGTERM or SIGINT (Ctrl-C) asks for a stop, the second aborts at once.
 
-    Poll `requested` where it is safe to save and leave; the abort is a KeyboardInterrupt. Main thread only.
+    Poll `requested` where it is safe to save and leave; the abort is a KeyboardInterrupt. Main thread only. Under
+    torchrun nothing aborts but its own SIGKILL: it sends a signal again that the processes may have had already.
     """
 
     def __init__(self) -> None:
@@ -92,6 +93,8 @@ class StopSignal:
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
         if self.requested:
+            if "TORCHELASTIC_RUN_ID" in os.environ:
+                return
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(signum).name
