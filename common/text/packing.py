@@ -133,8 +133,8 @@ def build(
                     shutil.rmtree(partial)
                     raise UserError(
                         f"{name}: too little text: {part} has {state['tokens']} tokens, fewer than the "
-                        f"{needed * (made_from['length'] - 2)} that fill {needed} rows; give more text or a smaller "
-                        "--length"
+                        f"{needed * (made_from['length'] - 2)} that fill {'a row' if needed == 1 else 'two rows'}; "
+                        "give more text or a smaller --length"
                     )
             if alone or load(folder, made_from) is None:
                 shutil.rmtree(folder, ignore_errors=True)  # maps of it in running processes stay valid
