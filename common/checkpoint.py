@@ -92,14 +92,16 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        if self.requested and launched:
+            return
         if self.requested:
-            if "TORCHELASTIC_RUN_ID" in os.environ:
-                return
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(signum).name
         # Not print: the signal may have interrupted one, and print is not re-entrant.
-        os.write(1, f"\nnote: {name} received: saving, then stopping; once more aborts at once\n".encode())
+        again = "" if launched else "; once more aborts at once"
+        os.write(1, f"\nnote: {name} received: saving, then stopping{again}\n".encode())
 
 
 def check_run_dir(directory: Path, need_bytes: int) -> None:

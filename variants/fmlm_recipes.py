@@ -412,7 +412,7 @@ def project_to_simplex(v: Tensor) -> Tensor:
     ranked = v.sort(-1, descending=True).values
     excess = ranked.cumsum(-1) - 1
     count = torch.arange(1, v.shape[-1] + 1, device=v.device)
-    support = (ranked * count > excess).sum(-1, keepdim=True)  # at least 1
+    support = (ranked * count > excess).sum(-1, keepdim=True).clamp(min=1)  # 0 of NaN only
     return (v - excess.gather(-1, support - 1) / support).clamp(min=0)
 
 
