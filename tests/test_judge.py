@@ -3,6 +3,7 @@
 import importlib.util
 import lzma
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -542,10 +543,12 @@ def test_load_smollm2_as_published():
 
 def test_load_smollm2_refuses_other_files(tmp_path):
     path = tmp_path / "x.gguf"
-    for content in (b"", b"not a model at all" * 9, None):
+    for content in (b"", b"not a model at all" * 9, None, "a pipe"):
         path.unlink(missing_ok=True)
-        if content is not None:
+        if isinstance(content, bytes):
             path.write_bytes(content)
+        elif content:
+            os.mkfifo(path)
         with pytest.raises(UserError, match=r"x.gguf is not a readable model") as caught:
             causal.load_smollm2(path, "cpu")
         assert "\n" not in str(caught.value)
