@@ -48,7 +48,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common import checkpoint, cli
+from common import cli
 from common.batches import Ranks, micro_batches, mixed_seed, row_noise, rows_at_once, token_ids
 from common.machine import use_bf16
 from common.meter import Meter
@@ -57,7 +57,7 @@ from common.released import load_released
 from common.runlog import Averages
 from common.start import pick_device, start
 from common.tensors import flex_attention, interpolate, sum_by_rows
-from common.text_run import TextRun, check_fit, load_judge, open_text
+from common.text_run import TextRun, check_fit, load_averaged, load_judge, open_text
 
 # --- Arguments. Values below are those of the embedded corpus; SETTINGS holds what other data change. ----------------
 
@@ -89,7 +89,7 @@ class ModelArgs:
     """DiT denoiser [P 3]."""
 
     length: RowLength = 64  # L, tokens per row
-    tokenizer: str = ""  # austen, gpt2 or bert-base-uncased; default: the data's own
+    tokenizer: str = ""  # austen, gpt2, bert-base-uncased, own (trained on the text); default: the data's usual one
     tokenizer_path: str = ""  # file or folder of the tokenizer's files, instead of fetching them
     layers: Size = 4  # transformer blocks
     width: Several = 256  # d
@@ -179,7 +179,8 @@ class GramNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embed: Tensor, xi: Tensor) -> Tensor:
-        chol = torch.linalg.cholesky(embed.mT @ embed)  # (d, d)
+        chol, failed = torch.linalg.cholesky_ex(embed.mT @ embed)  # (d, d)
+        chol = chol.masked_fill(failed > 0, math.nan)  # E has diverged: so does the loss, which ends the run
         ctx.save_for_backward(embed, chol, xi)
         return xi @ chol.mT
 
@@ -502,7 +503,7 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
         net.trunk = torch.compile(net.trunk)
     width, few = make_space(net, args.flow.space).width, min(32, args.sample.samples)
     net.train()
-    while run.step < a.total_steps and not run.stop_requested():
+    while not run.stop_requested() and run.step < a.total_steps:
         torch.manual_seed(mixed_seed(r.seed, 3, run.step, ranks.rank))  # dropout
         batch_tau = stratified_times(run.step, a.batch, r.seed).to(device)  # (batch,)
         losses = []
@@ -522,11 +523,11 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
         decay = min(a.ema, (1 + run.step) / (10 + run.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(net.parameters()), 1 - decay)
-        averages.add({"loss": torch.stack(losses).sum(), "grad_norm": grad_norm})
+        averages.add(ranks.mean({"loss": torch.stack(losses).sum(), "grad_norm": grad_norm}))
         run.step += 1
 
         if run.due(r.log_every):
-            metrics = ranks.mean(averages.take(), device)
+            metrics = averages.take()
             run.stop_if_not_finite(metrics)
             run.log_training(metrics, meter.take(run.step))
         if run.due(r.eval_every) and ranks.chief:
@@ -539,7 +540,7 @@ def train(run: TextRun, net: DiT, clock: Clock, args: Args) -> DiT:
 
 
 # What a checkpoint's weights fit.
-FIXED = ("data", "tokenizer", "length", "layers", "width", "heads", "cond_width", "seed", "batch")
+FIXED = ("data", "length", "layers", "width", "heads", "cond_width", "seed", "batch")
 
 
 def main(argv: list[str]) -> None:
@@ -548,32 +549,32 @@ def main(argv: list[str]) -> None:
         folder_name="flm__{data}__s{seed}", fixed=FIXED,
     )  # fmt: skip
     r, m, sample = args.run, args.model, args.sample
-    with checkpoint.StopSignal() as stop, Ranks.join() as ranks:
-        device, data_dir = pick_device(r.device, r.threads), Path(r.data_dir)
-        torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
-        data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
-        vocab = data.tokenizer.vocab_size
-        check_fit(args.flow.space, vocab, m.width, m.heads, args.train.batch, ranks.world, sample.steps)
-        judge = load_judge(sample.judge, sample.judge_path, data, data_dir, device) if ranks.chief else None
-        torch.manual_seed(r.seed)
-        net = DiT(m, vocab).to(device)
-        if m.embed_init == "frequency":
-            net.scale_rows(torch.from_numpy(data.counts()).to(device))
-        clock = Clock(accuracy_table(vocab).to(device) if args.flow.reparam else None)
-        with TextRun(
-            folder, saved, stop=stop, args=cli.flatten(args), ranks=ranks, device=device, data=data, judge=judge
-        ) as run:
-            if r.eval:
-                net.load_state_dict(saved["ema"])
-            elif r.released:
-                load_released(Path(r.released), net)
-            else:
+    ranks, data_dir = Ranks.of_torchrun(), Path(r.data_dir)
+    device = pick_device(r.device, r.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
+    data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
+    vocab = data.tokenizer.vocab_size
+    check_fit(args.flow.space, vocab, m.width, m.heads, args.train.batch, ranks.world, sample.steps)
+    judge = load_judge(sample.judge, sample.judge_path, data, data_dir, device) if ranks.chief else None
+    torch.manual_seed(r.seed)
+    net = DiT(m, vocab).to(device)
+    if m.embed_init == "frequency":
+        net.scale_rows(torch.from_numpy(data.counts()).to(device))
+    clock = Clock(accuracy_table(vocab).to(device) if args.flow.reparam else None)
+    run = TextRun(folder, saved, args=cli.flatten(args), ranks=ranks, device=device, data=data, judge=judge)
+    with ranks, run:
+        if r.eval:
+            load_averaged(net, saved, data, r.eval)
+        elif r.released:
+            load_released(Path(r.released), net)
+        else:
+            with run.stop:  # only here a signal has to wait
                 net = train(run, net, clock, args)
-            if stop.requested:
-                print(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
-            elif ranks.chief:
-                make = functools.partial(generate, net, args, clock, sample.samples)
-                run.evaluate(make, sample.steps, sample.samples, sample.show)
+        if run.stop_requested():
+            run.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
+        elif ranks.chief:
+            make = functools.partial(generate, net, args, clock, sample.samples)
+            run.evaluate(make, sample.steps, sample.samples, sample.show)
 
 
 if __name__ == "__main__":

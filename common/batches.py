@@ -1,37 +1,43 @@
 """Rows and random draws of every step as functions of the seed: the same in any number of processes."""
 
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-T = TypeVar("T")
+from common.errors import UserError
 
 
 @dataclass(frozen=True)
 class Ranks:
-    """The processes of a torchrun, which it leaves as a context manager; one process without it."""
+    """The processes of a torchrun, which work together in its `with` block; one process without it."""
 
     rank: int = 0
     world: int = 1
 
     @staticmethod
-    def join() -> "Ranks":
-        """Meet the other processes of this torchrun, over NCCL with GPUs, else gloo."""
+    def of_torchrun() -> "Ranks":
+        """This process' place, on a GPU of its own if there are any."""
         ranks = Ranks(int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1)))
-        if ranks.world > 1:
-            if torch.cuda.is_available():
-                torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+        if ranks.world > 1 and torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         return ranks
 
     def __enter__(self) -> "Ranks":
+        """Joins the others, over NCCL with GPUs, else gloo; what some do before this may take any time."""
+        if self.world > 1:
+            store, *_ = next(dist.rendezvous("env://"))
+            store.add("here", 1)
+            while store.add("here", 0) < self.world:  # the group itself waits ten minutes only
+                time.sleep(0.1)
+            backend = "nccl" if torch.cuda.is_available() else "gloo"
+            dist.init_process_group(backend, store=store, rank=self.rank, world_size=self.world)
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -43,26 +49,28 @@ class Ranks:
         """Whether this is the first process, which alone writes and prints."""
         return self.rank == 0
 
-    def first(self, make: Callable[[], T]) -> T:
-        """make() in the first process, then in the others, which find what it left on disk."""
-        if self.rank:
-            dist.barrier()
-        made = make()
-        if self.world > 1 and self.chief:
-            dist.barrier()
-        return made
-
     def any(self, flag: bool, device: torch.device) -> bool:
         """Whether it is true in any process."""
-        return self.mean({"flag": float(flag)}, device)["flag"] > 0
+        return self.mean({"flag": torch.tensor(float(flag), device=device)})["flag"].item() > 0
 
-    def mean(self, values: dict[str, float], device: torch.device) -> dict[str, float]:
-        """Mean of each value over the processes."""
+    def by_chief(self, work: Callable[[], None], device: torch.device) -> None:
+        """work() in the first process; a UserError there ends all of them."""
+        failed = None
+        try:
+            if self.chief:
+                work()
+        except UserError as error:
+            failed = error
+        if self.any(failed is not None, device):
+            raise failed or SystemExit(2)
+
+    def mean(self, values: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Mean of each scalar over the processes."""
         if self.world == 1:
             return values
-        total = torch.tensor(list(values.values()), dtype=torch.float64, device=device)
+        total = torch.stack(list(values.values()))
         dist.all_reduce(total)
-        return dict(zip(values, (total / self.world).tolist(), strict=True))
+        return dict(zip(values, total / self.world, strict=True))
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
         """Replaces every gradient by its mean over the processes; all have gradients of the same parameters."""

@@ -86,7 +86,8 @@ def not_finite(state: Any, name: str = "") -> list[str]:
 class StopSignal:
     """Context manager: the first SIGTERM or SIGINT (Ctrl-C) asks for a stop, the second aborts at once.
 
-    Poll `requested` where it is safe to save and leave; the abort is a KeyboardInterrupt. Main thread only.
+    Poll `requested` where it is safe to save and leave; the abort is a KeyboardInterrupt. Main thread only. Under
+    torchrun nothing aborts but its own SIGKILL: it sends a signal again that the processes may have had already.
     """
 
     def __init__(self) -> None:
@@ -101,12 +102,16 @@ class StopSignal:
             signal.signal(signum, handler)
 
     def _handle(self, signum: int, frame: FrameType | None) -> None:
+        launched = "TORCHELASTIC_RUN_ID" in os.environ
+        if self.requested and launched:
+            return
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
         name = signal.Signals(signum).name
         # Not print: the signal may have interrupted one, and print is not re-entrant.
-        os.write(1, f"\nnote: {name} received: saving, then stopping; once more aborts at once\n".encode())
+        again = "" if launched else "; once more aborts at once"
+        os.write(1, f"\nnote: {name} received: saving, then stopping{again}\n".encode())
 
 
 def check_run_dir(directory: Path, need_bytes: int) -> None:

@@ -83,9 +83,14 @@ def _unboxed(box: str) -> str:
 def parse_saved(
     default: T, saved: Mapping[str, Any], argv: Sequence[str], description: str, fixed: Collection[str]
 ) -> T:
-    """Parse flags over the arguments of a saved run. Raises UserError if one of the `fixed` arguments changes."""
-    known = flatten(default)
-    args = parse(override(default, {k: v for k, v in saved.items() if k in known}), argv, description)
+    """Parse flags over the arguments of a saved run.
+
+    Raises UserError if one of the `fixed` arguments changes, or the run has arguments that this script does not know:
+    a variant's, without which its weights mean something else.
+    """
+    if unknown := [f"--{k.replace('_', '-')} {v}" for k, v in saved.items() if k not in flatten(default)]:
+        raise UserError(f"the run was made with {', '.join(unknown)}, unknown here; use the script that made it")
+    args = parse(override(default, saved), argv, description)
     new = flatten(args)
     for name in sorted(saved.keys() & new.keys()):
         before, after = saved[name], new[name]

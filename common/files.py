@@ -1,10 +1,16 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and locks."""
 
+import fcntl
+import functools
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from common.errors import first_line
+
+note = functools.cache(functools.partial(print, flush=True))  # says a thing once in a process
 
 
 @contextmanager
@@ -28,6 +34,20 @@ def write_atomic(path: Path, content: bytes) -> None:
     """Writes `content` to `path`, as `replacing` does."""
     with replacing(path) as temp:
         temp.write_bytes(content)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[bool]:
+    """Waits for the lock file `path`, however long, and holds it. False, and a note, on a file system without locks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX)  # the system lifts it when the process ends, however it ends
+            held = True
+        except OSError as error:
+            held = False
+            note(f"note: {path.parent} has no file locks ({first_line(error)}); every process works for itself")
+        yield held
 
 
 def sha256(path: Path) -> str:

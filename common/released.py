@@ -31,6 +31,8 @@ def load_released(path: Path, net: nn.Module) -> None:
     Averaged weights are a list without names: they are matched to the parameters of the state dict in order, and every
     name and shape must fit `net`. Raises UserError if the file cannot be read or does not fit.
     """
+    if not path.is_file():
+        raise UserError(f"{path} is no regular file; give the .ckpt of a released FLM checkpoint")
     try:
         # Configuration objects of other packages become inert; only tensors and plain containers are rebuilt.
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)

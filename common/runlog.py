@@ -126,7 +126,7 @@ class RunLog:
         return self._file.tell()
 
     def progress(self, step: int, text_fields: dict[str, str]) -> None:
-        """Show step, percentage, speed, ETA and `text_fields`; call it as often as you like.
+        """Show step, percentage, speed, ETA and what fits of `text_fields`; call it as often as you like.
 
         On a terminal one line is refreshed in place (5 Hz at most), elsewhere a line is added every 15 s.
         """
@@ -141,11 +141,15 @@ class RunLog:
         eta = str(timedelta(seconds=int((self._total_steps - step) / rate))) if rate > 0 else "?"
         percent = 100 * step / max(self._total_steps, 1)
         speed = f"{rate:.0f} steps/s" if rate >= 9.5 or not rate else f"{rate:.2g} steps/s"
-        fields = [f"{key} {value}" for key, value in text_fields.items()]
-        line = "  ".join([f"step {step}/{self._total_steps} ({percent:.0f} %)", speed, f"ETA {eta}", *fields])
+        line = "  ".join([f"step {step}/{self._total_steps} ({percent:.0f} %)", speed, f"ETA {eta}"])
+        width = shutil.get_terminal_size().columns - 1 if self._live else 80
+        for key, value in text_fields.items():
+            longer = f"{line}  {key} {value}"
+            if len(longer) > width:
+                break
+            line = longer
         if self._live:
-            width = shutil.get_terminal_size().columns
-            print(f"\r\x1b[K{line[: width - 1]}", end="", flush=True)
+            print(f"\r\x1b[K{line[:width]}", end="", flush=True)
         else:
             print(line, flush=True)
 

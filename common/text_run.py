@@ -1,21 +1,24 @@
 """One language-model run: its folder, log and checkpoints, and how its samples are scored and shown."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 
 from common import checkpoint
 from common.batches import Ranks
-from common.errors import UserError
+from common.errors import UserError, first_line
 from common.files import write_atomic
 from common.judge import get_judge
 from common.judge.metrics import REAL, Judge, format_table, score_texts, split_real, unigram_entropy
 from common.runlog import write_json
+from common.start import CHECKPOINT
 from common.text import TextData, load_text, toy_probabilities
 from common.textplots import plot_scores
 from common.tracked_run import TrackedRun
@@ -27,26 +30,48 @@ class TextRun(TrackedRun):
     """Writes log, checkpoints and samples to the run folder, from the first process; `step` counts optimizer steps."""
 
     def __init__(
-        self, folder: Path, saved: dict[str, Any] | None, *, stop: checkpoint.StopSignal, args: Mapping[str, Any],
-        ranks: Ranks, device: torch.device, data: TextData, judge: Judge | None,
+        self, folder: Path, saved: dict[str, Any] | None, *, args: Mapping[str, Any], ranks: Ranks,
+        device: torch.device, data: TextData, judge: Judge | None,
     ) -> None:  # fmt: skip
-        """judge: of the first process; the first arguments are those of `TrackedRun`."""
-        super().__init__(folder, saved, stop, args)
+        """judge: of the first process; the first arguments are those of `TrackedRun`.
+
+        Raises UserError if the data are not encoded as they were when the checkpoint was made.
+        """
+        super().__init__(folder, saved, checkpoint.StopSignal(), args)
         self.ranks, self.device, self.data, self.judge = ranks, device, data, judge
         self.total_steps = 0  # to make
+        check_encoding(saved or {}, data, folder)
+        self.parts["encoding"] = data.tokenizer.sha256
 
     def open_log(self, total_steps: int, weights: int, wandb_project: str, tensorboard: bool) -> None:
         """As `TrackedRun.open_log`, in the first process. weights: how many a checkpoint must hold.
 
-        Raises UserError if the run folder cannot be written or has no room for them, and what `RunLog` raises.
+        Raises UserError if the run folder cannot be written or has no room for them, the data are less than a batch,
+        and what `RunLog` raises.
         """
         self.total_steps = total_steps
-        if self.ranks.chief:
+        if (batch := self.args["batch"]) > (rows := len(self.data.train)):
+            raise UserError(
+                f"--batch {batch}: {self.data.name} has only {rows} rows to train on; give a smaller --batch or "
+                "--length, or more text"
+            )
+
+        def make() -> None:
             checkpoint.check_run_dir(self.folder, 3 * 16 * weights)
-            super().open_log(total_steps, wandb_project, tensorboard)
+            super(TextRun, self).open_log(total_steps, wandb_project, tensorboard)
+
+        self.ranks.by_chief(make, self.device)
+
+    def save(self, name: str = CHECKPOINT) -> None:
+        self.ranks.by_chief(lambda: super(TextRun, self).save(name), self.device)
+
+    def say(self, text: str) -> None:
+        """Print a line, in the first process."""
+        if self.ranks.chief:
+            print(text, flush=True)
 
     def stop_requested(self) -> bool:
-        """Whether any process was asked to stop."""
+        """Whether any process was asked to stop while it trained."""
         return self.ranks.any(self.stop.requested, self.device)
 
     def due(self, every: int) -> bool:
@@ -57,7 +82,7 @@ class TextRun(TrackedRun):
         """A line of metrics.jsonl and the progress line."""
         if self.log:
             self.log.log(self.step, {f"train/{k}": v for k, v in metrics.items()} | speed)
-            fields = {
+            fields = {  # the last ones are left out where a line is too short for them
                 "loss": f"{metrics['loss']:.3f}",
                 "tokens/s": f"{speed['time/tokens_per_second']:,.0f}",
                 "MFU": f"{speed['time/mfu']:.0%}",
@@ -80,17 +105,23 @@ class TextRun(TrackedRun):
             entropy = unigram_entropy(rows)
             metrics |= {f"eval/perplexity_{n}": perplexity, f"eval/entropy_{n}": entropy}
             sample = decode(self.data, rows[:1])[0]
-            shown.append(f"{n:4d} calls: perplexity {perplexity:.1f}, entropy {entropy:.2f}: {sample!r}")
+            shown.append(f"{n:4d} call{'s' * (n > 1)}: perplexity {perplexity:.1f}, entropy {entropy:.2f}: {sample!r}")
         self.log.log(self.step, metrics)
         self.log.say("\n  ".join([f"step {self.step}: {len(rows)} samples, judge {self.judge.name}", *shown]))
 
     def evaluate(self, generate: Generate, steps: Sequence[int], samples: int, show: int, tag: str = "") -> None:
         """Print samples and the table of perplexity, entropy and distances; write samples, table and figure.
 
-        tag: part of the files' names, to set another sampler's apart.
+        tag: part of the files' names, to set another sampler's apart. An earlier evaluation is not overwritten: this
+        one goes to the folder evaluation-2, -3, ..., with its arguments.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
+        table_name, folder = f"evaluation_{self.judge.name}{tag}", self.folder
+        if (folder / f"{table_name}.json").exists():
+            folder = next(path for n in count(2) if not (path := self.folder / f"evaluation-{n}").exists())
+            write_json(folder / "args.json", self.args)
         real, reference = split_real(self.data.valid, samples)
+        if len(real) < samples:
+            print(f"note: real text has only {len(real)} rows: --samples {len(real)} compares equal numbers")
         scores, shown = [], []
         for n in (*steps, None):
             label = f"{n} steps" if n else REAL
@@ -99,13 +130,13 @@ class TextRun(TrackedRun):
             scores.append(score_texts(label, rows, judged, self.judge, reference_rows=reference, train_rows=train))
             if self.data.name == "toy":
                 shown.append(f"{label}: total variation distance from the language {toy_distance(rows):.3f}")
-            texts, file = decode(self.data, rows), self.folder / f"samples_{label.replace(' ', '_')}{tag}.txt"
+            texts, file = decode(self.data, rows), folder / f"samples_{label.replace(' ', '_')}{tag}.txt"
             write_atomic(file, ("\n----\n".join(texts) + "\n").encode())
             shown += [f"\n{label} ({file}):", *("  " + text.replace("\n", "\n  ") for text in texts[:show])]
-        table, name = format_table(scores), f"evaluation_{self.judge.name}{tag}"
-        write_atomic(self.folder / f"{name}.md", f"{table}\n".encode())
-        write_json(self.folder / f"{name}.json", [asdict(score) for score in scores])
-        plot_scores({self.folder.name: scores}, self.folder / f"{name}.png", f"{self.data.name}: {samples} samples")
+        table = format_table(scores)
+        write_atomic(folder / f"{table_name}.md", f"{table}\n".encode())
+        write_json(folder / f"{table_name}.json", [asdict(score) for score in scores])
+        plot_scores({self.folder.name: scores}, folder / f"{table_name}.png", f"{self.data.name}: {samples} samples")
         print("\n".join([*shown, "", table]), flush=True)
 
     def _judged(self, rows: np.ndarray) -> list[str]:
@@ -114,11 +145,45 @@ class TextRun(TrackedRun):
 
 
 def open_text(name: str, length: int, data_dir: Path, tokenizer: str, tokenizer_path: str, ranks: Ranks) -> TextData:
-    """Rows of a corpus, tokenized by the first process. tokenizer_path "": fetched. Raises what `load_text` raises."""
+    """Rows of a corpus; call it before the processes join, some then wait long while one tokenizes.
+
+    tokenizer_path "": fetched. Raises what `load_text` raises.
+    """
     path = Path(tokenizer_path) if tokenizer_path else None
-    return ranks.first(
-        lambda: load_text(name, length=length, data_dir=data_dir, tokenizer=tokenizer, tokenizer_path=path)
-    )
+    data = load_text(name, length=length, data_dir=data_dir, tokenizer=tokenizer, tokenizer_path=path)
+    if data.note and ranks.chief:
+        print(data.note, flush=True)
+    return data
+
+
+def check_encoding(saved: Mapping[str, Any], data: TextData, folder: Path | str) -> None:
+    """Raises UserError if the checkpoint was made with another encoding: of another tokenizer, or of changed text."""
+    if saved.get("encoding", data.tokenizer.sha256) != data.tokenizer.sha256:
+        raise UserError(
+            f"{folder} was trained on another encoding of {data.name} (sha256 {saved['encoding'][:12]}..., here "
+            f"{data.tokenizer.sha256[:12]}...); give its --tokenizer, restore the text, or train anew"
+        )
+
+
+def saved_args(saved: Mapping[str, Any], run: str, names: Iterable[str], expected: Mapping[str, Any]) -> dict[str, Any]:
+    """These arguments of a run's checkpoint. Raises UserError if it lacks one, or has an expected one otherwise."""
+    args = saved.get("args", {})
+    if missing := [name for name in names if name not in args]:
+        raise UserError(f"{run} was trained without --{missing[0].replace('_', '-')}: give a run of flm_train.py")
+    if other := [name for name, value in expected.items() if args.get(name, value) != value]:
+        raise UserError(f"{run} was trained with --{other[0]} {args[other[0]]}: give a run of flm_train.py")
+    return {name: args[name] for name in names}
+
+
+def load_averaged(net: nn.Module, saved: Mapping[str, Any], data: TextData, run: str) -> None:
+    """The averaged weights of a run's checkpoint. Raises UserError if they do not fit `net` or the data."""
+    check_encoding(saved, data, run)
+    try:
+        net.load_state_dict(saved["ema"])
+    except (KeyError, TypeError, RuntimeError) as error:
+        raise UserError(
+            f"{run} holds no weights of this network ({first_line(error)}); give a run of the right script"
+        ) from error
 
 
 def check_fit(

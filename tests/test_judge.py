@@ -3,6 +3,7 @@
 import importlib.util
 import lzma
 import math
+import os
 import random
 import re
 from collections import Counter
@@ -542,10 +543,12 @@ def test_load_smollm2_as_published():
 
 def test_load_smollm2_refuses_other_files(tmp_path):
     path = tmp_path / "x.gguf"
-    for content in (b"", b"not a model at all" * 9, None):
+    for content in (b"", b"not a model at all" * 9, None, "a pipe"):
         path.unlink(missing_ok=True)
-        if content is not None:
+        if isinstance(content, bytes):
             path.write_bytes(content)
+        elif content:
+            os.mkfifo(path)
         with pytest.raises(UserError, match=r"x.gguf is not a readable model") as caught:
             causal.load_smollm2(path, "cpu")
         assert "\n" not in str(caught.value)
@@ -593,6 +596,33 @@ def test_require_is_told_commands_with_the_tested_versions():
         (version,) = re.findall(rf"{package}==\S+", causal.SMOLLM2_INSTALL)
         assert version in pinned.split()
     assert causal.GPT2_INSTALL.split()[-1] in pinned.split()
+
+
+@pytest.mark.parametrize("calls", [(32,), (1, 2, 4, 8, 16, 32, 128)])
+def test_plot_scores_covers_nothing(tmp_path, monkeypatch, calls):
+    """Not the points by the legend, nor the labels by each other, where many steps gain little."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *place, **how: (figures.append(self), save(self, *place, **how))
+    )
+    line = dict(judge="ngram", unit="word", self_bleu=0.0, distances=(0.0, 0.0, 0.0), copied=0.0, samples=4)
+    made = [TextScore(text=f"{n} steps", perplexity=100 + 80 / n, entropy=4 - 1 / n, **line) for n in calls]
+    plot_scores({"run": [*made, TextScore(text=REAL, perplexity=90.0, entropy=4.1, **line)]}, tmp_path / "figure.png")
+    (figure,) = figures
+    renderer = FigureCanvasAgg(figure).get_renderer()
+    left, right = figure.axes
+    assert [label.get_text() for label in left.get_xticklabels()] == [str(n) for n in calls]
+    assert all("^" not in label.get_text() for label in left.get_yticklabels(which="both"))
+    (legend,) = figure.legends
+    assert not any(
+        legend.get_window_extent(renderer).overlaps(axis.get_window_extent(renderer)) for axis in (left, right)
+    )
+    boxes = [text.get_window_extent(renderer) for text in right.texts]
+    assert boxes and not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[:i])
 
 
 def test_plot_scores_leaves_out_texts_without_perplexity(tmp_path):

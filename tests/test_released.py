@@ -1,5 +1,6 @@
 """common/released.py on a checkpoint with the official names and shapes, made here: the real files are not at hand."""
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -112,3 +113,6 @@ def test_load_released_says_in_one_line_what_does_not_fit(tmp_path: Path) -> Non
     (tmp_path / "official.ckpt").write_bytes(b"no archive")
     with pytest.raises(UserError, match=r"no released FLM checkpoint|cannot be read"):
         load_released(tmp_path / "official.ckpt", one)
+    os.mkfifo(tmp_path / "pipe.ckpt")  # reading would wait for ever
+    with pytest.raises(UserError, match="is no regular file"):
+        load_released(tmp_path / "pipe.ckpt", one)

@@ -98,6 +98,18 @@ def test_progress_plain_every_15_seconds_with_measured_eta(tmp_path, capsys, mon
     ]
 
 
+def test_progress_fits_80_columns_and_leaves_out_the_last_fields(tmp_path, capsys, monkeypatch):
+    clock = Clock(monkeypatch)
+    fields = {"loss": "3.123", "tokens/s": "1,234,567", "MFU": "55%", "memory": "123.4 GiB"}
+    for total, last in ((7_000, "tokens/s 1,234,567"), (1_000_000, "loss 3.123")):
+        log = RunLog(tmp_path / str(total), total_steps=total, args={})
+        for step in (0, total // 20):
+            log.progress(step, fields)
+            clock.now += 100.0
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert len(line) <= 80 and line.endswith(f"  {last}")
+
+
 def test_progress_eta_follows_a_change_of_speed_and_ignores_steps_before_a_resume(tmp_path, capsys, monkeypatch):
     clock = Clock(monkeypatch)
     log = RunLog(tmp_path, total_steps=10_000, resume_bytes=0, args={})

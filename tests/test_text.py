@@ -1,5 +1,7 @@
 """Texts and tokenizers: packing by hand, builds that survive interruptions, and one line for whatever can be wrong."""
 
+import fcntl
+import gzip
 import hashlib
 import json
 import os
@@ -14,6 +16,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from common import files
 from common.errors import UserError
 from common.files import sha256
 from common.text import load_text, load_tokenizer, packing, tokenizers, toy_probabilities, toy_rows
@@ -149,13 +152,44 @@ def test_build_is_done_once_for_many_processes(tmp_path: Path) -> None:
     assert calls == [200, 40] and len(set(results)) == 1
 
 
-@pytest.mark.parametrize("damage", ["short", "missing", "manifest", "other"])
+def test_build_without_file_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two processes make the folder at once: each in a place of its own, and one of them moves in."""
+
+    def no_locks(*_: object) -> None:
+        raise OSError(37, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    files.note.cache_clear()
+    calls: list[int] = []
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        calls.append(len(texts))
+        if len(calls) == 1:
+            with monkeypatch.context() as patch:
+                patch.setattr(os, "getpid", lambda: 1)
+                make(tmp_path / "x", WORDS, letters())
+        return letters().encode_batch(texts)
+
+    rows = make(tmp_path / "x", WORDS, Tokenizer("letters", 27, 26, "", encode, str))
+    np.testing.assert_array_equal(rows["train"], make(tmp_path / "x", WORDS, letters())["train"])
+    assert {path.name for path in tmp_path.iterdir()} == {"x", "x.lock"}
+    assert capsys.readouterr().out == (
+        f"note: {tmp_path} has no file locks ([Errno 37] No locks available); every process works for itself\n"
+    )
+
+
+@pytest.mark.parametrize("damage", ["short", "changed", "missing", "manifest", "other"])
 def test_load_refuses_an_unfit_folder_which_is_made_again(tmp_path: Path, damage: str) -> None:
     folder, made_from = tmp_path / "x", describe("test", letters(), 6)
     before = make(folder, WORDS, letters())["train"]
     expected = before.copy()
     if damage == "short":
         os.truncate(folder / "train.bin", (folder / "train.bin").stat().st_size - 1)
+    elif damage == "changed":
+        with open(folder / "train.bin", "r+b") as file:
+            file.write(b"\xff")
     elif damage == "missing":
         (folder / "valid.bin").unlink()
     elif damage == "manifest":
@@ -192,9 +226,16 @@ def test_local_splits_of_paragraphs(tmp_path: Path) -> None:
 
 def test_local_splits_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name, text in {"b.txt": "b1\nb2\n", "a.txt": "a1\n\na2\nA2", "sub/c.txt": "c1", "no.md": "no"}.items():
+    for name, text in {
+        "b.txt": "b1\nb2\n",
+        "a.txt": "a1\n\na2\nA2",
+        "sub/c.txt": "c1",
+        "no.pdf": "",
+        ".x.md": "",
+    }.items():
         (tmp_path / name).write_text(text)
-    files = text_files(tmp_path, "*.txt")
+    files, note = text_files(tmp_path)
+    assert note == f"note: {tmp_path}: 3 files are read, 1 others left out (.pdf)"
     assert read_all(*files) == ["a1", "a2 A2", "b1", "b2", "c1"]
     splits = local_splits(files, str.upper, held_out=2)
     assert (splits["train"].count, splits["valid"].count) == (3, 2)
@@ -211,7 +252,7 @@ def test_load_text_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.Monke
     path.write_text("A line of my own text.\n" * 200)
     load = lambda: load_text(str(path), length=8, data_dir=tmp_path / "data")  # noqa: E731
     first = load()
-    assert first.name == str(path) and first.tokenizer.name == "austen"
+    assert first.name == str(path) and first.tokenizer.name == "own"
     monkeypatch.setattr(packing, "build", lambda *args: pytest.fail("built twice"))
     np.testing.assert_array_equal(load().train, first.train)
     path.write_text("Another text.\n" * 200)
@@ -228,7 +269,10 @@ def test_load_text_reads_nothing_again(tmp_path: Path, monkeypatch: pytest.Monke
         ("é\nna\u00efve".encode() + b"\nab\xe9d\n", r"mine.txt: byte 12 is not UTF-8"),
         ("one\ntwo\n".encode("utf-16"), "byte 0 is not UTF-8"),
         (b"a\nb\n", "too little text: train has 2 tokens, fewer than the 14 that fill a row"),
-        (b"some words in a line\n" * 12, "too little text: valid has . tokens, fewer than the 14"),
+        (
+            b"some words in a line\n" * 40,
+            "mine.txt: too little text: valid has 1[0-9] tokens, fewer than the 28 that fill two rows",
+        ),
     ],
 )
 def test_load_text_of_unfit_text_is_a_user_error(tmp_path: Path, content: bytes, words: str) -> None:
@@ -247,11 +291,13 @@ def test_load_text_of_unfit_text_is_a_user_error(tmp_path: Path, content: bytes,
         ("no/such/folder", {}, "no such file or folder"),
         ("no/such.txt", {}, "no such file or folder"),
         ("lm1b:no_such_file", {"tokenizer": "austen"}, "cannot read no_such_file .*; give an existing text file"),
-        ("austen", {"tokenizer": "gpt3"}, "no tokenizer 'gpt3'; expected one of austen, gpt2, bert-base-uncased"),
+        ("austen", {"tokenizer": "gpt3"}, "no tokenizer 'gpt3'; expected one of own, austen, gpt2, bert-base-uncased"),
         ("austen", {"length": 2}, "--length 2: must be at least 3"),
         ("toy", {"length": 9}, "--data toy has 8 tokens a row; use --length 8"),
         ("toy", {"length": 8, "tokenizer": "gpt2"}, "--data toy has a tokenizer of its own"),
-        (".", {}, r"has no \*.txt files"),
+        (".", {}, r"has no files named .txt, .md, .jsonl or .gz of these"),
+        ("/dev/zero", {}, r"cannot read /dev/zero \(no regular file and no folder\)"),
+        ("openwebtext:/dev/zero", {"tokenizer": "austen"}, "cannot read /dev/zero"),
     ],
 )
 def test_load_text_of_a_bad_argument_is_a_user_error(
@@ -267,6 +313,87 @@ def test_load_text_in_an_unwritable_folder_is_a_user_error(tmp_path: Path) -> No
     (tmp_path / "data").write_text("a file, not a folder")
     with pytest.raises(UserError, match=r"cannot make .*austen-austen-64 .*run again"):
         load_text("austen", length=64, data_dir=tmp_path / "data")
+
+
+def test_load_text_of_a_pipe_is_a_user_error(tmp_path: Path) -> None:
+    """Nobody writes into it: reading would wait for ever."""
+    os.mkfifo(tmp_path / "pipe.txt")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "folder" / "pipe.txt")
+    for name, words in {"pipe.txt": "no regular file", "folder": "has no files named"}.items():
+        with pytest.raises(UserError, match=words):
+            load_text(str(tmp_path / name), length=16, data_dir=tmp_path / "data")
+
+
+def packed(name: str, content: bytes) -> bytes:
+    return gzip.compress(content) if name.endswith(".gz") else content
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "content", "texts"),
+    [
+        ("a.txt", "one\ntwo\n", ["one", "two"]),
+        ("A.MD", "# Head\n\nOne\npara\n\nTwo\n", ["# Head", "One para", "Two"]),
+        ("a.jsonl", '{"id": 1, "text": "on\\ne"}\n\n{"text": " "}\n{"text": "tw\\ud800o"}\n', ["on\ne", "tw?o"]),
+    ],
+)
+def test_local_splits_of_every_kind_of_file(
+    tmp_path: Path, name: str, content: str, texts: list[str], end: str
+) -> None:
+    (tmp_path / (name + end)).write_bytes(packed(name + end, content.encode()))
+    files, note = text_files(tmp_path)
+    assert read_all(*files) == texts and not note
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"txt": "x"}\n',
+            'a.jsonl: line 2 is no JSON object with a string "text"; mend it',
+        ),
+        ("a.jsonl", b'{"text": "x"}\n\n{"text": 5}\n', "line 3 is no JSON"),
+        ("a.jsonl", b'{"text": "x"}\n{"text": "x', "line 2 is no JSON"),
+        ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
+        ("a.jsonl.gz", gzip.compress(b'["text"]'), "line 1 is no JSON"),
+        ("a.txt.gz", b"plain", r"a.txt.gz cannot be read \(Not a gzipped file.*; give it again, whole"),
+        ("a.txt.gz", gzip.compress(b"a line\n" * 9000)[:-20], r"a.txt.gz cannot be read \(.*; give it again, whole"),
+        ("a.txt.gz", gzip.compress(b"ab\n\xff\n"), "a.txt.gz: byte 3 is not UTF-8"),
+    ],
+)
+def test_load_text_of_a_damaged_file_names_the_place(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=words) as caught:
+        load_text(str(tmp_path / name), length=16, data_dir=tmp_path / "data")
+    assert "\n" not in str(caught.value)
+
+
+def test_load_text_trains_an_encoding_on_own_text(tmp_path: Path) -> None:
+    train, _ = austen_sentences()
+    path = tmp_path / "mine.txt"
+    path.write_text("\n".join(train[:3000]))
+    data = load_text(str(path), length=32, data_dir=tmp_path / "data")
+    (file,) = (tmp_path / "data" / "text").glob("*.bpe")
+    assert f"encoding: {data.tokenizer.vocab_size:,} tokens trained on this text, in {file}" in data.note
+    assert 512 < data.tokenizer.vocab_size < 4096 and data.tokenizer.sha256 == sha256(file)
+    manifest = json.loads(next((tmp_path / "data" / "text").glob("*/manifest.json")).read_bytes())
+    assert manifest["made_from"]["tokenizer"]["sha256"] == sha256(file)
+    assert train[0].startswith(data.tokenizer.decode(data.train[0]))
+    for folder, length in (("data", 16), ("other", 32)):  # another length, another machine
+        again = load_text(str(path), length=length, data_dir=tmp_path / folder)
+        assert again.tokenizer.sha256 == data.tokenizer.sha256
+    assert load_text(str(path), length=32, data_dir=tmp_path / "data", tokenizer="austen").tokenizer.name == "austen"
+    file.write_text("#version: 0.2\nx y\nab c\n")
+    with pytest.raises(UserError, match=r"\.bpe cannot be read .*; delete it to have it made again"):
+        load_text(str(path), length=32, data_dir=tmp_path / "data")
+    path.write_text("\n".join(train[3000:6000]))  # other text, another encoding
+    assert load_text(str(path), length=32, data_dir=tmp_path / "data").tokenizer.sha256 != data.tokenizer.sha256
+
+
+def test_train_merges_makes_the_shipped_encoding_of_austen() -> None:
+    assert tokenizers._train_merges(austen_sentences()[0]) == tokenizers.AUSTEN_MERGES.read_bytes()
 
 
 # The Hugging Face hub, played by a dictionary

@@ -1,11 +1,13 @@
 """The language-model scripts as a user runs them: learning, exact resume, several processes, bad input."""
 
+import functools
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
@@ -19,8 +21,9 @@ import fmlm_distill
 from common import checkpoint
 from common.errors import RunError, UserError
 from common.runlog import read_metrics
+from common.text.corpora import austen_sentences
 from common.text_run import TextRun
-from variants import fmlm_two_stage
+from variants import flm_ablations, fmlm_recipes, fmlm_two_stage
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = [
@@ -106,6 +109,168 @@ def test_train_resumed_from_a_periodic_checkpoint_ends_with_the_same_bits(
     assert checkpoint.load(tmp_path / "cut" / "checkpoint.pt")["step"] == 20
     module.main(["--resume", str(tmp_path / "cut")])
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut")
+
+
+DRIVER = """
+# flm_train.py with a first process that is slow to come, a group that waits a second, and a signal to one process.
+import datetime, functools, os, signal, sys, time
+import torch.distributed as dist
+
+sys.path.append(os.getcwd())
+import flm_train
+from common import cli
+
+rank, rate, load = os.environ["RANK"], flm_train.learning_rate, flm_train.load_judge
+dist.init_process_group = functools.partial(dist.init_process_group, timeout=datetime.timedelta(seconds=1))
+
+def slow(*values):
+    time.sleep(3)  # in the first process: the others need no judge
+    return load(*values)
+
+def stopping(step, a):
+    if step == 10 and rank == "1" and sys.argv[-1] == "cut":
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGTERM)  # torchrun repeats what a whole group was sent
+    return rate(step, a)
+
+flm_train.load_judge, flm_train.learning_rate = slow, stopping
+cli.run(lambda: flm_train.main(sys.argv[1:]))
+"""
+
+
+def test_train_in_several_processes_waits_and_stops_and_goes_on_as_one(tmp_path: Path) -> None:
+    """Between two lines of the log, by a signal to one process; the resumed lines are those of the whole run."""
+    (tmp_path / "driver.py").write_text(DRIVER)
+    go = functools.partial(run, tmp_path, str(tmp_path / "driver.py"), processes=2)
+    flags = [*SMALL, "--log-every", "7", "--total-steps", "20", "--run-name"]
+    assert "| 1 steps |" in go(*flags, "whole").stdout
+    out = go(*flags, "cut").stdout
+    assert out.count("--resume") == 1 and "| 1 steps |" not in out
+    assert checkpoint.load(tmp_path / "cut" / "checkpoint.pt")["step"] == 11
+    assert "| 1 steps |" in go("--resume", str(tmp_path / "cut")).stdout
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut") and len(timeless(tmp_path / "cut")) == 5
+
+
+@pytest.mark.parametrize("launcher", ["tools/torchrun.py", "torch.distributed.run"])
+def test_torchrun_that_is_told_to_stop_leaves_a_saved_run(tmp_path: Path, launcher: str) -> None:
+    """A signal to its whole group: ours ends well, PyTorch's own can only end with its traceback."""
+    start = [
+        sys.executable,
+        *(["-m"] if "/" not in launcher else []),
+        launcher,
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    flags = ["flm_train.py", *SMALL, "--total-steps", "1000000", "--run-name", "r", "--run-dir", str(tmp_path)]
+    with subprocess.Popen(
+        [*start, *flags], cwd=ROOT, start_new_session=True, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        while process.poll() is None and not losses(tmp_path / "r"):
+            time.sleep(0.1)
+        os.killpg(process.pid, signal.SIGTERM)
+        out, err = process.communicate()
+    assert out.count("saved; go on with") == 1, out + err
+    assert checkpoint.load(tmp_path / "r" / "checkpoint.pt")["step"] == len(losses(tmp_path / "r"))
+    if launcher == "tools/torchrun.py":
+        assert process.returncode == 0 and "Traceback" not in err
+
+
+@pytest.mark.parametrize("module", [flm_train, fmlm_distill])
+def test_train_stopped_in_its_last_step_does_not_evaluate(
+    tmp_path: Path, module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "r"]
+    monkeypatch.setattr(TextRun, "log_training", lambda *values: os.kill(os.getpid(), signal.SIGTERM))
+    module.main([*SMALL, *places, "--log-every", "5", "--total-steps", "5"])
+    out = capsys.readouterr().out
+    assert f"--resume {tmp_path / 'r'}" in out and "| real text |" not in out
+    module.main(["--resume", str(tmp_path / "r")])
+    assert "| real text |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("module", [flm_train, fmlm_distill])
+def test_evaluate_ends_at_once_by_a_signal(tmp_path: Path, module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """After the training and alone: there is nothing to save."""
+    places = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "r"]
+    evaluations = []
+
+    def interrupted(run: TextRun, *values: object) -> None:
+        evaluations.append(signal.getsignal(signal.SIGTERM))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(TextRun, "evaluate", interrupted)
+    for flags in ([*SMALL, *places, "--total-steps", "5"], ["--eval", str(tmp_path / "r")]):
+        with pytest.raises(KeyboardInterrupt):
+            module.main(flags)
+    assert evaluations == [signal.SIG_DFL] * 2
+    assert checkpoint.load(tmp_path / "r" / "checkpoint.pt")["step"] == 5
+
+
+@pytest.mark.parametrize("module", [flm_train, flm_ablations, fmlm_distill, fmlm_recipes])
+def test_train_that_diverges_in_embedding_space_ends_with_a_dump(
+    tmp_path: Path, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After the third step E^T E has no Cholesky factor; the next line of the log is that of the fifth."""
+    monkeypatch.setattr(module, "learning_rate", lambda step, a: float("inf") if step == 2 else 1e-3)
+    places = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "r", "--log-every", "5"]
+    with pytest.raises(SystemExit, match=r"stopped at step 5: .*loss.* not finite"):
+        module.main([*SMALL, *places, "--space", "embedding", "--width", "8", "--heads", "1", "--total-steps", "20"])
+    assert checkpoint.load(tmp_path / "r" / "nonfinite.pt")["step"] == 5
+
+
+def test_main_on_own_text_needs_the_encoding_of_the_checkpoint(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text, lines = tmp_path / "mine.txt", austen_sentences()[0]
+    text.write_text("\n".join(lines[:400]))
+    places = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path / "data"), "--threads", "1"]
+    size = ["--layers", "1", "--width", "32", "--length", "16", "--samples", "64", "--steps", "1"]
+    short = ["--batch", "8", "--total-steps", "5", "--eval-every", "5"]
+    with pytest.raises(UserError, match=r"--batch 4096: .*mine.txt has only \d+ rows to train on; give a smaller"):
+        flm_train.main(["--data", str(text), *places, *size, "--batch", "4096"])
+    flm_train.main(["--data", str(text), *places, *size, *short, "--run-name", "flow"])
+    out = capsys.readouterr().out
+    assert "encoding: 512 tokens trained on this text" in out and "   1 call: perplexity" in out
+    (real,) = (int(line.split()[-2]) for line in out.splitlines() if line.startswith("| real text |"))
+    assert real < 64 and f"note: real text has only {real} rows: --samples {real} compares equal numbers" in out
+    distil = ["--teacher", str(tmp_path / "flow"), *places, *short, "--steps", "1", "--run-name"]
+    fmlm_distill.main([*distil, "map"])  # finds the teacher's encoding
+    again = [(flm_train, ["--eval", str(tmp_path / "flow")]), (fmlm_distill, ["--eval", str(tmp_path / "map")])]
+    for module, flags in again:
+        module.main(flags)
+    text.write_text("\n".join(lines[1000:1400]))
+    again += [(flm_train, ["--resume", str(tmp_path / "flow")]), (fmlm_distill, [*distil, "other"])]
+    for module, flags in again:
+        with pytest.raises(UserError, match=r"was trained on another encoding of .*mine.txt .*restore the text"):
+            module.main(flags)
+
+
+def test_main_refuses_the_runs_of_another_script(tmp_path: Path) -> None:
+    places = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--total-steps", "1", "--run-name"]
+    flm_train.main([*SMALL, *places, "flow"])
+    flm_ablations.main([*SMALL, *places, "velocity", "--predict", "velocity"])
+    fmlm_distill.main([*SMALL, *places, "map"])
+    checkpoint.save(tmp_path / "checkpoint.pt", {"args": {"env": "toy"}, "step": 1})
+    flow, velocity, flow_map = (str(tmp_path / name) for name in ("flow", "velocity", "map"))
+    for module, flag, folder, words in (
+        (
+            flm_train,
+            "--eval",
+            velocity,
+            "--predict velocity, --softmax True, unknown here; use the script that made it",
+        ),
+        (flm_train, "--resume", velocity, "--predict velocity"),
+        (flm_train, "--eval", flow_map, "unknown here"),
+        (flm_train, "--eval", str(tmp_path), "--env toy, unknown here"),
+        (fmlm_distill, "--eval", flow, "unknown here"),
+        (fmlm_distill, "--teacher", velocity, "was trained with --predict velocity: give a run of flm_train.py"),
+        (fmlm_distill, "--teacher", flow_map, "holds no weights of this network"),
+        (fmlm_distill, "--teacher", str(tmp_path), "was trained without --data: give a run of flm_train.py"),
+    ):
+        with pytest.raises(UserError, match=words) as caught:
+            module.main([flag, folder])
+        assert "\n" not in str(caught.value)
 
 
 def test_stop_if_not_finite_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,7 +53,7 @@ from common.released import load_released
 from common.runlog import Averages
 from common.start import CHECKPOINT, load_run, pick_device, start
 from common.tensors import flex_attention, interpolate
-from common.text_run import TextRun, check_fit, load_judge, open_text
+from common.text_run import TextRun, check_fit, load_averaged, load_judge, open_text, saved_args
 
 # --- Arguments. With a teacher its data and network are taken over; SETTINGS holds what other data change. -----------
 
@@ -86,7 +86,7 @@ class ModelArgs:
     """DiT denoiser [P 3]."""
 
     length: RowLength = 64  # L, tokens per row
-    tokenizer: str = ""  # austen, gpt2 or bert-base-uncased; default: the data's own
+    tokenizer: str = ""  # austen, gpt2, bert-base-uncased, own (trained on the text); default: the data's usual one
     tokenizer_path: str = ""  # file or folder of the tokenizer's files, instead of fetching them
     layers: Size = 4  # transformer blocks
     width: Several = 256  # d
@@ -165,8 +165,10 @@ def default_args(teacher: str = "", data: str = "austen") -> Args:
     """Defaults for some data: the dataclasses, then its row of SETTINGS; data and network are the teacher's."""
     taken = {}
     if teacher and not teacher.endswith(".ckpt"):
-        saved = load_run(Path(teacher), FLOW)["args"]
-        taken = {k: saved[k] for k in ("data", "space", "reparam", *vars(ModelArgs()))}
+        flow = {"predict": "denoiser", "softmax": True}  # what variants/flm_ablations.py changes
+        taken = saved_args(
+            load_run(Path(teacher), FLOW), teacher, ("data", "space", "reparam", *vars(ModelArgs())), flow
+        )
     data = taken.get("data", data)
     return cli.override(Args(), dict(data=data) | SETTINGS.get(data.split(":")[0], {}) | dict(teacher=teacher) | taken)
 
@@ -183,7 +185,8 @@ class GramNoise(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embed: Tensor, xi: Tensor) -> Tensor:
-        chol = torch.linalg.cholesky(embed.mT @ embed)  # (d, d)
+        chol, failed = torch.linalg.cholesky_ex(embed.mT @ embed)  # (d, d)
+        chol = chol.masked_fill(failed > 0, math.nan)  # E has diverged: so does the loss, which ends the run
         ctx.save_for_backward(embed, chol, xi)
         return xi @ chol.mT
 
@@ -574,7 +577,7 @@ def train(run: TextRun, student: DiT, teacher: DiT, clock: Clock, args: Args) ->
         student.trunk = torch.compile(student.trunk)
     space, few = make_space(student, d.space), min(32, args.sample.samples)
     trained.train()
-    while run.step < a.total_steps and not run.stop_requested():
+    while not run.stop_requested() and run.step < a.total_steps:
         torch.manual_seed(mixed_seed(r.seed, 3, run.step, ranks.rank))  # dropout
         batch_tau_s, batch_tau_t = (tau.to(device) for tau in two_times(run.step, a.batch, r.seed, d))  # (batch,)
         infos = []
@@ -598,11 +601,12 @@ def train(run: TextRun, student: DiT, teacher: DiT, clock: Clock, args: Args) ->
         decay = min(a.ema, (1 + run.step) / (10 + run.step))
         with torch.no_grad():
             torch._foreach_lerp_(list(ema.parameters()), list(student.parameters()), 1 - decay)
-        averages.add({k: torch.stack([info[k] for info in infos]).sum() for k in info} | {"grad_norm": grad_norm})
+        means = {k: torch.stack([info[k] for info in infos]).sum() for k in info}
+        averages.add(ranks.mean(means | {"grad_norm": grad_norm}))
         run.step += 1
 
         if run.due(r.log_every):
-            metrics = ranks.mean(averages.take(), device)
+            metrics = averages.take()
             run.stop_if_not_finite(metrics)
             run.log_training(metrics, meter.take(run.step))
         if run.due(r.eval_every) and ranks.chief:
@@ -614,7 +618,7 @@ def train(run: TextRun, student: DiT, teacher: DiT, clock: Clock, args: Args) ->
 
 
 # What a checkpoint's weights fit: these arguments and definitions; a teacher's fit those of FLOW.
-FIXED = ("teacher", "data", "tokenizer", "length", "layers", "width", "heads", "cond_width", "seed", "batch")
+FIXED = ("teacher", "data", "length", "layers", "width", "heads", "cond_width", "seed", "batch")
 FLOW = (DiT, Clock, EmbeddingSpace, OneHotSpace, interpolant)
 
 
@@ -628,40 +632,40 @@ def main(argv: list[str]) -> None:
         raise UserError("--boundary and --gamma must lie in [0, 1]")
     if not (r.teacher or r.eval or r.released):
         raise UserError("--teacher RUN is needed: the residual network corrects a trained flow")
-    with checkpoint.StopSignal() as stop, Ranks.join() as ranks:
-        device, data_dir = pick_device(r.device, r.threads), Path(r.data_dir)
-        torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
-        data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
-        vocab = data.tokenizer.vocab_size
-        check_fit(d.space, vocab, m.width, m.heads, args.train.batch, ranks.world, sample.steps)
-        judge = load_judge(sample.judge, sample.judge_path, data, data_dir, device) if ranks.chief else None
-        torch.manual_seed(r.seed)
-        teacher = None
-        if r.teacher and not (r.eval or r.released):
-            teacher = DiT(m, vocab).to(device).requires_grad_(False).eval()
-            if r.teacher.endswith(".ckpt"):
-                load_released(Path(r.teacher), teacher)
-            else:
-                teacher.load_state_dict(checkpoint.load(Path(r.teacher) / CHECKPOINT)["ema"])
-        net = make_student(teacher, m, vocab).to(device)
-        if teacher is None and m.embed_init == "frequency":
-            net.scale_rows(torch.from_numpy(data.counts()).to(device))
-        clock = Clock(accuracy_table(vocab).to(device) if d.reparam else None)
-        with TextRun(
-            folder, saved, stop=stop, args=cli.flatten(args), ranks=ranks, device=device, data=data, judge=judge
-        ) as run:
-            if r.eval:
-                net.load_state_dict(saved["ema"])
-            elif r.released:
-                load_released(Path(r.released), net)
-            else:
+    ranks, data_dir = Ranks.of_torchrun(), Path(r.data_dir)
+    device = pick_device(r.device, r.threads)
+    torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
+    data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
+    vocab = data.tokenizer.vocab_size
+    check_fit(d.space, vocab, m.width, m.heads, args.train.batch, ranks.world, sample.steps)
+    judge = load_judge(sample.judge, sample.judge_path, data, data_dir, device) if ranks.chief else None
+    torch.manual_seed(r.seed)
+    teacher = None
+    if r.teacher and not (r.eval or r.released):
+        teacher = DiT(m, vocab).to(device).requires_grad_(False).eval()
+        if r.teacher.endswith(".ckpt"):
+            load_released(Path(r.teacher), teacher)
+        else:
+            load_averaged(teacher, checkpoint.load(Path(r.teacher) / CHECKPOINT), data, r.teacher)
+    net = make_student(teacher, m, vocab).to(device)
+    if teacher is None and m.embed_init == "frequency":
+        net.scale_rows(torch.from_numpy(data.counts()).to(device))
+    clock = Clock(accuracy_table(vocab).to(device) if d.reparam else None)
+    run = TextRun(folder, saved, args=cli.flatten(args), ranks=ranks, device=device, data=data, judge=judge)
+    with ranks, run:
+        if r.eval:
+            load_averaged(net, saved, data, r.eval)
+        elif r.released:
+            load_released(Path(r.released), net)
+        else:
+            with run.stop:  # only here a signal has to wait
                 net = train(run, net, teacher, clock, args)
-            if stop.requested:
-                print(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
-            elif ranks.chief:
-                make = functools.partial(generate, net, args, clock, sample.samples)
-                tag = f"_gamma{sample.gamma:g}" if sample.gamma else ""
-                run.evaluate(make, sample.steps, sample.samples, sample.show, tag)
+        if run.stop_requested():
+            run.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
+        elif ranks.chief:
+            make = functools.partial(generate, net, args, clock, sample.samples)
+            tag = f"_gamma{sample.gamma:g}" if sample.gamma else ""
+            run.evaluate(make, sample.steps, sample.samples, sample.show, tag)
 
 
 if __name__ == "__main__":

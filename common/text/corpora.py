@@ -1,6 +1,8 @@
 """Corpora by name or path: where their texts come from, their usual tokenizer, and what is held out."""
 
+import gzip
 import hashlib
+import json
 import lzma
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,14 +12,15 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, reading
 from common.files import sha256
 from common.text.packing import Split
-from common.text.tokenizers import ASSETS
+from common.text.tokenizers import ASSETS, OWN
 
 AUSTEN_TEXT = ASSETS / "austen.txt.xz"
 AUSTEN_HELD_OUT = slice(11, None, 20)  # of 269 chapters: one to three of every novel, 5.0 % of the text
 HELD_OUT = 20  # one text in so many, the last ones, where a source does not say what is for validation
+SUFFIXES = (".txt", ".md", ".jsonl")  # of files that are read in a folder, each also with .gz behind
 LINES_PER_PARAGRAPH = 50  # files with fewer on average have paragraphs; a stray blank line does not join a book
 
 
@@ -26,13 +29,14 @@ class Source:
     """Where texts come from.
 
     `key` names their folder, `identity` changes when the texts may have changed, `tokenizer` is the usual one;
-    `splits` opens {train, valid} and may take long. The others are cheap.
+    `splits` opens {train, valid} and may take long. The others are cheap. `note` is to be told to the user.
     """
 
     key: str
     identity: Any
     tokenizer: str
     splits: Callable[[], dict[str, Split]]
+    note: str = ""
 
 
 @dataclass(frozen=True)
@@ -53,23 +57,24 @@ def find_source(data: str) -> Source:
         lm1b, openwebtext    the paper's benchmarks, from the Hugging Face hub
         lm1b:PATH            local files of LM1B's tokenized text, a sentence a line: its spacing is undone
         openwebtext:PATH     local files as below, with that benchmark's tokenizer (gpt2)
-        FILE or FOLDER       UTF-8 text (of a folder all .txt): a text a line, or paragraphs between blank lines
+        FILE or FOLDER       UTF-8 text, of a folder .txt, .md, .jsonl and .gz of these: a text a line, or paragraphs
+                             between blank lines; of .jsonl the field "text" of every line
         OWNER/NAME[:CONFIG]  a data set of the Hugging Face hub with a column named text, taken not to change
 
     The last 5 % of a path's texts are held out; of a hub data set its validation or test split if it has one. Paths
-    take the austen tokenizer, which needs no download; hub data sets take gpt2. Raises UserError if it is no source.
+    get a tokenizer of their own, which needs no download; hub data sets take gpt2. Raises UserError if it is no source.
     """
     if data == "austen":
         return Source("austen", sha256(AUSTEN_TEXT), "austen", _austen_splits)
     kind, _, rest = data.partition(":")
     if source := BENCHMARKS.get(kind):
         if rest:
-            return _local(Path(rest).expanduser(), "*", source.tokenizer, kind, source.clean)
+            return _local(Path(rest).expanduser(), ("",), source.tokenizer, kind, source.clean)
         if data == kind:
             return Source(kind, [source.hub, source.revision], source.tokenizer, lambda: _hub_splits(source))
     path = Path(data).expanduser()
     if data and path.exists():
-        return _local(path, "*.txt", "austen", "text", str)
+        return _local(path, SUFFIXES, OWN, "text", str)
     if re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.txt)(:[\w.-]+)?", data):
         return Source(re.sub("[/:]", "--", data), data, "gpt2", lambda: _hub_splits(HubData(data)))
     raise UserError(
@@ -91,28 +96,38 @@ def _austen_splits() -> dict[str, Split]:
     return {name: Split(len(texts), lambda start, texts=texts: iter(texts[start:])) for name, texts in named}
 
 
-def text_files(path: Path, pattern: str) -> list[Path]:
-    """The file itself, or the files of this pattern in and below a folder, sorted. Raises UserError without any."""
-    files = sorted(p for p in path.rglob(pattern) if p.is_file()) if path.is_dir() else [path]
+def text_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], str]:
+    """The file itself, or the files with these suffixes in and below a folder, sorted; and a note on those left out.
+
+    Hidden ones do not count. Raises UserError without any, and of a pipe or device, which may never end.
+    """
+    if path.is_file():
+        return [path], ""
+    if not path.is_dir():
+        raise UserError(f"cannot read {path} (no regular file and no folder); give an existing text file or folder")
+    found = [p for p in sorted(path.rglob("*")) if p.is_file() and "/." not in f"/{p.relative_to(path).as_posix()}"]
+    files = [p for p in found if p.name.lower().removesuffix(".gz").endswith(suffixes)]
     if not files:
-        raise UserError(f"{path} has no {pattern} files; put UTF-8 text files there")
-    return files
+        raise UserError(f"{path} has no files named {', '.join(suffixes)} or .gz of these; put UTF-8 text files there")
+    others = sorted({p.suffix or p.name for p in found} - {p.suffix or p.name for p in files})
+    left_out = f"{len(found) - len(files)} others left out ({', '.join(others[:5])}{', ...' * (len(others) > 5)})"
+    return files, f"note: {path}: {len(files)} files are read, {left_out}" * (len(files) < len(found))
 
 
 def fingerprint(files: Sequence[Path]) -> str:
     """Changes if a file is added, removed, renamed or written; reads none of them. Raises UserError if one is gone."""
-    try:
-        stats = [(str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    except OSError as error:
-        raise UserError(f"cannot read {error.filename} ({error.strerror}); give an existing text file") from error
+    stats = []
+    for file in files:
+        with reading(file, "give an existing text file"):
+            stats.append((str(file.resolve()), file.stat().st_size, file.stat().st_mtime_ns))
     return hashlib.sha256(repr(stats).encode()).hexdigest()
 
 
-def _local(path: Path, pattern: str, tokenizer: str, kind: str, clean: Callable[[str], str]) -> Source:
-    files, path = text_files(path, pattern), path.resolve()
+def _local(path: Path, suffixes: tuple[str, ...], tokenizer: str, kind: str, clean: Callable[[str], str]) -> Source:
+    (files, note), path = text_files(path, suffixes), path.resolve()
     place = hashlib.sha256(str(path).encode()).hexdigest()[:8]  # tells files of one name apart
     identity = [kind, fingerprint(files)]
-    return Source(f"{kind}-{path.stem}-{place}", identity, tokenizer, lambda: local_splits(files, clean))
+    return Source(f"{kind}-{path.stem}-{place}", identity, tokenizer, lambda: local_splits(files, clean), note)
 
 
 def local_splits(files: Sequence[Path], clean: Callable[[str], str], held_out: int = HELD_OUT) -> dict[str, Split]:
@@ -135,9 +150,9 @@ def local_splits(files: Sequence[Path], clean: Callable[[str], str], held_out: i
 
 
 def _lines(path: Path) -> Iterator[str]:
-    """Lines of a UTF-8 file without surrounding blanks and without a byte-order mark."""
-    offset = 0
-    with open(path, "rb") as file:
+    """Lines of a UTF-8 file, or of one in .gz, without surrounding blanks and without a byte-order mark."""
+    offset, opened = 0, gzip.open if path.name.lower().endswith(".gz") else open
+    with reading(path, "give it again, whole and readable"), opened(path, "rb") as file:
         for raw in file:
             try:
                 line = raw.decode("utf-8")
@@ -148,15 +163,37 @@ def _lines(path: Path) -> Iterator[str]:
             offset += len(raw)
 
 
+def _is_json(path: Path) -> bool:
+    return path.name.lower().removesuffix(".gz").endswith(".jsonl")
+
+
+def _json_texts(path: Path) -> Iterator[str]:
+    """The field "text" of every line that is not blank."""
+    for number, line in enumerate(_lines(path), 1):
+        if not line:
+            continue
+        try:
+            text = json.loads(line)["text"].encode(errors="replace").decode().strip()  # halves of a pair are no text
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            wanted = 'no JSON object with a string "text"'
+            raise UserError(f"{path}: line {number} is {wanted}; mend it, or give plain text as .txt") from error
+        if text:
+            yield text
+
+
 def _scan(path: Path) -> tuple[int, bool]:
     """Number of texts in a file, and whether they are paragraphs."""
+    if _is_json(path):
+        return sum(1 for _ in _json_texts(path)), False
     sizes = [sum(1 for _ in lines) for full, lines in groupby(_lines(path), bool) if full]
     by_paragraph = len(sizes) > 1 and sum(sizes) < LINES_PER_PARAGRAPH * len(sizes)
     return (len(sizes) if by_paragraph else sum(sizes)), by_paragraph
 
 
 def _texts(path: Path, by_paragraph: bool) -> Iterator[str]:
-    """Lines of a file that are not blank, or its paragraphs with their lines joined by spaces."""
+    """Texts of a .jsonl; of others lines that are not blank, or paragraphs with their lines joined by spaces."""
+    if _is_json(path):
+        return _json_texts(path)
     if not by_paragraph:
         return filter(None, _lines(path))
     return (" ".join(lines) for full, lines in groupby(_lines(path), bool) if full)

@@ -5,11 +5,11 @@ ids; every piece becomes a row: separator, piece, separator. What does not fill 
 [deviation: the released code cuts the stream anew every 1,000 texts and drops each remainder, 0.2 % of LM1B]
 """
 
-import fcntl
 import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import chain, islice
 from pathlib import Path
@@ -20,12 +20,13 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from common.errors import UserError, first_line
-from common.files import sha256, write_atomic
+from common.files import locked, sha256, write_atomic
 from common.text.tokenizers import Tokenizer
 
 BATCH_TEXTS = 1000  # encoded at once: bounds the memory
 SAVE_TOKENS = 2**23  # between two saves of the progress: some seconds of work
 MANIFEST = "manifest.json"
+COMPARED = 2**28  # bytes of a file up to which its contents are compared with the manifest: a fraction of a second
 
 
 @dataclass(frozen=True)
@@ -69,33 +70,37 @@ def describe(source: Any, tokenizer: Tokenizer, length: int) -> dict[str, Any]:
 
 
 def load(folder: Path, made_from: Mapping[str, Any]) -> dict[str, np.memmap] | None:
-    """{split: rows (N, length), read-only}; None if the folder is absent, cut short or made from something else.
+    """{split: rows (N, length), read-only}; None if the folder is absent, damaged or made from something else.
 
-    Contents are not read; the manifest has their sha256 for whoever wants to compare.
+    Contents above COMPARED bytes are not read; the manifest has their sha256 for whoever wants to compare.
     """
     try:
         manifest = json.loads((folder / MANIFEST).read_bytes())
         if manifest["made_from"] != made_from:
             return None
-        return {
-            name: np.memmap(folder / f"{name}.bin", made_from["dtype"], "r", shape=(state["rows"], made_from["length"]))
-            for name, state in manifest["splits"].items()
-        }
+        rows = {}
+        for name, state in manifest["splits"].items():
+            file, shape = folder / f"{name}.bin", (state["rows"], made_from["length"])
+            if "sha256" in state and file.stat().st_size <= COMPARED and sha256(file) != state["sha256"]:
+                return None
+            rows[name] = np.memmap(file, made_from["dtype"], "r", shape=shape)
+        return rows
     except (OSError, ValueError, TypeError, KeyError):  # absent, half a file, or not ours
         return None
 
 
 def build(
-    folder: Path, made_from: Mapping[str, Any], tokenizer: Tokenizer, open_splits: Callable[[], Mapping[str, Split]]
-) -> dict[str, np.memmap]:
+    folder: Path, made_from: Mapping[str, Any], tokenizer: Tokenizer, open_splits: Callable[[], Mapping[str, Split]],
+    name: str = "the text",
+) -> dict[str, np.memmap]:  # fmt: skip
     """Makes `folder` with <split>.bin and a manifest, and loads it. Waits while another process makes it.
 
     The work is done in <folder>.partial, where the manifest is the progress: a call after an interruption goes on
-    from its last save. A rename ends the work. `open_splits` may download; it is called once there is work to do.
+    from its last save. A rename ends the work. Without file locks every process makes a folder of its own, which an
+    interruption costs. `open_splits` may download; it is called once there is work to do. `name` is for messages.
 
-    Raises UserError if a split does not fill one row, or a file cannot be written.
+    Raises UserError if there is no row to train on, fewer than two are held out, or a file cannot be written.
     """
-    partial = folder.with_name(folder.name + ".partial")
 
     def save(file: BinaryIO) -> None:
         file.flush()
@@ -103,11 +108,12 @@ def build(
         write_atomic(partial / MANIFEST, json.dumps(manifest).encode())
 
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with open(folder.with_name(folder.name + ".lock"), "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # the system lifts it when the process ends, however it ends
+        with locked(folder.with_name(folder.name + ".lock")) as alone, ExitStack() as at_end:
             if (rows := load(folder, made_from)) is not None:  # another process was faster
                 return rows
+            partial = folder.with_name(folder.name + ("" if alone else f".{os.getpid()}") + ".partial")
+            if not alone:
+                at_end.callback(shutil.rmtree, partial, ignore_errors=True)
             splits = open_splits()
             if load(partial, made_from):  # what an interrupted build saved
                 manifest = json.loads((partial / MANIFEST).read_bytes())
@@ -115,21 +121,24 @@ def build(
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir()
                 manifest = {"made_from": made_from, "splits": {}}
-            for name, split in splits.items():
-                state = manifest["splits"].setdefault(name, {"texts": 0, "tokens": 0, "rows": 0, "rest": []})
-                with open(partial / f"{name}.bin", "ab") as file:
+            for part, split in splits.items():
+                state = manifest["splits"].setdefault(part, {"texts": 0, "tokens": 0, "rows": 0, "rest": []})
+                with open(partial / f"{part}.bin", "ab") as file:
                     for _ in _pack(split, tokenizer, made_from["length"], file, state):
                         save(file)
                     state["sha256"] = sha256(Path(file.name))
                     save(file)
-                if not state["rows"]:
+                needed = 2 if part == "valid" else 1  # one to score as real text, one to compare with
+                if state["rows"] < needed:
                     shutil.rmtree(partial)
                     raise UserError(
-                        f"too little text: {name} has {state['tokens']} tokens, fewer than the "
-                        f"{made_from['length'] - 2} that fill a row; give more text or a smaller --length"
+                        f"{name}: too little text: {part} has {state['tokens']} tokens, fewer than the "
+                        f"{needed * (made_from['length'] - 2)} that fill {'a row' if needed == 1 else 'two rows'}; "
+                        "give more text or a smaller --length"
                     )
-            shutil.rmtree(folder, ignore_errors=True)  # maps of it in running processes stay valid
-            os.replace(partial, folder)
+            if alone or load(folder, made_from) is None:
+                shutil.rmtree(folder, ignore_errors=True)  # maps of it in running processes stay valid
+                os.replace(partial, folder)
             rows = load(folder, made_from)
     except OSError as error:
         raise UserError(f"cannot make {folder} ({first_line(error)}); run again to go on where it stopped") from error

@@ -1,5 +1,6 @@
-"""Tokenizers: the paper's two, whose files are fetched once, and one shipped with the repository."""
+"""Tokenizers: the paper's two, whose files are fetched once, one shipped with the repository, and a text's own."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
@@ -10,14 +11,19 @@ from tokenizers import decoders
 from tokenizers.models import BPE, WordPiece
 from tokenizers.normalizers import BertNormalizer
 from tokenizers.pre_tokenizers import BertPreTokenizer, ByteLevel
+from tokenizers.trainers import BpeTrainer
 
 from common.download import obtain
-from common.errors import UserError
-from common.files import sha256
+from common.errors import UserError, reading
+from common.files import locked, sha256, write_atomic
 
 ASSETS = Path(__file__).resolve().parents[2] / "assets"
 AUSTEN_MERGES = ASSETS / "austen_4096.bpe"
 END = "<|endoftext|>"
+OWN = "own"
+OWN_SIZES = (512, 4096)  # tokens of an encoding trained on a small text and on a large one; between them:
+CHARACTERS_PER_TOKEN = 256
+OWN_CHARACTERS = 2**25  # of the text that are read to train it: bounds time and memory
 
 
 @dataclass(frozen=True)
@@ -68,8 +74,44 @@ def load_tokenizer(name: str, data_dir: Path, path: Path | None = None) -> Token
     shipped. Raises UserError for an unknown name, and a file that is missing or not the right one.
     """
     if name != "austen" and name not in _FILES:
-        raise UserError(f"there is no tokenizer {name!r}; expected one of {', '.join(('austen', *_FILES))}")
-    file = AUSTEN_MERGES if name == "austen" else _find(name, data_dir, path)
+        raise UserError(f"there is no tokenizer {name!r}; expected one of {', '.join((OWN, 'austen', *_FILES))}")
+    return _from_file(name, AUSTEN_MERGES if name == "austen" else _find(name, data_dir, path))
+
+
+def own_tokenizer(file: Path, open_texts: Callable[[], Iterable[str]]) -> Tokenizer:
+    """Byte-level BPE trained on texts: made on first use, kept in `file`, in the form of GPT-2's vocab.bpe.
+
+    A function of the texts: the same in every process and on every machine. Its size, within OWN_SIZES, grows with
+    the text. Raises UserError if the file cannot be read or written.
+    """
+    with reading(file, "delete it to have it made again, or choose another --data-dir"):
+        with locked(file.with_name(file.name + ".lock")):
+            if not file.exists():
+                write_atomic(file, _train_merges(open_texts()))
+        return _from_file(OWN, file)
+
+
+def _train_merges(texts: Iterable[str]) -> bytes:
+    """Content of a file of merges."""
+    read, characters = [], 0
+    for text in texts:
+        read.append(text)
+        characters += len(text)
+        if characters >= OWN_CHARACTERS:
+            break
+    low, high = OWN_SIZES
+    size = min(max(characters // CHARACTERS_PER_TOKEN, low), high) - 1  # and the end of a text
+    pipeline = Pipeline(BPE())
+    pipeline.pre_tokenizer = ByteLevel(add_prefix_space=False)
+    alphabet = ByteLevel.alphabet()
+    trainer = BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    pipeline.train_from_iterator(read, trainer)
+    merges = json.loads(pipeline.to_str())["model"]["merges"]
+    return "\n".join(["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]).encode()
+
+
+def _from_file(name: str, file: Path) -> Tokenizer:
+    """The tokenizer `name` of its defining file."""
     if name == "bert-base-uncased":
         pipeline, separator = _word_piece(file), "[CLS]"  # the paper's code resolves both ends of a text to it
     else:  # V = 50258 for gpt2: the paper's code adds [PAD]; packed rows have none
@@ -89,8 +131,9 @@ def _find(name: str, data_dir: Path, path: Path | None) -> Path:
         return obtain(data_dir / "tokenizers" / cached, url, "give its place with --tokenizer-path", digest)
     names = (cached, url.rpartition("/")[2])
     for place in filter(Path.is_file, (path, *(path / file for file in names))):
-        if sha256(place) != digest:
-            raise UserError(f"{place} is not the file of {name} (sha256 {digest[:12]}...); replace it by {url}")
+        with reading(place, f"replace it by {url}"):
+            if sha256(place) != digest:
+                raise UserError(f"{place} is not the file of {name} (sha256 {digest[:12]}...); replace it by {url}")
         return place
     raise UserError(f"{path} is no file and no folder with {' or '.join(names)}, the file of {name}")
 
