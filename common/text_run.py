@@ -18,7 +18,6 @@ from common.files import write_atomic
 from common.judge import get_judge
 from common.judge.metrics import REAL, Judge, format_table, score_texts, split_real, unigram_entropy
 from common.runlog import write_json
-from common.start import CHECKPOINT
 from common.text import TextData, load_text, toy_probabilities
 from common.textplots import plot_scores
 from common.tracked_run import TrackedRun
@@ -62,8 +61,8 @@ class TextRun(TrackedRun):
 
         self.ranks.by_chief(make, self.device)
 
-    def save(self, name: str = CHECKPOINT) -> None:
-        self.ranks.by_chief(lambda: super(TextRun, self).save(name), self.device)
+    def save(self) -> None:
+        self.ranks.by_chief(super().save, self.device)
 
     def say(self, text: str) -> None:
         """Print a line, in the first process."""

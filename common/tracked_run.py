@@ -73,7 +73,8 @@ class TrackedRun(ExitStack):
 
     def _stop_on(self, bad: list[str]) -> None:
         if bad:
-            checkpoint.save(self.folder / "nonfinite.pt", self._state())
+            if self.log:
+                checkpoint.save(self.folder / "nonfinite.pt", self._state())
             raise RunError(
                 f"stopped at step {self.step}: {', '.join(bad[:3])} not finite; state dumped to "
                 f"{self.folder / 'nonfinite.pt'}, last good state in {CHECKPOINT}"
