@@ -1,7 +1,7 @@
 """common/released.py on a checkpoint with the official names and shapes, made here: the real files are not at hand."""
 
-from dataclasses import dataclass
 import os
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
