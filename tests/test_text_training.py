@@ -88,25 +88,26 @@ def test_train_stopped_and_resumed_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("module", [flm_train, fmlm_distill])
+@pytest.mark.parametrize(("method", "step", "saved"), [("log_training", 25, 20), ("log_samples", 20, 10)])
 def test_train_resumed_from_a_periodic_checkpoint_ends_with_the_same_bits(
-    tmp_path: Path, module: ModuleType, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, module: ModuleType, method: str, step: int, saved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As after a power cut: step 20 was evaluated and saved, the lines after it are made again."""
+    """As after a power cut, between evaluations or in one: the lines after the checkpoint are made again."""
     places = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path)]
     flags = [*SMALL, *places, "--total-steps", "40", "--run-name"]
     module.main([*flags, "whole"])
-    log_training = TextRun.log_training
+    original = getattr(TextRun, method)
 
-    def log_and_die(run: TextRun, metrics: Mapping[str, float], speed: Mapping[str, float]) -> None:
-        log_training(run, metrics, speed)
-        if run.step == 25:
+    def die(run: TextRun, *values: object) -> None:
+        if run.step == step:
             raise InterruptedError
+        original(run, *values)
 
     with monkeypatch.context() as patch:
-        patch.setattr(TextRun, "log_training", log_and_die)
+        patch.setattr(TextRun, method, die)
         with pytest.raises(InterruptedError):
             module.main([*flags, "cut"])
-    assert checkpoint.load(tmp_path / "cut" / "checkpoint.pt")["step"] == 20
+    assert checkpoint.load(tmp_path / "cut" / "checkpoint.pt")["step"] == saved
     module.main(["--resume", str(tmp_path / "cut")])
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut")
 
