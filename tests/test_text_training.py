@@ -215,9 +215,9 @@ def test_train_that_diverges_in_embedding_space_ends_with_a_dump(
     """After the third step E^T E has no Cholesky factor; the next line of the log is that of the fifth."""
     monkeypatch.setattr(module, "learning_rate", lambda step, a: float("inf") if step == 2 else 1e-3)
     places = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "r", "--log-every", "5"]
-    with pytest.raises(SystemExit, match=r"stopped at step 5: .*loss.* not finite"):
+    with pytest.raises(RunError, match=r"stopped at step 5: .*loss.* not finite"):
         module.main([*SMALL, *places, "--space", "embedding", "--width", "8", "--heads", "1", "--total-steps", "20"])
-    assert checkpoint.load(tmp_path / "r" / "nonfinite.pt")["step"] == 5
+    assert torch.load(tmp_path / "r" / "nonfinite.pt", weights_only=True)["step"] == 5
 
 
 def test_main_on_own_text_needs_the_encoding_of_the_checkpoint(
@@ -262,11 +262,11 @@ def test_main_refuses_the_runs_of_another_script(tmp_path: Path) -> None:
             "--predict velocity, --softmax True, unknown here; use the script that made it",
         ),
         (flm_train, "--resume", velocity, "--predict velocity"),
-        (flm_train, "--eval", flow_map, "unknown here"),
+        (flm_train, "--eval", flow_map, "is a run of fmlm_distill.py, whose networks are others"),
         (flm_train, "--eval", str(tmp_path), "--env toy, unknown here"),
-        (fmlm_distill, "--eval", flow, "unknown here"),
+        (fmlm_distill, "--eval", flow, "is a run of flm_train.py, whose networks are others"),
         (fmlm_distill, "--teacher", velocity, "was trained with --predict velocity: give a run of flm_train.py"),
-        (fmlm_distill, "--teacher", flow_map, "holds no weights of this network"),
+        (fmlm_distill, "--teacher", flow_map, "is a run of fmlm_distill.py, whose networks are others"),
         (fmlm_distill, "--teacher", str(tmp_path), "was trained without --data: give a run of flm_train.py"),
     ):
         with pytest.raises(UserError, match=words) as caught:
