@@ -133,7 +133,7 @@ def test_read_demos_unusable_file_is_a_user_error(path: Path, edit: Callable[[h5
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"<html>", "not a readable hdf5 file")])
+@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"<html>", "no robomimic hdf5 file")])
 def test_get_demos_missing_or_broken_file_is_a_user_error(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "demos.hdf5"
     if content is not None:
@@ -153,7 +153,7 @@ def test_read_demos_bad_mask_is_a_user_error(path: Path, names: list[bytes], wor
 def test_read_demos_long_episodes_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_demos(tmp_path / "long.hdf5", episodes(lengths=(301, 300)), env_args())
     assert len(read_demos(tmp_path / "long.hdf5", LIFT)[0]) == 601
-    assert "warning: 1 episodes" in capsys.readouterr().err
+    assert "1 of 2 episodes are longer than the task's cap of 300 steps" in capsys.readouterr().err
 
 
 def test_read_demos_of_a_users_environment(tmp_path: Path) -> None:
@@ -169,7 +169,7 @@ def test_read_demos_of_a_users_environment(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_demos(path, task)[0], b)
     with h5py.File(path, "r+") as file:
         file["data/demo_1/actions"], file["data/demo_1/obs"] = np.zeros((3, 2)), a
-    with pytest.raises(UserError, match="demo_1 is not as wide as demo_0"):
+    with pytest.raises(UserError, match=r"demo_1: obs is float32 \(3, 1\); numbers of shape \(T > 0, 2\)"):
         read_demos(path, task)
 
 

@@ -2,13 +2,14 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from common.demos.robomimic import has_images, obtain_release, read_demos, read_images
-from common.envs import Pixels, TaskSpec, resolve
+from common.envs import Pixels, TaskSpec, make_env, resolve
 from common.errors import UserError
 
 PUBLISHERS = {"robosuite": "robomimic", "adroit": "minari", "kitchen": "minari"}  # of `TaskSpec.datasets`, by suite
@@ -82,13 +83,7 @@ def get_demos(
 
     task = resolve(env_id)
     publisher, _, release = source.partition("-")
-    if source == "scripted" or source.endswith(".npz"):
-        path = recording.made_file(task, source, num, noise, seed, cache, pixels)
-    elif source.endswith(".hdf5") or publisher not in PUBLISHERS.values():
-        path = Path(source)
-    elif publisher == "robomimic":
-        path = obtain_release(task, _find_release(task, publisher, release), cache)
-    else:
+    if publisher == "minari":
         from common.demos import minari  # its package takes a while to import
 
         if pixels:
@@ -97,12 +92,20 @@ def get_demos(
             raise UserError(f"--filter-key {filter_key}: Minari's data have no masks; leave the flag out")
         name = minari.dataset_name(task, _find_release(task, publisher, release))
         return Demos(*minari.read_dataset(name, task), name)
-    obs, actions, ends = read_demos(path, task, filter_key)
-    if not pixels:
-        return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
-    if not has_images(path) and task.suite == "robosuite":
-        path = recording.drawn_file(path, task, pixels, cache)
-    images = read_images(path, pixels, filter_key)
+    with TemporaryDirectory() as spare:
+        if source == "scripted" or source.endswith(".npz"):
+            path = recording.made_file(task, source, num, noise, seed, cache, Path(spare), pixels)
+        elif publisher == "robomimic" and not source.endswith(".hdf5"):
+            path = obtain_release(task, _find_release(task, publisher, release), cache)
+        else:
+            path = Path(source)
+        own = make_env(env_id) if task.suite == "gymnasium" else None
+        obs, actions, ends = read_demos(path, task, filter_key, own and own.get_wrapper_attr("action_bounds"))
+        if not pixels:
+            return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
+        if not has_images(path) and task.suite == "robosuite":
+            path = recording.drawn_file(path, task, pixels, cache, Path(spare))
+        images = read_images(path, pixels, filter_key)
     return Demos(np.ascontiguousarray(obs[:, list(task.proprio)]), actions, ends, path.name, images)
 
 

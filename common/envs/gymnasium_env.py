@@ -41,6 +41,7 @@ class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
             env = gym.wrappers.RescaleAction(env, action.dtype.type(-1), action.dtype.type(1))
         super().__init__(env)
         self.env_id = env_id
+        self.action_bounds = action.low, action.high  # in the environment's own units
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
         self.action_space = gym.spaces.Box(-1, 1, action.shape, np.float32)
         self.reset(seed=0)
