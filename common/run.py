@@ -1,5 +1,6 @@
 """One training run of a robot script: its folder, log, evaluations and checkpoints."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,11 +10,12 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from common import checkpoint
 from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
-from common.errors import UserError
+from common.errors import UserError, reading
 from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, record_video
 from common.rng import Rng
 from common.runlog import plot_curves
@@ -27,6 +29,36 @@ POLICY_NAMES = {"ode": "ODE policy", "bon": "best-of-N policy"}
 def due(before: int, after: int, every: int) -> int:
     """How many multiples of `every` lie in (before, after]."""
     return after // every - before // every
+
+
+def load_clone(folder: Path, net: nn.Module, args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights for `net`, of the policy that the run in `folder` has cloned. args: all arguments of this run.
+
+    Raises UserError if they are of another task or other cameras (where the folder has its args.json), of other shapes,
+    or not finite.
+    """
+    path, recorded = folder / "cloned.pt", folder / "args.json"
+    if recorded.exists():
+        with reading(recorded, "without that file the policy is taken whatever its task"):
+            there = json.loads(recorded.read_text())["args"]
+            for name in {"env", "cameras", "image_size"} & args.keys():
+                one, other = (str(list(x) if isinstance(x, tuple) else x) for x in (there[name], args[name]))
+                if one.removesuffix("-dense") != other.removesuffix("-dense"):
+                    raise UserError(
+                        f"--cloned {folder}: its {name} is {one}, here {other}; give a run of the same task"
+                    )
+    state, want = checkpoint.load(path), net.state_dict()
+    with reading(path, "give --cloned the folder of a run"):
+        wrong = sorted(want.keys() ^ state.keys()) or [k for k in want if want[k].shape != state[k].shape]
+        if wrong:
+            here, there = (tuple(part[wrong[0]].shape) if wrong[0] in part else "none" for part in (want, state))
+            raise UserError(
+                f"--cloned: {path} does not fit: {wrong[0]} is {there}, here {here}; give a run of the same script "
+                "with the same --chunk and --actor-hidden"
+            )
+        if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+            raise UserError(f"--cloned: {path}: {bad[0]} holds NaN or infinity; give another run")
+    return state
 
 
 class Run(TrackedRun):

@@ -50,7 +50,7 @@ from common.machine import compile_functions
 from common.ranges import Count, Natural, NonNegative, Positive, Real, Seed, Several, Size, Threads, Unit, Workers
 from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
-from common.run import Run, due
+from common.run import Run, due, load_clone
 from common.runlog import Averages
 from common.start import pick_device, start
 from settings import ogpo as settings
@@ -571,7 +571,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
             if success <= c.bc_stop_success:
                 agent.bc_below = copy.deepcopy(agent.actor.state_dict())
                 run.save()
-    cloned = checkpoint.load(Path(c.cloned) / "cloned.pt") if c.cloned else agent.bc_below
+    cloned = load_clone(Path(c.cloned), agent.actor, run.args) if c.cloned else agent.bc_below
     agent.actor.load_state_dict(cloned or agent.actor.state_dict())
     agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
     agent.actor_slow.load_state_dict(agent.actor.state_dict())
