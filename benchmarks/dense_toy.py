@@ -4,6 +4,7 @@ python ogpo_state.py --env benchmarks.dense_toy:DenseToy-v0 --horizon 40 --demos
 """
 
 import math
+from typing import Any, ClassVar
 
 import gymnasium as gym
 
@@ -14,6 +15,8 @@ from common.envs.toy import ToyReach
 
 class DenseToy(ToyReach):
     """`ToyReach` with the reward 1 - distance / 2: below 1, rarely below 0, and its success still ends the episode."""
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": ["rgb_array"], "render_fps": 20}
 
     def __init__(self, render_mode: str | None = None) -> None:
         super().__init__(resolve("toy"), 40, render=render_mode is not None)

@@ -17,6 +17,7 @@ from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
 from common.errors import UserError, reading
 from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, record_video
+from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.runlog import plot_curves
 from common.tracked_run import TrackedRun
@@ -76,6 +77,7 @@ class Run(TrackedRun):
         super().__init__(folder, saved, stop, args)
         self.task, self.horizon, self.device, self.pixels = resolve(env), horizon, device, pixels
         self.started = time.perf_counter()
+        self.said: set[str] = set()  # notes
         self.policies: dict[str, Policy] = {}
         self.encode: Encode = np.asarray
 
@@ -135,6 +137,24 @@ class Run(TrackedRun):
         line = {f"ogpo/{k}": v for k, v in updates.items()} | {f"train/{k}": v for k, v in episodes.recent().items()}
         line |= {"train/episodes": episodes.finished, "time/wall": time.perf_counter() - self.started}
         self.log.log(self.step, line)
+        self._check_worth(self.parts["buffer"])
+
+    def _check_worth(self, buffer: ReplayBuffer) -> None:
+        """Say once if success, which ends an episode, is worth less than going on beside it for ever."""
+        staying = buffer.staying / max(1 - self.args["gamma"], 1e-3)
+        if staying > max(buffer.ending, 0):
+            cost = self.args["reward_offset"] - buffer.staying
+            self._note_once(
+                "worth",
+                f"success earns {buffer.ending:.3g} and ends the episode, while steps without it earn up to "
+                f"{buffer.staying:.3g}, kept up {staying:.3g}: it is worth avoiding; with --reward-offset {cost:.3g} "
+                "every step costs (docs/tasks.md, dense rewards)",
+            )
+
+    def _note_once(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.log.say(f"note: {text}")
+        self.said.add(kind)
 
     def record_video(self, policy: str, name: str, wanted: bool) -> None:
         """If wanted, write three episodes of a policy as mp4, or a one-line note on why there is no video."""
@@ -145,7 +165,7 @@ class Run(TrackedRun):
             record_video(env, self._acting(policy), self.folder / name, self.eval_seed, encode=self.encode)
             env.close()
         except UserError as error:
-            self.log.say(f"note: {error}")
+            self._note_once("video", str(error))
 
     def __exit__(self, *error: object) -> None:
         """End the worker processes and draw the learning curve."""

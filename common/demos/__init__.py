@@ -1,5 +1,6 @@
 """Demonstrations by source: scripted experts, published data sets, or a file in robomimic's format."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -99,8 +100,11 @@ def get_demos(
             path = obtain_release(task, _find_release(task, publisher, release), cache)
         else:
             path = Path(source)
-        own = make_env(env_id) if task.suite == "gymnasium" else None
-        obs, actions, ends = read_demos(path, task, filter_key, own and own.get_wrapper_attr("action_bounds"))
+        box = None
+        if task.suite == "gymnasium":
+            with closing(make_env(env_id)) as env:
+                box = env.get_wrapper_attr("action_bounds")
+        obs, actions, ends = read_demos(path, task, filter_key, box)
         if not pixels:
             return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
         if not has_images(path) and task.suite == "robosuite":
