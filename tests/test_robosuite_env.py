@@ -327,7 +327,7 @@ class Image(Tiny):
 class Plain(Tiny):
     """Draws nothing, as many do."""
 
-    metadata: ClassVar[dict] = {}
+    metadata: ClassVar[dict] = {"render_modes": []}
 
     def __init__(self) -> None:
         super().__init__()
