@@ -81,11 +81,16 @@ def policies_table() -> str:
     )
 
 
+def dense_seeds() -> list[int]:
+    """Seeds that are stored of every configuration."""
+    return [seed for seed in SEEDS if all(f"{config}_s{seed}" in stored() for config in REWARDS)]
+
+
 def dense_table() -> str:
     """Success before and after with a dense reward, mean and each seed, by what is added to it."""
     rows = []
     for config, (offset, bonus) in REWARDS.items():
-        found = runs.read_seeds(STORE, config, SEEDS).values()
+        found = [stored()[f"{config}_s{seed}"] for seed in dense_seeds()]
         cloned = [run.first("eval/ode_success") for run in found]
         ode, best = ([run.last(f"final/{name}_success") for run in found] for name in ("ode", "bon"))
         means = (f"{np.mean(rates):.2f}" for rates in (cloned, ode, best))
@@ -122,7 +127,7 @@ def report() -> None:
         policies_table(),
         "",
         "The toy task with a dense reward, at most 1 a step, whose success ends the episode; mean over seeds "
-        f"{', '.join(map(str, SEEDS))}, 100 episodes each. Flags behind `--reward-offset` and `--success-bonus`: "
+        f"{', '.join(map(str, dense_seeds()))}, 100 episodes each. Other flags: "
         f"`{' '.join(DENSE)}`.",
         "",
         dense_table(),

@@ -318,7 +318,7 @@ def test_read_dataset_that_cannot_serve_is_a_user_error(
 @pytest.mark.parametrize("content", [b"", b"<html>"])
 def test_read_dataset_damaged_is_a_user_error(content: bytes, minari: ModuleType, tmp_path: Path) -> None:
     minari_dataset("door").write_bytes(content)
-    with pytest.raises(UserError, match=r"D4RL/door/expert-v2 cannot serve .*delete it to download it again"):
+    with pytest.raises(UserError, match=r"D4RL/door/expert-v2 cannot be read .*delete it to download it again"):
         get_demos("door", "minari", 1, 0.0, tmp_path)
 
 
