@@ -703,7 +703,7 @@ def main(argv: list[str]) -> None:
             demos = get_demos(
                 r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key, pixels=pixels
             )
-            demos.check_fit(r.env, run.obs_dim, run.act_dim)
+            demos.check_fit(r.env, run.obs_dim, run.act_dim, t.horizon)
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.encode = partial(encode, agent)
         run.track(agent=agent)

@@ -151,10 +151,20 @@ def test_read_demos_bad_mask_is_a_user_error(path: Path, names: list[bytes], wor
         read_demos(path, LIFT, "train")
 
 
-def test_read_demos_long_episodes_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_fit_notes_demonstrations_longer_than_an_episode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_demos(tmp_path / "long.hdf5", episodes(lengths=(301, 300)), env_args())
-    assert len(read_demos(tmp_path / "long.hdf5", LIFT)[0]) == 601
-    assert "1 of 2 episodes are longer than the task's cap of 300 steps" in capsys.readouterr().err
+    demos = get_demos("lift", str(tmp_path / "long.hdf5"), 1, 0.0, tmp_path)
+    assert len(demos.obs) == 601
+    demos.check_fit("lift", 19, 7, 301)
+    assert not capsys.readouterr().err
+    demos.check_fit("lift", 19, 7, 300)
+    said = "note: 1 of the 2 demonstrations are longer than an episode may be, 301 steps of 300: raise --horizon"
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == 1
+    with pytest.raises(UserError, match="its observations have 19 numbers, lift has 20"):
+        demos.check_fit("lift", 20, 7, 300)
 
 
 def test_read_demos_of_a_users_environment(tmp_path: Path) -> None:

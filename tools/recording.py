@@ -3,7 +3,6 @@
 import importlib.metadata
 import json
 import shutil
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.demos.robomimic import episode_names, image_key
+from common.demos.robomimic import episode_names, image_key, note
 from common.download import check_digest, digest_file
 from common.envs import Pixels, TaskSpec, make_env
 from common.errors import UserError, first_line, reading
@@ -68,14 +67,14 @@ def cached(path: Path, spare: Path, make: Callable[[Path], None]) -> Path:
         try:
             return check_digest(path)
         except UserError:
-            print(f"note: {path} has changed since it was made; making it again", file=sys.stderr)
+            note(f"{path} has changed since it was made; making it again")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
         why = f"{path.parent} cannot be written ({first_line(error)})"
-        print(f"note: {why}; the demonstrations are made for this run alone", file=sys.stderr)
+        note(f"{why}; the demonstrations are made for this run alone")
         path = spare / path.name
     make(path)
     digest_file(path).unlink(missing_ok=True)  # of what was there before

@@ -611,7 +611,7 @@ def main(argv: list[str]) -> None:
         demos = None
         if not (r.eval or (saved and saved["agent"]["bc_done"])):
             demos = get_demos(r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key)
-            demos.check_fit(r.env, run.obs_dim, run.act_dim)
+            demos.check_fit(r.env, run.obs_dim, run.act_dim, t.horizon)
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.track(agent=agent)
         run.policies = {"ode": partial(act_ode, agent, args), "bon": partial(act_best_of_n, agent, args)}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.demos.robomimic import has_images, obtain_release, read_demos, read_images
+from common.demos.robomimic import has_images, note, obtain_release, read_demos, read_images
 from common.envs import Pixels, TaskSpec, make_env, resolve
 from common.errors import UserError
 
@@ -45,14 +45,23 @@ class Demos:
             std[: -self.tasks] = (obs - centres[task]).std(0)[: -self.tasks]
         return obs.mean(0), std
 
-    def check_fit(self, env_id: str, obs_dim: int, act_dim: int) -> None:
-        """Raises UserError if observations or actions have other widths than those of the environment."""
+    def check_fit(self, env_id: str, obs_dim: int, act_dim: int, horizon: int) -> None:
+        """Raises UserError if observations or actions have other widths than those of the environment.
+
+        Prints a note if the cap of an episode, `horizon`, is shorter than a demonstration.
+        """
         for what, have, want in (("observations", self.obs, obs_dim), ("actions", self.actions, act_dim)):
             if have.shape[1] != want:
                 raise UserError(
                     f"--demos {self.name}: its {what} have {have.shape[1]} numbers, {env_id} has {want}; give "
                     "demonstrations of this environment"
                 )
+        lengths = np.diff(self.ends, prepend=0)
+        if long := int((lengths > horizon).sum()):
+            note(
+                f"{long} of the {len(lengths)} demonstrations are longer than an episode may be, {lengths.max()} steps "
+                f"of {horizon}: raise --horizon if the task takes as long"
+            )
 
     def chunks(self, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Every step of every episode as a chunk start: obs (N, O), actions (N, horizon * A).

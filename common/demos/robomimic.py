@@ -65,12 +65,12 @@ def read_demos(
 
     Returns observations (N, O), actions (N, A) within +-ACTION_LIMIT and exclusive episode ends (E,).
     Raises UserError if the file cannot serve, naming the first fault. Prints a note on what is read otherwise than a
-    user may think: groups left out, actions rescaled, episodes above the task's cap.
+    user may think: groups left out, actions rescaled.
     """
     with opened(path) as file:
         names = episode_names(file, path, filter_key)
         if others := [name for name in file["data"] if not EPISODE.fullmatch(name)]:
-            _note(f"{path}: {', '.join(others[:5])} left out: episodes are called demo_<number>")
+            note(f"{path}: {', '.join(others[:5])} left out: episodes are called demo_<number>")
         if task.suite != "gymnasium":
             _check_origin(file["data"], path, task)
         layout = _layout(file["data"][names[0]], task)
@@ -78,8 +78,6 @@ def read_demos(
         for name in names:
             with reading(f"{path}: {name}", GET_AGAIN):
                 episodes.append(_read_episode(file["data"][name], f"{path}: {name}", task, layout))
-    if task.horizon and (long := sum(len(actions) > task.horizon for _, actions in episodes)):
-        _note(f"{path}: {long} of {len(episodes)} episodes are longer than the task's cap of {task.horizon} steps")
     obs, actions, ends = joined(episodes)
     if box and _in_units_of(box, actions, path):
         actions = (2 * (actions - box[0]) / (box[1] - box[0]) - 1).astype(np.float32)
@@ -93,7 +91,8 @@ def read_demos(
     return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), ends
 
 
-def _note(text: str) -> None:
+def note(text: str) -> None:
+    """One line on what a user may not expect."""
     print(f"note: {text}", file=sys.stderr)
 
 
@@ -110,7 +109,7 @@ def _in_units_of(box: Bounds, actions: Floats, path: Path) -> bool:
         return False
     own = bool(np.abs(actions).max() > TOP or np.log((high - low) / 2).sum() < 0)
     units = "the environment's own units, and rescaled" if own else "[-1, 1], not in the environment's own units"
-    _note(f"{path}: actions from {actions.min():g} to {actions.max():g} are taken to be in {units}")
+    note(f"{path}: actions from {actions.min():g} to {actions.max():g} are taken to be in {units}")
     return own
 
 
