@@ -39,6 +39,8 @@ def load_clone(folder: Path, net: nn.Module, args: Mapping[str, Any]) -> dict[st
     or not finite.
     """
     path, recorded = folder / "cloned.pt", folder / "args.json"
+    if not path.exists():
+        raise UserError(f"--cloned {folder}: it has no {path.name}; give the folder of a run")
     if recorded.exists():
         with reading(recorded, "without that file the policy is taken whatever its task"):
             there = json.loads(recorded.read_text())["args"]

@@ -416,7 +416,7 @@ def test_load_clone_broken_bytes_are_one_line_or_a_sound_load(tmp_path: Path, na
     try:
         found = load_clone(tmp_path, net, {"env": "lift"})
     except UserError as error:
-        one_line(error, path)
+        one_line(error, tmp_path, path.name)
     else:
         assert all(torch.equal(found[key], sound[key]) for key in sound)
 
