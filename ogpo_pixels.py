@@ -55,7 +55,7 @@ from common.machine import compile_functions
 from common.ranges import Count, Natural, NonNegative, Positive, Real, Seed, Several, Side, Size, Threads, Unit, Workers
 from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
-from common.run import Run, due
+from common.run import Run, due, load_clone
 from common.runlog import Averages
 from common.start import pick_device, start
 from settings import ogpo as settings
@@ -627,7 +627,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
             if success <= c.bc_stop_success:
                 agent.bc_below = copy.deepcopy(both.state_dict())
                 run.save()
-    cloned = checkpoint.load(Path(c.cloned) / "cloned.pt") if c.cloned else agent.bc_below
+    cloned = load_clone(Path(c.cloned), both, run.args) if c.cloned else agent.bc_below
     both.load_state_dict(cloned or both.state_dict())
     agent.encoder.requires_grad_(False)
     agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
@@ -703,7 +703,7 @@ def main(argv: list[str]) -> None:
             demos = get_demos(
                 r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key, pixels=pixels
             )
-            demos.check_fit(r.env, run.obs_dim, run.act_dim)
+            demos.check_fit(r.env, run.obs_dim, run.act_dim, t.horizon)
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.encode = partial(encode, agent)
         run.track(agent=agent)

@@ -1,4 +1,4 @@
-"""The toy tasks of the quick starts, seed 1: runs them as a reader would, stores the metrics, makes the tables.
+"""The toy tasks of the quick starts, and the toy task with a dense reward: runs, stored metrics, tables.
 
 python benchmarks/toy.py run      # resumable: finished runs are skipped; a minute or two each, one after the other
 python benchmarks/toy.py store    # keep the finished runs in toy/runs.jsonl.gz
@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 import runs
 from runs import ROOT, RUNS, Run
 
@@ -22,6 +24,19 @@ COMMANDS: dict[str, list[str]] = {  # name -> script and flags
     "toy_fmlm": ["fmlm_distill.py", "--data", "toy"],
     "toy_fmlm_teacher": ["fmlm_distill.py", "--teacher", "runs/toy_flm"],
 }
+QUICK = tuple(COMMANDS)
+DENSE = [  # from the demonstrations that toy_state has made
+    *("ogpo_state.py", "--env", "benchmarks.dense_toy:DenseToy-v0", "--horizon", "40", "--eval-envs", "1"),
+    *("--demos", "data/toy_scripted-v2_n40_noise0.3_seed0.hdf5", "--bc-eval-every", "50", "--bc-stop-success", "0.75"),
+    *("--total-steps", "6000", "--start-training", "1000", "--eval-every", "2000"),
+]
+# What is added to every step and to success; 100 is 1 / (1 - gamma), the most that staying is worth.
+REWARDS = {"toy_dense_raw": (0, 0), "toy_dense_bonus": (0, 100), "toy_dense_cost": (-1, 5)}
+SEEDS = (1, 2, 3)
+for _name, (_offset, _bonus) in REWARDS.items():
+    for _seed in SEEDS:
+        _flags = f"--reward-offset {_offset} --success-bonus {_bonus} --seed {_seed}"
+        COMMANDS[f"{_name}_s{_seed}"] = [*DENSE, *_flags.split()]
 DISTANCE = re.compile(r"^(\d+ steps|real text): total variation distance from the language (\S+)$", re.MULTILINE)
 
 
@@ -61,9 +76,27 @@ def policies_table() -> str:
                 f"{run.minutes:.1f}",
             )
             for name, run in stored().items()
-            if "env" in run.args
+            if name in QUICK and "env" in run.args
         ],
     )
+
+
+def dense_seeds() -> list[int]:
+    """Seeds that are stored of every configuration."""
+    return [seed for seed in SEEDS if all(f"{config}_s{seed}" in stored() for config in REWARDS)]
+
+
+def dense_table() -> str:
+    """Success before and after with a dense reward, mean and each seed, by what is added to it."""
+    rows = []
+    for config, (offset, bonus) in REWARDS.items():
+        found = [stored()[f"{config}_s{seed}"] for seed in dense_seeds()]
+        cloned = [run.first("eval/ode_success") for run in found]
+        ode, best = ([run.last(f"final/{name}_success") for run in found] for name in ("ode", "bon"))
+        means = (f"{np.mean(rates):.2f}" for rates in (cloned, ode, best))
+        rows.append((f"{offset}, +{bonus}", *means, ", ".join(f"{rate:.2f}" for rate in best)))
+    head = "| offset, bonus | cloned | ODE policy | best-of-N policy | best-of-N, each seed |"
+    return runs.table(head, "|---|---:|---:|---:|---|", rows)
 
 
 def language_table() -> str:
@@ -80,7 +113,7 @@ def language_table() -> str:
 
 
 def tables() -> dict[str, str]:
-    return {"toy/policies": policies_table(), "toy/language": language_table()}
+    return {"toy/policies": policies_table(), "toy/dense": dense_table(), "toy/language": language_table()}
 
 
 def report() -> None:
@@ -92,6 +125,12 @@ def report() -> None:
         "beside other work. Minutes: the whole command.",
         "",
         policies_table(),
+        "",
+        "The toy task with a dense reward, at most 1 a step, whose success ends the episode; mean over seeds "
+        f"{', '.join(map(str, dense_seeds()))}, 100 episodes each. Other flags: "
+        f"`{' '.join(DENSE)}`.",
+        "",
+        dense_table(),
         "",
         "Total variation distance of the samples from the toy language:",
         "",

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import UserError, first_line
+from common.errors import UserError, reading
 
 
 class Backbone(nn.Module):
@@ -18,15 +18,13 @@ class Backbone(nn.Module):
     def __init__(self, name: str, prompt: str, cameras: int, size: int) -> None:
         """name: folder or hub name; prompt: fixed text for a model that takes one; size: of images, in pixels."""
         super().__init__()
-        try:
-            from transformers import AutoModel, AutoProcessor
-
+        with reading(f"--backbone {name}", "give a model's folder or hub name"):
+            try:
+                from transformers import AutoModel, AutoProcessor
+            except ImportError as error:
+                raise UserError(f"--backbone needs transformers ({error}); run: pip install transformers") from error
             model = AutoModel.from_pretrained(name).eval()  # first: without a network it gives up sooner
             self.processor: Any = AutoProcessor.from_pretrained(name)
-        except ImportError as error:
-            raise UserError(f"--backbone needs transformers ({error}); run: pip install transformers") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"--backbone {name}: {first_line(error)}; give a model's folder or hub name") from error
         self.model = [model if prompt else getattr(model, "vision_model", model)]  # a list: not in checkpoints
         self.prompt = prompt and f"{getattr(self.processor, 'image_token', '')}{prompt}"
         self.features = cameras * self(torch.zeros(1, 1, size, size, 3, dtype=torch.uint8)).shape[1]  # F

@@ -2,12 +2,13 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import huggingface_hub
 
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, reading
 from common.files import sha256, write_atomic
 
 ADDRESS = re.compile(r"https://huggingface\.co/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
@@ -39,16 +40,25 @@ def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Pa
     return check_digest(path, known)
 
 
+def digest_file(path: Path) -> Path:
+    """Where the sha256 of `path` stands."""
+    return path.with_name(path.name + ".sha256")
+
+
 def check_digest(path: Path, known: str | None = None) -> Path:
     """`path`, if its sha256 is `known`.
 
     Where that is None, the file's own is written beside it (NAME.sha256) on first use and compared later: damage
-    and change after the download are noticed, the download itself is trusted. Raises UserError if it differs.
+    and change after the download are noticed, the download itself is trusted. A folder that cannot be written is left
+    as it is. Raises UserError if it differs.
     """
-    digest, manifest = sha256(path), path.with_name(path.name + ".sha256")
-    if known is None and not manifest.exists():
-        write_atomic(manifest, f"{digest}  {path.name}\n".encode())
-    expected = known or (manifest.read_text().split() or ["nothing"])[0]
+    with reading(path, "check its permissions"):
+        digest, manifest = sha256(path), digest_file(path)
+        if known is None and not manifest.exists():
+            with suppress(OSError):
+                write_atomic(manifest, f"{digest}  {path.name}\n".encode())
+            known = digest
+        expected = known or (manifest.read_text(errors="replace").split() or ["nothing"])[0]
     if digest != expected:
         why = "it is damaged" if known else "it has changed since its first use"
         also = "" if known else f" and {manifest.name}"

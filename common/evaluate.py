@@ -170,7 +170,10 @@ def _film(env: gym.Env, act: Act, encode: Encode, seed: int, hold: int) -> Itera
 def _picture(env: gym.Env) -> np.ndarray:
     """One picture (H, W, 3) uint8; any failure of the OpenGL stack becomes a UserError."""
     try:
-        return np.asarray(env.render())
+        picture = np.asarray(env.render())
+        if picture.ndim != 3:
+            raise ValueError("render() returned no image (H, W, 3)")
+        return picture
     except Exception as error:
         raise UserError(
             f"no video: cannot render ({first_line(error)}); try MUJOCO_GL=egl (GPU) or MUJOCO_GL=osmesa"

@@ -60,6 +60,7 @@ class ReplayBuffer:
         self.episodes: deque[tuple[int, int, bool]] = deque()  # first row, one past the last row, success
         self.row = 0  # next row to write
         self.starts, self.success_starts = IndexQueue(capacity), IndexQueue(capacity)
+        self.staying, self.ending = -np.inf, np.inf  # largest reward of other steps, latest of a success that ended all
 
     def add_episode(self, obs: Arrays, actions: Arrays, rewards: Arrays, terminated: bool, success: bool) -> None:
         """obs (T+1, O), actions (T, A), rewards (T,) or (T, rewards); terminated: the last step ended it for good."""
@@ -76,6 +77,10 @@ class ReplayBuffer:
         self.rewards[lo : hi - 1] = np.stack(rewards)
         self.terminated[lo:hi] = 0.0
         self.terminated[hi - 2] = float(terminated)
+        others = self.rewards[lo : hi - 1]
+        if terminated and success:
+            self.ending, others = float(np.sum(others[-1])), others[:-1]
+        self.staying = max(self.staying, float(others.max(initial=-np.inf)))
         self.row = hi
         self._append(lo, hi, success)
 

@@ -1,5 +1,6 @@
 """One training run of a robot script: its folder, log, evaluations and checkpoints."""
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -9,12 +10,14 @@ from typing import Any
 import gymnasium as gym
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from common import checkpoint
 from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
-from common.errors import UserError
+from common.errors import UserError, reading
 from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, record_video
+from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.runlog import plot_curves
 from common.tracked_run import TrackedRun
@@ -27,6 +30,38 @@ POLICY_NAMES = {"ode": "ODE policy", "bon": "best-of-N policy"}
 def due(before: int, after: int, every: int) -> int:
     """How many multiples of `every` lie in (before, after]."""
     return after // every - before // every
+
+
+def load_clone(folder: Path, net: nn.Module, args: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Weights for `net`, of the policy that the run in `folder` has cloned. args: all arguments of this run.
+
+    Raises UserError if they are of another task or other cameras (where the folder has its args.json), of other shapes,
+    or not finite.
+    """
+    path, recorded = folder / "cloned.pt", folder / "args.json"
+    if not path.exists():
+        raise UserError(f"--cloned {folder}: it has no {path.name}; give the folder of a run")
+    if recorded.exists():
+        with reading(recorded, "without that file the policy is taken whatever its task"):
+            there = json.loads(recorded.read_text())["args"]
+            for name in {"env", "cameras", "image_size"} & args.keys():
+                one, other = (str(list(x) if isinstance(x, tuple) else x) for x in (there[name], args[name]))
+                if one.removesuffix("-dense") != other.removesuffix("-dense"):
+                    raise UserError(
+                        f"--cloned {folder}: its {name} is {one}, here {other}; give a run of the same task"
+                    )
+    state, want = checkpoint.load(path), net.state_dict()
+    with reading(path, "give --cloned the folder of a run"):
+        wrong = sorted(want.keys() ^ state.keys()) or [k for k in want if want[k].shape != state[k].shape]
+        if wrong:
+            here, there = (tuple(part[wrong[0]].shape) if wrong[0] in part else "none" for part in (want, state))
+            raise UserError(
+                f"--cloned: {path} does not fit: {wrong[0]} is {there}, here {here}; give a run of the same script "
+                "with the same --chunk and --actor-hidden"
+            )
+        if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+            raise UserError(f"--cloned: {path}: {bad[0]} holds NaN or infinity; give another run")
+    return state
 
 
 class Run(TrackedRun):
@@ -44,6 +79,7 @@ class Run(TrackedRun):
         super().__init__(folder, saved, stop, args)
         self.task, self.horizon, self.device, self.pixels = resolve(env), horizon, device, pixels
         self.started = time.perf_counter()
+        self.said: set[str] = set()  # notes
         self.policies: dict[str, Policy] = {}
         self.encode: Encode = np.asarray
 
@@ -103,6 +139,24 @@ class Run(TrackedRun):
         line = {f"ogpo/{k}": v for k, v in updates.items()} | {f"train/{k}": v for k, v in episodes.recent().items()}
         line |= {"train/episodes": episodes.finished, "time/wall": time.perf_counter() - self.started}
         self.log.log(self.step, line)
+        self._check_worth(self.parts["buffer"])
+
+    def _check_worth(self, buffer: ReplayBuffer) -> None:
+        """Say once if success, which ends an episode, is worth less than going on beside it for ever."""
+        staying = buffer.staying / max(1 - self.args["gamma"], 1e-3)
+        if staying > max(buffer.ending, 0):
+            cost = self.args["reward_offset"] - buffer.staying
+            self._note_once(
+                "worth",
+                f"success earns {buffer.ending:.3g} and ends the episode, while steps without it earn up to "
+                f"{buffer.staying:.3g}, kept up {staying:.3g}: it is worth avoiding; with --reward-offset {cost:.3g} "
+                "every step costs (docs/tasks.md, dense rewards)",
+            )
+
+    def _note_once(self, kind: str, text: str) -> None:
+        if kind not in self.said:
+            self.log.say(f"note: {text}")
+        self.said.add(kind)
 
     def record_video(self, policy: str, name: str, wanted: bool) -> None:
         """If wanted, write three episodes of a policy as mp4, or a one-line note on why there is no video."""
@@ -113,7 +167,7 @@ class Run(TrackedRun):
             record_video(env, self._acting(policy), self.folder / name, self.eval_seed, encode=self.encode)
             env.close()
         except UserError as error:
-            self.log.say(f"note: {error}")
+            self._note_once("video", str(error))
 
     def __exit__(self, *error: object) -> None:
         """End the worker processes and draw the learning curve."""

@@ -217,10 +217,13 @@ def plot_curves(run_dir: Path) -> Path:
     figure = Figure(figsize=(7, 6), layout="constrained")
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     dots: dict[str, Any] = {"marker": "o", "markersize": 3}
+    star = {"marker": "*", "markersize": 12, "linestyle": "none", "markeredgecolor": "black", "clip_on": False}
     for prefix, label, style in (
         ("train/", "training episodes", {"color": "tab:gray", "linewidth": 1, "alpha": 0.7}),
         ("eval/ode_", "evaluation, ODE", {"color": "tab:blue"} | dots),
         ("eval/bon_", "evaluation, best of N", {"color": "tab:orange"} | dots),
+        ("final/ode_", "final evaluation, ODE", {"color": "tab:blue"} | star),
+        ("final/bon_", "final evaluation, best of N", {"color": "tab:orange"} | star),
     ):
         for axis, key in ((top, f"{prefix}success"), (bottom, f"{prefix}length")):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]

@@ -8,6 +8,7 @@ import h5py
 import numpy as np
 import pytest
 
+from common import download
 from common.demos import Demos, get_demos, robomimic
 from common.demos.robomimic import ACTION_LIMIT, obtain_release, read_demos
 from common.envs import TASKS, TaskSpec, make_env, resolve, toy
@@ -133,7 +134,7 @@ def test_read_demos_unusable_file_is_a_user_error(path: Path, edit: Callable[[h5
     assert "\n" not in str(caught.value) and str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"<html>", "not a readable hdf5 file")])
+@pytest.mark.parametrize(("content", "words"), [(None, "does not exist"), (b"<html>", "no robomimic hdf5 file")])
 def test_get_demos_missing_or_broken_file_is_a_user_error(tmp_path: Path, content: bytes | None, words: str) -> None:
     path = tmp_path / "demos.hdf5"
     if content is not None:
@@ -150,10 +151,20 @@ def test_read_demos_bad_mask_is_a_user_error(path: Path, names: list[bytes], wor
         read_demos(path, LIFT, "train")
 
 
-def test_read_demos_long_episodes_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_fit_notes_demonstrations_longer_than_an_episode(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_demos(tmp_path / "long.hdf5", episodes(lengths=(301, 300)), env_args())
-    assert len(read_demos(tmp_path / "long.hdf5", LIFT)[0]) == 601
-    assert "warning: 1 episodes" in capsys.readouterr().err
+    demos = get_demos("lift", str(tmp_path / "long.hdf5"), 1, 0.0, tmp_path)
+    assert len(demos.obs) == 601
+    demos.check_fit("lift", 19, 7, 301)
+    assert not capsys.readouterr().err
+    demos.check_fit("lift", 19, 7, 300)
+    said = "note: 1 of the 2 demonstrations are longer than an episode may be, 301 steps of 300: raise --horizon"
+    err = capsys.readouterr().err
+    assert err.startswith(said) and err.count("\n") == 1
+    with pytest.raises(UserError, match="its observations have 19 numbers, lift has 20"):
+        demos.check_fit("lift", 20, 7, 300)
 
 
 def test_read_demos_of_a_users_environment(tmp_path: Path) -> None:
@@ -169,7 +180,7 @@ def test_read_demos_of_a_users_environment(tmp_path: Path) -> None:
     np.testing.assert_array_equal(read_demos(path, task)[0], b)
     with h5py.File(path, "r+") as file:
         file["data/demo_1/actions"], file["data/demo_1/obs"] = np.zeros((3, 2)), a
-    with pytest.raises(UserError, match="demo_1 is not as wide as demo_0"):
+    with pytest.raises(UserError, match=r"demo_1: obs is float32 \(3, 1\); numbers of shape \(T > 0, 2\)"):
         read_demos(path, task)
 
 
@@ -205,6 +216,43 @@ def test_made_file_is_made_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     get_demos("toy", "scripted", 2, 0.1, tmp_path)
     monkeypatch.setattr(recording, "generate", lambda *args: pytest.fail("made twice"))
     assert len(get_demos("toy", "scripted", 2, 0.1, tmp_path).ends) == 2
+
+
+def test_made_file_that_changed_is_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    first = get_demos("toy", "scripted", 2, 0.1, tmp_path)
+    path = tmp_path / first.name
+    assert not capsys.readouterr().err.count("note")
+    with h5py.File(path, "r+") as file:
+        file["data/demo_0/actions"][0] = 0.25
+    again = get_demos("toy", "scripted", 2, 0.1, tmp_path)
+    np.testing.assert_array_equal(again.actions, first.actions)
+    assert capsys.readouterr().err.count(f"note: {path} has changed since it was made; making it again") == 1
+    get_demos("toy", "scripted", 2, 0.1, tmp_path)
+    assert "note" not in capsys.readouterr().err
+    path.with_name(path.name + ".sha256").write_bytes(b"\xff\n")
+    np.testing.assert_array_equal(get_demos("toy", "scripted", 2, 0.1, tmp_path).actions, first.actions)
+    assert "making it again" in capsys.readouterr().err
+
+
+def test_made_file_needs_no_writable_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "data").touch()  # no folder can be there
+    first = get_demos("toy", "scripted", 2, 0.1, tmp_path / "data")
+    assert len(first.ends) == 2
+    assert capsys.readouterr().err.count("data cannot be written (") == 1
+    get_demos("toy", "scripted", 2, 0.1, tmp_path / "cache")
+    path = tmp_path / "cache" / first.name
+    path.with_name(path.name + ".sha256").unlink()
+
+    def refuse(path: Path, content: bytes) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(download, "write_atomic", refuse)
+    monkeypatch.setattr(recording, "generate", lambda *args: pytest.fail("made twice"))
+    assert len(get_demos("toy", "scripted", 2, 0.1, tmp_path / "cache").ends) == 2  # what is there is used
+    write_demos(tmp_path / "lift_ph_low_dim_v15.hdf5", episodes(), env_args())
+    assert len(get_demos("lift", "robomimic", 1, 0.0, tmp_path).ends) == 3
 
 
 def test_lift_expert_lifts(tmp_path: Path) -> None:
@@ -311,6 +359,12 @@ def test_get_demos_robomimic_files_of_all_tasks_load_or_are_refused(tmp_path: Pa
     write_demos(path, episodes(task), robomimic_args(task))
     demos = get_demos(name, str(path), 1, 0.0, tmp_path)
     assert demos.obs.shape == (14, sum(width for _, width in task.obs)) and demos.actions.shape[1] == task.action_dim
+    newer = json.loads(robomimic_args(task, input_max=[1] * 6))  # parts by kind, as robosuite's own files have them
+    newer["env_kwargs"]["controller_configs"]["body_parts"] = {
+        "arms": newer["env_kwargs"]["controller_configs"]["body_parts"]
+    }
+    write_demos(path, episodes(task), json.dumps(newer))
+    assert len(get_demos(name, str(path), 1, 0.0, tmp_path).ends) == 3
     for args, words in (
         (env_args(task, "1.4.1"), "recorded with robosuite 1.4.1, which orders the object observation differently"),
         (robomimic_args(task, output_max=[1.0] * 6), r"recorded with output_max \[1.0"),

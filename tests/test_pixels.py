@@ -127,6 +127,12 @@ def test_backbone_gives_features_of_length_one_and_stays_out_of_checkpoints(tmp_
     assert torch.allclose(backbone(other)[:, :16], features[:, :16], atol=1e-5)
     run = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", "260", "--backbone", str(tmp_path))
     assert run.returncode == 0, run.stdout + run.stderr
+    file = tmp_path / "model.safetensors"
+    sound = file.read_bytes()
+    for length in (0, 5, 100, len(sound) // 2, len(sound) - 1):
+        file.write_bytes(sound[:length])
+        with pytest.raises(UserError, match=r"--backbone .* cannot be read \(.*\); give a model's folder or hub name$"):
+            Backbone(str(tmp_path), "", 2, 84)
 
 
 def test_backbone_with_a_prompt_reads_it(tmp_path: Path) -> None:
@@ -166,7 +172,7 @@ def test_backbone_with_a_prompt_reads_it(tmp_path: Path) -> None:
 def test_backbone_that_is_missing_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)  # asking the hub again takes half a minute
-    with pytest.raises(UserError, match="--backbone no/where"):
+    with pytest.raises(UserError, match="--backbone no/where cannot be read"):
         Backbone("no/where", "", 2, 84)
 
 

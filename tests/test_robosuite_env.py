@@ -3,7 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium as gym
 import numpy as np
@@ -288,6 +288,7 @@ def test_resolve_unknown_task_lists_the_choices() -> None:
 class Tiny(gym.Env):
     """Counts its steps; succeeds when told to. A user's environment with other bounds, dtype and flags."""
 
+    metadata: ClassVar[dict] = {"render_modes": ["rgb_array"], "render_fps": 20}
     observation_space = gym.spaces.Box(-10, 10, (2,), np.float64)
     action_space = gym.spaces.Box(np.array([-2.0, 0.0]), np.array([4.0, 1.0]), dtype=np.float64)
 
@@ -323,7 +324,16 @@ class Image(Tiny):
     observation_space = gym.spaces.Box(0, 255, (8, 8, 3), np.uint8)
 
 
-for cls in (Tiny, Silent, Discrete, Unbounded, Image):
+class Plain(Tiny):
+    """Draws nothing, as many do."""
+
+    metadata: ClassVar[dict] = {"render_modes": []}
+
+    def __init__(self) -> None:
+        super().__init__()
+
+
+for cls in (Plain, Tiny, Silent, Discrete, Unbounded, Image):
     gym.register(f"{cls.__name__}-v0", cls, disable_env_checker=True)
 
 
@@ -362,3 +372,10 @@ def test_user_env_never_ends_twice(horizon: int, flags: tuple[bool, bool]) -> No
 def test_make_env_unusable_environment_is_a_user_error(name: str, words: str) -> None:
     with pytest.raises(UserError, match=words):
         make_env(name)
+
+
+def test_user_env_without_pictures_says_so(recwarn: pytest.WarningsRecorder) -> None:
+    with pytest.raises(UserError, match=r"no video: .*Plain-v0 does not list rgb_array among its render_modes"):
+        make_env(f"{__name__}:Plain-v0", render=True)
+    assert not [w for w in recwarn.list if "render" in str(w.message)]
+    assert make_env(f"{__name__}:Tiny-v0", render=True).render_mode == "rgb_array"

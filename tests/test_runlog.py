@@ -229,6 +229,10 @@ def test_plot_curves_draws_what_was_logged(tmp_path):
         return imageio.imread(path)
 
     low, high = draw("a", [0.1, 0.2, float("nan"), 0.3]), draw("b", [0.1, 0.5, 0.8, 1.0])
+    with open(tmp_path / "a" / "metrics.jsonl", "w") as file:
+        for row in (read_metrics(tmp_path / "b"), [{"step": 30, "final/ode_success": 0.4, "final/bon_success": 0.9}]):
+            file.writelines(json.dumps(line) + "\n" for line in row)
+    assert (imageio.imread(plot_curves(tmp_path / "a"))[60:] != high[60:]).any()  # the final evaluation is in it
     assert low.shape == high.shape and low.shape[0] >= 600
     half = low.shape[0] // 2
     assert (low[60:half] != high[60:half]).any()  # below the title, the success panel differs

@@ -17,6 +17,7 @@ import pytest
 from common.demos import get_demos
 from common.envs import TASKS, make_env
 from common.errors import UserError
+from tests.test_bad_files import BROKEN
 from tools import doctor
 from tools.policy_file import load_policy
 
@@ -319,8 +320,31 @@ def test_read_dataset_that_cannot_serve_is_a_user_error(
 @pytest.mark.parametrize("content", [b"", b"<html>"])
 def test_read_dataset_damaged_is_a_user_error(content: bytes, minari: ModuleType, tmp_path: Path) -> None:
     minari_dataset("door").write_bytes(content)
-    with pytest.raises(UserError, match=r"D4RL/door/expert-v2 cannot serve .*delete it to download it again"):
+    with pytest.raises(UserError, match=r"D4RL/door/expert-v2 cannot be read .*delete it to download it again"):
         get_demos("door", "minari", 1, 0.0, tmp_path)
+
+
+def test_read_dataset_broken_bytes_are_one_line_or_a_sound_load(
+    minari: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(minari.huggingface_hub, "get_hf_file_metadata", lambda url: pytest.fail("asked the hub"))
+    path = minari_dataset("door")
+    for file in (path, path.with_name("metadata.json")):
+        sound = file.read_bytes()
+        for name, edit in BROKEN:
+            if name in ("missing", "a folder") and file == path:
+                continue  # it is downloaded
+            path.with_name(path.name + ".sha256").unlink(missing_ok=True)
+            edit(file)
+            try:
+                demos = get_demos("door", "minari", 1, 0.0, tmp_path)
+            except UserError as error:
+                assert "\n" not in str(error) and str(path.parent.parent) in str(error), name
+            else:
+                assert demos.obs.shape == (demos.ends[-1], 39) and np.isfinite(demos.obs).all(), name
+            if file.is_dir():
+                file.rmdir()
+            file.write_bytes(sound)
 
 
 def test_read_dataset_downloads_what_is_missing(

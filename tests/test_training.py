@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -20,6 +21,7 @@ from common.episodes import Episodes
 from common.machine import compile_functions
 from common.replay import ReplayBuffer
 from common.rng import Rng
+from common.run import Run
 from common.runlog import read_metrics
 from tools.recording import Episode, write_demos
 
@@ -242,6 +244,40 @@ def test_main_trains_on_own_environment_and_demonstrations(tmp_path: Path, monke
     train(tmp_path, "--resume", str(tmp_path / "run"), "--env", "mine:Line-v0", "--total-steps", "400")
     refused = train(tmp_path, *SMALL, "--demos", str(tmp_path / "line.hdf5"), check=2)
     assert "line.hdf5" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("dense", "at_success", "ends", "offset", "bonus", "noted"),
+    [
+        (0.9, 0.95, True, 0, 0, "-0.9"),  # staying is worth 90
+        (0.9, 0.95, True, 0, 50, "-0.9"),
+        (0.9, 0.95, True, 0, 100, None),
+        (0.9, 0.95, True, -1, 5, None),  # every step costs
+        (0.9, 0.95, True, -0.5, 5, "-0.9"),
+        (-0.1, 0.0, True, 0, 0, None),  # minus the distance
+        (0.0, 1.0, True, -1, 5, None),  # sparse
+        (0.0, 1.0, True, 0, 0, None),
+        (3.0, 4.0, True, -7, 3, None),  # Kitchen's
+        (5.0, 10.0, False, 0, 0, None),  # success does not end the episode
+    ],
+)
+def test_run_notes_once_that_success_is_worth_avoiding(
+    dense: float, at_success: float, ends: bool, offset: float, bonus: float, noted: str | None
+) -> None:
+    lines: list[str] = []
+    run, buffer = object.__new__(Run), ReplayBuffer(100, 1, 1, 2)
+    run.args, run.said = {"gamma": 0.99, "reward_offset": float(offset)}, set()
+    run.log = SimpleNamespace(say=lines.append)
+    raw = np.array([dense - 0.1, dense, dense - 0.2, at_success])
+    obs = np.zeros((5, 1))
+    buffer.add_episode(obs, obs[1:], raw[:3].repeat([1, 1, 2]) + offset, terminated=False, success=False)
+    run._check_worth(buffer)
+    buffer.add_episode(obs, obs[1:], raw + offset + bonus * (raw == at_success), terminated=ends, success=True)
+    for _ in range(2):
+        run._check_worth(buffer)
+    assert len(lines) == bool(noted)
+    if noted:
+        assert f"--reward-offset {noted} every step costs" in lines[0] and "\n" not in lines[0]
 
 
 MINIATURE = [

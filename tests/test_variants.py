@@ -28,7 +28,7 @@ OWN = {
         *("pretrain_critic", "Agent", "pretrain", "train"),
     },
     ogpo_diffusion: {
-        *("PolicyArgs", "DDPM_STEPS", "signal_level", "chain_schedule", "chain_step"),
+        *("PolicyArgs", "VelocityNet", "DDPM_STEPS", "signal_level", "chain_schedule", "chain_step"),
         *("sample_chain", "chain_log_prob", "sample_ode", "bc_loss", "flow_schedule", "step_mean"),
     },
     ogpo_extraction: {

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from common.envs import TaskSpec
-from common.errors import UserError
+from common.errors import UserError, reading
 from tools.scripted import Expert
 
 
@@ -19,19 +19,28 @@ def load_policy(path: Path, task: TaskSpec) -> Callable[..., Expert]:
     out_scale (A,), both optional: (x - in_shift) / in_scale goes in, y out_scale + out_shift comes out. `noise` is the
     standard deviation of what is added to the action. Raises UserError if the file is none such, or of another task.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            z = {key: file[key].astype(np.float64) for key in file.files}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); give --demos an .npz file of w0, b0, w1, b1, ...") from error
-    layers = [(z[f"w{i}"], z[f"b{i}"]) for i in range(sum(key.startswith("w") for key in z)) if f"b{i}" in z]
+    remedy = "give --demos an .npz file of w0, b0, w1, b1, ... and nothing but numbers"
+    with reading(path, remedy), np.load(path, allow_pickle=False) as file:
+        z = {key: file[key].astype(np.float64, casting="same_kind") for key in file.files}
+    for key, value in z.items():
+        if not np.isfinite(value).all():
+            raise UserError(f"{path}: {key} holds NaN or infinity; save the policy again")
+    shapes = {key: value.shape for key, value in z.items()}
+    depth = sum(key.startswith("w") for key in z)
+    hidden = [z[f"b{i}"].size if f"b{i}" in z else 0 for i in range(depth - 1)]
     wide = sum(width for _, width in task.obs)
-    if not layers or layers[0][0].shape[1:] != (wide,) or layers[-1][0].shape[:1] != (task.action_dim,):
-        shapes = ", ".join(f"{key} {value.shape}" for key, value in z.items()) or "nothing"
+    sizes = [wide, *hidden, task.action_dim]
+    needed = {f"w{i}": (sizes[i + 1], sizes[i]) for i in range(depth)}
+    needed |= {f"b{i}": (sizes[i + 1],) for i in range(depth)}
+    optional = {f"in_{what}": (wide,) for what in ("shift", "scale")}
+    optional |= {f"out_{what}": (task.action_dim,) for what in ("shift", "scale")}
+    if not depth or shapes != needed | {key: shape for key, shape in optional.items() if key in z}:
+        found = ", ".join(f"{key} {shape}" for key, shape in shapes.items()) or "nothing"
         raise UserError(
             f"{path} is no policy for {task.name}, which needs w0 (h, {wide}), b0 (h,), ... and last "
-            f"({task.action_dim}, h); it holds {shapes}"
+            f"({task.action_dim}, h); it holds {found}"
         )
+    layers = [(z[f"w{i}"], z[f"b{i}"]) for i in range(depth)]
 
     def expert(env: Any, obs: NDArray[np.float32], rng: np.random.Generator, noise: float) -> Expert:
         while True:

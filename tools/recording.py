@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
 import gymnasium as gym
@@ -14,9 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.demos.robomimic import episode_names, image_key
+from common.demos.robomimic import episode_names, image_key, note
+from common.download import check_digest, digest_file
 from common.envs import Pixels, TaskSpec, make_env
-from common.errors import UserError
+from common.errors import UserError, first_line, reading
 from common.files import replacing, sha256
 from tools.policy_file import load_policy
 from tools.scripted import MAX_STEPS, VERSION, Expert, find_expert
@@ -35,29 +37,48 @@ class Episode:
 
 
 def made_file(
-    task: TaskSpec, source: str, num: int, noise: float, seed: int, cache_dir: Path, pixels: Pixels | None
+    task: TaskSpec, source: str, num: int, noise: float, seed: int, cache_dir: Path, spare: Path, pixels: Pixels | None
 ) -> Path:
     """File of `num` episodes of the task's expert ("scripted") or of a policy (POLICY.npz), made on first use.
 
-    noise is that of the expert, seed the one of the episodes; with `pixels` it holds images too. Raises UserError.
+    noise is that of the expert, seed the one of the episodes; with `pixels` it holds images too; spare: see `cached`.
+    Raises UserError.
     """
     if source == "scripted":
         expert, kind = find_expert(task), f"scripted-v{VERSION}"
     else:
         policy = Path(source)
+        if task.suite == "gymnasium":
+            raise UserError(f"--demos {source}: only built-in tasks roll out a policy; give --demos FILE.hdf5")
         expert, kind = load_policy(policy, task), f"{policy.stem}-{sha256(policy)[:8]}"
     path = cache_dir / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}{_suffix(pixels)}.hdf5"
-    if not path.exists():
-        generate(task, expert, num, noise, seed, path, pixels)
-    return path
+    return cached(path, spare, lambda path: generate(task, expert, num, noise, seed, path, pixels))
 
 
-def drawn_file(path: Path, task: TaskSpec, pixels: Pixels, cache_dir: Path) -> Path:
+def drawn_file(path: Path, task: TaskSpec, pixels: Pixels, cache_dir: Path, spare: Path) -> Path:
     """Copy of a file of simulator states with images, drawn on first use. Raises UserError, see `draw_images`."""
     target = cache_dir / f"{path.stem}-{sha256(path)[:8]}{_suffix(pixels)}.hdf5"
-    if not target.exists():
-        draw_images(path, task, pixels, target)
-    return target
+    return cached(target, spare, lambda target: draw_images(path, task, pixels, target))
+
+
+def cached(path: Path, spare: Path, make: Callable[[Path], None]) -> Path:
+    """`path`, made if it is missing or no longer what was made; under the folder `spare` where it cannot be written."""
+    if path.is_file():
+        try:
+            return check_digest(path)
+        except UserError:
+            note(f"{path} has changed since it was made; making it again")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        why = f"{path.parent} cannot be written ({first_line(error)})"
+        note(f"{why}; the demonstrations are made for this run alone")
+        path = spare / path.name
+    make(path)
+    digest_file(path).unlink(missing_ok=True)  # of what was there before
+    return check_digest(path)
 
 
 def _suffix(pixels: Pixels | None) -> str:
@@ -195,15 +216,16 @@ def draw_images(path: Path, task: TaskSpec, pixels: Pixels, target: Path) -> Non
                     raise UserError(
                         f"{path}: {name} has neither images nor states with their model_file, from which to draw them"
                     )
-                if demo.attrs["model_file"] != shown:
-                    shown = demo.attrs["model_file"]
-                    sim.reset_from_xml_string(sim.edit_model_xml(shown))
-                images = []
-                for state in demo["states"][()]:
-                    sim.sim.set_state_from_flattened(state)
-                    sim.sim.forward()
-                    images.append(env.images(pixels.cameras, pixels.size))
-                for i, camera in enumerate(pixels.cameras):
-                    data = np.stack(images)[:, i]
-                    demo.create_dataset(f"obs/{image_key(camera)}", data=data, compression="gzip")
+                with reading(f"{path}: {name}: its states or model_file", "get the file again"):
+                    if demo.attrs["model_file"] != shown:
+                        shown = demo.attrs["model_file"]
+                        sim.reset_from_xml_string(sim.edit_model_xml(shown))
+                    images = []
+                    for state in demo["states"][()]:
+                        sim.sim.set_state_from_flattened(state)
+                        sim.sim.forward()
+                        images.append(env.images(pixels.cameras, pixels.size))
+                    for i, camera in enumerate(pixels.cameras):
+                        data = np.stack(images)[:, i]
+                        demo.create_dataset(f"obs/{image_key(camera)}", data=data, compression="gzip")
     env.close()

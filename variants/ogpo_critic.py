@@ -52,7 +52,7 @@ from common.machine import compile_functions
 from common.ranges import Count, Natural, NonNegative, Positive, Real, Seed, Several, Size, Threads, Unit, Workers
 from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
-from common.run import Run, due
+from common.run import Run, due, load_clone
 from common.runlog import Averages
 from common.start import pick_device, start
 from settings import ogpo as settings
@@ -594,7 +594,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
             if success <= c.bc_stop_success:
                 agent.bc_below = copy.deepcopy(agent.actor.state_dict())
                 run.save()
-    cloned = checkpoint.load(Path(c.cloned) / "cloned.pt") if c.cloned else agent.bc_below
+    cloned = load_clone(Path(c.cloned), agent.actor, run.args) if c.cloned else agent.bc_below
     if not agent.cloned:
         agent.actor.load_state_dict(cloned or agent.actor.state_dict())
     agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
@@ -680,7 +680,7 @@ def main(argv: list[str]) -> None:
         demos = None
         if not (r.eval or (saved and saved["agent"]["bc_done"])):
             demos = get_demos(r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key)
-            demos.check_fit(r.env, run.obs_dim, run.act_dim)
+            demos.check_fit(r.env, run.obs_dim, run.act_dim, t.horizon)
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.track(agent=agent)
         run.policies = {"ode": partial(act_ode, agent, args), "bon": partial(act_best_of_n, agent, args)}

@@ -1,14 +1,16 @@
 """Demonstrations by source: scripted experts, published data sets, or a file in robomimic's format."""
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.demos.robomimic import has_images, obtain_release, read_demos, read_images
-from common.envs import Pixels, TaskSpec, resolve
+from common.demos.robomimic import has_images, note, obtain_release, read_demos, read_images
+from common.envs import Pixels, TaskSpec, make_env, resolve
 from common.errors import UserError
 
 PUBLISHERS = {"robosuite": "robomimic", "adroit": "minari", "kitchen": "minari"}  # of `TaskSpec.datasets`, by suite
@@ -43,14 +45,23 @@ class Demos:
             std[: -self.tasks] = (obs - centres[task]).std(0)[: -self.tasks]
         return obs.mean(0), std
 
-    def check_fit(self, env_id: str, obs_dim: int, act_dim: int) -> None:
-        """Raises UserError if observations or actions have other widths than those of the environment."""
+    def check_fit(self, env_id: str, obs_dim: int, act_dim: int, horizon: int) -> None:
+        """Raises UserError if observations or actions have other widths than those of the environment.
+
+        Prints a note if the cap of an episode, `horizon`, is shorter than a demonstration.
+        """
         for what, have, want in (("observations", self.obs, obs_dim), ("actions", self.actions, act_dim)):
             if have.shape[1] != want:
                 raise UserError(
                     f"--demos {self.name}: its {what} have {have.shape[1]} numbers, {env_id} has {want}; give "
                     "demonstrations of this environment"
                 )
+        lengths = np.diff(self.ends, prepend=0)
+        if long := int((lengths > horizon).sum()):
+            note(
+                f"{long} of the {len(lengths)} demonstrations are longer than an episode may be, {lengths.max()} steps "
+                f"of {horizon}: raise --horizon if the task takes as long"
+            )
 
     def chunks(self, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Every step of every episode as a chunk start: obs (N, O), actions (N, horizon * A).
@@ -82,13 +93,7 @@ def get_demos(
 
     task = resolve(env_id)
     publisher, _, release = source.partition("-")
-    if source == "scripted" or source.endswith(".npz"):
-        path = recording.made_file(task, source, num, noise, seed, cache, pixels)
-    elif source.endswith(".hdf5") or publisher not in PUBLISHERS.values():
-        path = Path(source)
-    elif publisher == "robomimic":
-        path = obtain_release(task, _find_release(task, publisher, release), cache)
-    else:
+    if publisher == "minari":
         from common.demos import minari  # its package takes a while to import
 
         if pixels:
@@ -97,12 +102,23 @@ def get_demos(
             raise UserError(f"--filter-key {filter_key}: Minari's data have no masks; leave the flag out")
         name = minari.dataset_name(task, _find_release(task, publisher, release))
         return Demos(*minari.read_dataset(name, task), name)
-    obs, actions, ends = read_demos(path, task, filter_key)
-    if not pixels:
-        return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
-    if not has_images(path) and task.suite == "robosuite":
-        path = recording.drawn_file(path, task, pixels, cache)
-    images = read_images(path, pixels, filter_key)
+    with TemporaryDirectory() as spare:
+        if source == "scripted" or source.endswith(".npz"):
+            path = recording.made_file(task, source, num, noise, seed, cache, Path(spare), pixels)
+        elif publisher == "robomimic" and not source.endswith(".hdf5"):
+            path = obtain_release(task, _find_release(task, publisher, release), cache)
+        else:
+            path = Path(source)
+        box = None
+        if task.suite == "gymnasium":
+            with closing(make_env(env_id)) as env:
+                box = env.get_wrapper_attr("action_bounds")
+        obs, actions, ends = read_demos(path, task, filter_key, box)
+        if not pixels:
+            return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
+        if not has_images(path) and task.suite == "robosuite":
+            path = recording.drawn_file(path, task, pixels, cache, Path(spare))
+        images = read_images(path, pixels, filter_key)
     return Demos(np.ascontiguousarray(obs[:, list(task.proprio)]), actions, ends, path.name, images)
 
 

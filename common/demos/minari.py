@@ -5,11 +5,11 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from common.demos.robomimic import Floats, joined
+from common.demos.robomimic import ACTION_LIMIT, Floats, joined
 from common.download import check_digest
 from common.envs import TaskSpec
 from common.envs.robotics_env import flat_observation
-from common.errors import UserError, first_line
+from common.errors import UserError, first_line, reading
 
 try:
     import minari
@@ -34,14 +34,11 @@ def read_dataset(name: str, task: TaskSpec) -> tuple[Floats, Floats, NDArray[np.
     if not path.is_file():
         _download(name)
     check_digest(path)
-    try:
+    with reading(folder, "choose the matching task, or delete it to download it again"):
         dataset = minari.load_dataset(name)
         _check_origin(dataset.env_spec, task)
-        return joined([_read_episode(episode, task) for episode in dataset])
-    except Exception as error:  # every fault of a file has an exception of its own
-        raise UserError(
-            f"{folder} cannot serve ({first_line(error)}); choose the matching task, or delete it to download it again"
-        ) from error
+        obs, actions, ends = joined([_read_episode(episode, task) for episode in dataset])
+    return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), ends  # as these environments do
 
 
 def _download(name: str) -> None:

@@ -18,8 +18,8 @@ class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
     The task's env_name is "package.module:EnvId"; the module is imported first, so that it can register EnvId.
     horizon: steps until truncation, None keeps the environment's own; render: make it with render_mode="rgb_array".
 
-    Raises UserError for an environment that cannot be made, has spaces other than a 1-D Box of observations
-    and a bounded 1-D Box of actions, or does not report `info["success"]` at every step.
+    Raises UserError for an environment that cannot be made, or rendered if that is asked for, has spaces other than a
+    1-D Box of observations and a bounded 1-D Box of actions, or does not report `info["success"]` at every step.
     """
 
     def __init__(self, task: TaskSpec, horizon: int | None, *, render: bool = False) -> None:
@@ -27,7 +27,12 @@ class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
         module, _, name = env_id.partition(":")
         try:
             importlib.import_module(module)
-            env = gym.make(name, **({"render_mode": "rgb_array"} if render else {}))
+            env = gym.make(name)
+            if render and "rgb_array" not in env.metadata.get("render_modes", ()):
+                raise UserError(f"no video: {env_id} does not list rgb_array among its render_modes")
+            if render:
+                env.close()
+                env = gym.make(name, render_mode="rgb_array")
         except (ImportError, TypeError, gym.error.Error) as error:
             raise UserError(f"{env_id} cannot be made ({error}); check the module and the registered id") from error
         obs, action = env.observation_space, env.action_space
@@ -41,6 +46,7 @@ class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
             env = gym.wrappers.RescaleAction(env, action.dtype.type(-1), action.dtype.type(1))
         super().__init__(env)
         self.env_id = env_id
+        self.action_bounds = action.low, action.high  # in the environment's own units
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, obs.shape, np.float32)
         self.action_space = gym.spaces.Box(-1, 1, action.shape, np.float32)
         self.reset(seed=0)
