@@ -11,8 +11,7 @@ import torch
 from common.errors import UserError
 from common.evaluate import Encode, Policy, act_on_arrays
 from common.rng import Rng
-
-ENV_SEED_STRIDE = 1_000_000  # seeds of one environment's episodes do not meet another's
+from common.seeds import train_seed
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Episodes:
         """encode maps what the environments show to observations (E, O); window: finished episodes in `recent`."""
         self.envs, self.encode = envs, encode
         self.begun = [0] * envs.num_envs  # episodes, by environment
-        self.base = [(seed * 1_000 + i) * ENV_SEED_STRIDE % 2**31 for i in range(envs.num_envs)]
+        self.seed = seed
         self.current: list[Episode | None] = [None] * envs.num_envs  # None: over, or never begun
         self.successes: deque[bool] = deque(maxlen=window)
         self.lengths: deque[int] = deque(maxlen=window)
@@ -52,8 +51,8 @@ class Episodes:
 
     def begin(self, which: np.ndarray) -> list[int]:
         """New episodes for the environments `which` (E,); seeds of all, for the reset of these."""
-        for i in np.flatnonzero(which):
-            self.current[i] = Episode(self.base[i] + self.begun[i])
+        for i in np.flatnonzero(which).tolist():
+            self.current[i] = Episode(train_seed(self.seed, i, self.begun[i]))
             self.begun[i] += 1
         return [e.seed for e in self.current]
 
@@ -130,7 +129,7 @@ class Episodes:
             for e in state["episodes"]
         ]
         steps = np.array([len(e.actions) if e else 0 for e in self.current])
-        seeds = [e.seed if e else base for e, base in zip(self.current, self.base, strict=True)]
+        seeds = [e.seed if e else train_seed(self.seed, i, 0) for i, e in enumerate(self.current)]
         late = steps.max() - steps  # (E,) shorter episodes begin later, so that all arrive together
         idle = np.zeros_like(self.envs.single_action_space.low)
         shown, _ = self.envs.reset(seed=seeds)

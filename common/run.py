@@ -17,9 +17,8 @@ from common.errors import UserError
 from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, record_video
 from common.rng import Rng
 from common.runlog import plot_curves
+from common.seeds import eval_seeds
 from common.tracked_run import TrackedRun
-
-EVAL_SEEDS = {"final": 0, "bc": 100_000, "interval": 200_000}  # the final episodes never decided anything
 
 POLICY_NAMES = {"ode": "ODE policy", "bon": "best-of-N policy"}
 
@@ -70,14 +69,15 @@ class Run(TrackedRun):
     def evaluate(self, use: str, episodes: int, label: str, only: str = "", log: str = "") -> dict[str, EvalResult]:
         """{name: result} of all policies, or of one; printed after `label`, and logged under the prefix `log` if given.
 
-        Fixed episode seeds (`use`: a key of EVAL_SEEDS) and a noise source of its own: the same weights give the same
-        numbers.
+        Fixed episode seeds (`use`: one of `common.seeds.USES`) and a noise source of its own: the same weights give the
+        same numbers in as many environments. In others the episodes have other noise.
         """
-        results, first, names = {}, self.eval_seed + EVAL_SEEDS[use], self.task.tasks
+        results, names = {}, self.task.tasks
+        seeds = eval_seeds(use, self.eval_seed, episodes)
         for name in [only] if only else self.policies:
             act = self._acting(name)
-            result = evaluate(self.eval_envs, act, episodes, first, self.encode)
-            parts = tuple(names[(first + i) % len(names)] for i in range(episodes)) if names else ()
+            result = evaluate(self.eval_envs, act, seeds, self.encode)
+            parts = tuple(names[seed % len(names)] for seed in seeds) if names else ()
             results[name] = replace(result, parts=parts)
         if log:
             rates = {f"{log}/{k}_success": r.rate for k, r in results.items()}
@@ -110,7 +110,8 @@ class Run(TrackedRun):
             return
         try:
             env = make_env(self.task.name, horizon=self.horizon, render=True, pixels=self.pixels)
-            record_video(env, self._acting(policy), self.folder / name, self.eval_seed, encode=self.encode)
+            seeds = eval_seeds("final", self.eval_seed, 3)
+            record_video(env, self._acting(policy), self.folder / name, seeds, encode=self.encode)
             env.close()
         except UserError as error:
             self.log.say(f"note: {error}")
