@@ -72,7 +72,7 @@ class Episodes:
             chunks = act_on_arrays(policy, np.stack([e.obs[-1] for e in empty]), rng)
             for e, chunk in zip(empty, chunks, strict=True):
                 e.queue = list(chunk)
-        return np.stack([e.queue.pop(0) for e in self.current])
+        return np.stack([e.queue[0] for e in self.current])
 
     def append(
         self, actions: np.ndarray, rewards: np.ndarray, obs: np.ndarray, success: np.ndarray,
@@ -84,6 +84,7 @@ class Episodes:
         """
         for i, e in enumerate(self.current):
             e.actions.append(actions[i])
+            del e.queue[:1]
             e.rewards.append(rewards[i])
             e.obs.append(obs[i].copy())
             e.success |= bool(success[i])
@@ -97,6 +98,10 @@ class Episodes:
         self.finished += 1
         return episode
 
+    def give_up(self, i: int) -> None:
+        """Forget the episode of environment i, which failed: its next one begins from another seed."""
+        self.current[i] = None
+
     def recent(self) -> dict[str, float]:
         """Success and length of the last episodes, empty before the first has ended."""
         if not self.successes:
@@ -104,15 +109,17 @@ class Episodes:
         return {"success": float(np.mean(self.successes)), "length": float(np.mean(self.lengths))}
 
     def state_dict(self) -> dict[str, Any]:
-        """A finished episode is None."""
+        """A finished episode is None, and so is one that was never seen: it begins again."""
+        current = [e if e and e.obs else None for e in self.current]
+        unseen = [bool(e and not e.obs) for e in self.current]
         return {
-            "begun": list(self.begun),
+            "begun": [n - again for n, again in zip(self.begun, unseen, strict=True)],
             "successes": list(self.successes),
             "lengths": list(self.lengths),
             "finished": self.finished,
             "episodes": [
                 e and {k: torch.tensor(np.array(v)) if isinstance(v, list) else v for k, v in vars(e).items()}
-                for e in self.current
+                for e in current
             ],
         }
 

@@ -87,8 +87,12 @@ class TextRun(TrackedRun):
     def evaluate(self, generate: Generate, steps: Sequence[int], samples: int, show: int, tag: str = "") -> None:
         """Print samples and the table of perplexity, entropy and distances; write samples, table and figure.
 
-        tag: part of the files' names, to set another sampler's apart.
+        tag: part of the files' names, to set another sampler's apart. A stop signal raises Stopped.
         """
+        with self.stop.at_once():
+            self._evaluate(generate, steps, samples, show, tag)
+
+    def _evaluate(self, generate: Generate, steps: Sequence[int], samples: int, show: int, tag: str) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         real, reference = split_real(self.data.valid, samples)
         scores, shown = [], []

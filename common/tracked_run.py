@@ -1,6 +1,7 @@
 """What the runs of all scripts share: a folder with a log and checkpoints of what they are told to track."""
 
 import math
+import shlex
 import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from common import checkpoint
+from common.errors import EnvError
 from common.runlog import RunLog
 from common.start import CHECKPOINT
 
@@ -57,3 +59,18 @@ class TrackedRun(ExitStack):
                 f"stopped at step {self.step}: {', '.join(bad)} not finite; state dumped to "
                 f"{self.folder / 'nonfinite.pt'}, last good state in {CHECKPOINT}"
             )
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        """Close what was opened. A stop and a failed environment end the process, with a line on how to go on."""
+        handled = super().__exit__(kind, error, trace)
+        if not isinstance(error, (checkpoint.Stopped, EnvError)):
+            return handled
+        saved = not self.args.get("eval") and (self.folder / CHECKPOINT).exists()
+        again = shlex.join(["python", sys.argv[0], "--resume", str(self.folder)])
+        then = f"saved; go on with: {again}" if saved else "nothing was saved; the same command starts again"
+        if isinstance(error, EnvError):
+            sys.exit(f"stopped at step {self.step}: {error}; {then}")
+        print(then, flush=True)
+        if not saved:
+            sys.exit(128 + self.stop.requested)
+        return True

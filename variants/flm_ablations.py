@@ -25,7 +25,10 @@ Symbols
 from __future__ import annotations
 
 import os
+import signal
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # before torch: waiting threads spin a little, and starve no other
 
 import copy
@@ -586,9 +589,7 @@ def main(argv: list[str]) -> None:
                 load_released(Path(r.released), net)
             else:
                 net = train(run, net, clock, args)
-            if stop.requested:
-                print(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
-            elif ranks.chief:
+            if ranks.chief:
                 make = functools.partial(generate, net, args, clock, sample.samples)
                 run.evaluate(make, sample.steps, sample.samples, sample.show)
 

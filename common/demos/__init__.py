@@ -43,14 +43,24 @@ class Demos:
             std[: -self.tasks] = (obs - centres[task]).std(0)[: -self.tasks]
         return obs.mean(0), std
 
-    def check_fit(self, env_id: str, obs_dim: int, act_dim: int) -> None:
-        """Raises UserError if observations or actions have other widths than those of the environment."""
+    def check_fit(self, env_id: str, obs_dim: int, act_dim: int, horizon: int) -> None:
+        """Raises UserError if observations or actions have other widths than those of the environment.
+
+        Demonstrations longer than the cap of its episodes are said in one line.
+        """
         for what, have, want in (("observations", self.obs, obs_dim), ("actions", self.actions, act_dim)):
             if have.shape[1] != want:
                 raise UserError(
                     f"--demos {self.name}: its {what} have {have.shape[1]} numbers, {env_id} has {want}; give "
                     "demonstrations of this environment"
                 )
+        lengths = np.diff(self.ends, prepend=0)
+        if (long := lengths > horizon).any():
+            print(
+                f"note: {long.sum()} of {len(lengths)} demonstrations are longer than --horizon {horizon}, the longest "
+                f"has {lengths.max()} steps; what they show later no episode reaches",
+                flush=True,
+            )
 
     def chunks(self, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Every step of every episode as a chunk start: obs (N, O), actions (N, horizon * A).

@@ -8,7 +8,6 @@ actions are in [-1, 1], as the environment made by `make_env` takes them.
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +58,6 @@ def read_demos(path: Path, task: TaskSpec, filter_key: str = "") -> tuple[Floats
     for name, (obs, actions) in zip(names, episodes, strict=True):
         if obs.shape[1] != episodes[0][0].shape[1] or actions.shape[1] != episodes[0][1].shape[1]:
             raise UserError(f"{path}: {name} is not as wide as {names[0]}; all episodes must be of one task")
-    if task.horizon and (long := sum(len(actions) > task.horizon for _, actions in episodes)):
-        print(f"warning: {long} episodes of {path} exceed the horizon of {task.horizon} steps", file=sys.stderr)
     return joined(episodes)
 
 

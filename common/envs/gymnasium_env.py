@@ -48,6 +48,7 @@ class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Floats, dict[str, Any]]:
         """As the environment's own reset; `info["success"]` is False."""
+        self.steps = 0
         obs, _ = self.env.reset(seed=seed, options=options)
         return np.asarray(obs, np.float32), {"success": False}
 
@@ -56,6 +57,7 @@ class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
         obs, reward, terminated, truncated, info = self.env.step(action)
         if "success" not in info:
             raise UserError(f'{self.env_id} does not report info["success"]; its step must set it to True or False')
+        self.steps += 1
         success = bool(info["success"])
         terminated = success or bool(terminated)
         truncated = bool(truncated) and not terminated
