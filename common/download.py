@@ -2,6 +2,7 @@
 
 import os
 import re
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -38,7 +39,9 @@ def check_digest(path: Path, known: str | None = None) -> Path:
     digest = sha256(path)
     manifest = path.with_name(path.name + ".sha256")
     if known is None and not manifest.exists():
-        write_atomic(manifest, f"{digest}  {path.name}\n".encode())
+        with suppress(OSError):  # a folder that cannot be written: each use is the first
+            write_atomic(manifest, f"{digest}  {path.name}\n".encode())
+        return path
     expected = known or (manifest.read_text().split() or ["nothing"])[0]
     if digest != expected:
         why = "it is damaged" if known else "it has changed since its first use"

@@ -123,6 +123,12 @@ class Run(TrackedRun):
 
     def log_training(self, updates: Mapping[str, float], episodes: Episodes) -> None:
         """A line of metrics.jsonl: means over the updates and over the last episodes, number of finished episodes."""
+        buffer, need = self.parts["buffer"], self.args["critic_batch"]
+        if self.step >= self.args["start_training"] and buffer.starts.size < need:
+            self.log.say(
+                f"note: step {self.step}: nothing is learnt before the replay buffer holds --critic-batch {need} chunk "
+                f"starts; it has {buffer.starts.size}. Episodes cut before --chunk {self.args['chunk']} steps give none"
+            )
         line = {f"ogpo/{k}": v for k, v in updates.items()} | {f"train/{k}": v for k, v in episodes.recent().items()}
         line |= {"train/episodes": episodes.finished, "time/wall": time.perf_counter() - self.started}
         self.log.log(self.step, line)

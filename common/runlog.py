@@ -28,11 +28,18 @@ _RATE_WINDOW = 60.0  # seconds over which the speed is averaged
 
 
 def new_run_dir(root: Path, name: str) -> Path:
-    """The folder `root/name` of a new run (not created here). Raises UserError if it exists and is not empty."""
+    """The folder `root/name` of a new run (not created here).
+
+    Raises UserError if it exists, but for the folder of a run that ended before its first checkpoint, which is none.
+    """
     path = Path(root) / name
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path.exists() and not (path.is_dir() and (_has_no_checkpoint(path) or not any(path.iterdir()))):
         raise UserError(f"{path} already exists; choose another --run-name, or continue it with --resume {path}")
     return path
+
+
+def _has_no_checkpoint(path: Path) -> bool:
+    return (path / "args.json").exists() and not any(path.glob("checkpoint*"))
 
 
 class Averages:

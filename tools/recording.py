@@ -5,7 +5,9 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 from typing import Any
 
 import gymnasium as gym
@@ -16,7 +18,7 @@ from tqdm import tqdm
 
 from common.demos.robomimic import episode_names, image_key
 from common.envs import Pixels, TaskSpec, make_env
-from common.errors import UserError
+from common.errors import EnvError, UserError, blame
 from common.files import replacing, sha256
 from common.seeds import demo_seed
 from tools.policy_file import load_policy
@@ -45,7 +47,7 @@ def made_file(
     else:
         policy = Path(source)
         expert, kind = load_policy(policy, task), f"{policy.stem}-{sha256(policy)[:8]}"
-    path = cache_dir / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}{_suffix(pixels)}.hdf5"
+    path = _place(cache_dir / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}{_suffix(pixels)}.hdf5")
     if not path.exists():
         generate(task, expert, num, noise, seed, path, pixels)
     return path
@@ -53,10 +55,28 @@ def made_file(
 
 def drawn_file(path: Path, task: TaskSpec, pixels: Pixels, cache_dir: Path) -> Path:
     """Copy of a file of simulator states with images, drawn on first use. Raises UserError, see `draw_images`."""
-    target = cache_dir / f"{path.stem}-{sha256(path)[:8]}{_suffix(pixels)}.hdf5"
+    target = _place(cache_dir / f"{path.stem}-{sha256(path)[:8]}{_suffix(pixels)}.hdf5")
     if not target.exists():
         draw_images(path, task, pixels, target)
     return target
+
+
+def _place(path: Path) -> Path:
+    """`path`, or one of a temporary folder if it does not exist and its folder cannot be written."""
+    if path.exists():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent):
+            return path
+    except OSError as error:
+        print(f"note: demonstrations are made for this run only, {path.parent} keeps none ({error})", flush=True)
+        return Path(_kept_nowhere().name) / path.name
+
+
+@cache
+def _kept_nowhere() -> TemporaryDirectory[str]:
+    return TemporaryDirectory(prefix="demonstrations-")  # until the process ends
 
 
 def _suffix(pixels: Pixels | None) -> str:
@@ -102,7 +122,10 @@ def generate(
                 attempt += 1
                 if not left[start % len(left)]:
                     continue  # this task has its share
-                rollout = _rollout(env, expert, rng, noise, start, pixels)
+                try:
+                    rollout = _rollout(env, expert, rng, noise, start, pixels)
+                except Exception as error:
+                    raise EnvError(f"demonstration of episode seed {start}: {blame(error)}") from error
                 if rollout is not None:
                     left[start % len(left)] -= 1
                     obs, states, actions, rewards, *images = rollout

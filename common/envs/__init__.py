@@ -31,12 +31,21 @@ SUITES = {  # suite -> module of this package, class, made with (task, horizon, 
     "gymnasium": ("gymnasium_env", "UserEnv", ""),
 }
 
-if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
-    # MuJoCo picks its OpenGL library on import. EGL and OSMesa need no display; EGL, which can use a GPU, comes first.
-    for _name, _library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+_WANTED = os.environ.get("MUJOCO_GL", "").lower()
+if sys.platform == "linux" and _WANTED in ("", "egl", "osmesa"):
+    # MuJoCo picks its OpenGL library on import, and cannot be imported where that is missing. EGL and OSMesa need no
+    # display; EGL, which can use a GPU, comes first.
+    _found = []
+    for _name, _library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8"), ("osmesa", "libOSMesa.so")):
         with suppress(OSError):
             ctypes.CDLL(_library)
-            os.environ.setdefault("MUJOCO_GL", _name)
+            _found.append(_name)
+    if _WANTED not in _found:
+        os.environ.pop("MUJOCO_GL", None)
+        if _found:
+            os.environ["MUJOCO_GL"] = _found[0]
+        if _WANTED:
+            print(f"note: MUJOCO_GL={_WANTED}: its library is missing; using {(*_found, 'the default')[0]}", flush=True)
 
 
 def resolve(env_id: str) -> TaskSpec:
@@ -48,6 +57,16 @@ def resolve(env_id: str) -> TaskSpec:
         names = ", ".join(TASKS)
         raise UserError(f"unknown task {env_id!r}; use one of {names}, or package.module:EnvId for your own")
     return TaskSpec(env_id, "gymnasium", env_id)
+
+
+def own_horizon(env_id: str) -> int | None:
+    """Cap of a task's episodes; of a user's environment the registered `max_episode_steps`. Raises UserError."""
+    task = resolve(env_id)
+    if task.suite != "gymnasium":
+        return task.horizon
+    from common.envs.gymnasium_env import find_spec
+
+    return find_spec(env_id).max_episode_steps
 
 
 def make_env(
