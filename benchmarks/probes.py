@@ -115,7 +115,7 @@ def success(script: ModuleType, agent: Any, args: Any) -> float:
     """Of the noise-free policy, with noise of its own: the same weights give the same number."""
     act, rng = partial(script.act_ode, agent, args), Rng(0, CPU)
     envs = make_vec_env(args.run.env, 1, horizon=args.task.horizon, chunk=args.policy.chunk)
-    rate = evaluate(envs, lambda obs: act_on_arrays(act, obs, rng), DIP_EPISODES, DIP_SEED).rate
+    rate = evaluate(envs, lambda obs: act_on_arrays(act, obs, rng), range(DIP_SEED, DIP_SEED + DIP_EPISODES)).rate
     envs.close()
     return rate
 

@@ -5,6 +5,8 @@ import shutil
 import signal
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -83,19 +85,39 @@ def not_finite(state: Any, name: str = "") -> list[str]:
     return [bad for key, value in items for bad in not_finite(value, f"{name}.{key}" if name else str(key))]
 
 
-class StopSignal:
-    """Context manager: the first SIGTERM or SIGINT (Ctrl-C) asks for a stop, the second aborts at once.
+class Stopped(BaseException):
+    """A stop signal came where nothing has to be finished first. No Exception: foreign code must not catch it."""
 
-    Poll `requested` where it is safe to save and leave; the abort is a KeyboardInterrupt. Main thread only. Under
-    torchrun nothing aborts but its own SIGKILL: it sends a signal again that the processes may have had already.
+
+class StopSignal:
+    """Context manager: the first SIGTERM, SIGHUP or SIGINT (Ctrl-C) asks for a stop, the second aborts at once.
+
+    Poll `requested` where it is safe to save and leave; the abort is a KeyboardInterrupt with the signal's number. Main
+    thread only. A SIGHUP that is ignored (nohup) stays ignored. Under torchrun nothing aborts but its own SIGKILL: it
+    sends a signal again that the processes may have had already.
     """
 
     def __init__(self) -> None:
-        self.requested = False
+        self.requested: int = 0  # the signal's number
+        self._at_once = False
 
     def __enter__(self) -> "StopSignal":
-        self._previous = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        which = [signal.SIGINT, signal.SIGTERM]
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            which.append(signal.SIGHUP)
+        self._previous = {s: signal.signal(s, self._handle) for s in which}
         return self
+
+    @contextmanager
+    def at_once(self) -> Iterator[None]:
+        """Raises Stopped inside as soon as a signal arrives or if one has: for what leaves nothing half done."""
+        self._at_once = True
+        try:
+            if self.requested:
+                raise Stopped
+            yield
+        finally:
+            self._at_once = False
 
     def __exit__(self, *error: object) -> None:
         for signum, handler in self._previous.items():
@@ -106,12 +128,15 @@ class StopSignal:
         if self.requested and launched:
             return
         if self.requested:
-            raise KeyboardInterrupt
-        self.requested = True
+            raise KeyboardInterrupt(signum)
+        self.requested = signum
         name = signal.Signals(signum).name
-        # Not print: the signal may have interrupted one, and print is not re-entrant.
         again = "" if launched else "; once more aborts at once"
-        os.write(1, f"\nnote: {name} received: saving, then stopping{again}\n".encode())
+        with suppress(OSError):  # nobody reads any more
+            # Not print: the signal may have interrupted one, and print is not re-entrant.
+            os.write(1, f"\nnote: {name} received: saving, then stopping{again}\n".encode())
+        if self._at_once:
+            raise Stopped
 
 
 def check_run_dir(directory: Path, need_bytes: int) -> None:

@@ -7,13 +7,14 @@ import errno
 import io
 import os
 import re
+import signal
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import tyro
 
-from common.errors import UserError, first_line
+from common.errors import EnvError, UserError, first_line
 
 T = TypeVar("T")
 
@@ -111,8 +112,26 @@ def check_choice(name: str, value: str, choices: Sequence[str]) -> None:
         raise UserError(f"--{name} {value}: expected one of {', '.join(choices)}")
 
 
+class _Lasting(io.FileIO):
+    """An output whose reader may leave: what is written then is lost, and the run goes on. Its folder has the log."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
 def run(main: Callable[[], None]) -> None:
-    """Call main; a UserError becomes one line on stderr and exit code 2, an abort by Ctrl-C exit code 130."""
+    """Call main. A UserError becomes one line on stderr and exit code 2, an EnvError one and exit code 1; an abort by
+    a signal exit code 128 and its number, 130 for Ctrl-C.
+    """
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is getattr(sys, f"__{name}__"):  # nobody has put another in its place
+            raw = _Lasting(stream.fileno(), "w", closefd=False)
+            lasting = io.TextIOWrapper(io.BufferedWriter(raw), stream.encoding, "replace", line_buffering=True)
+            setattr(sys, name, lasting)
     try:
         main()
         if "TORCHELASTIC_RUN_ID" in os.environ:
@@ -121,8 +140,10 @@ def run(main: Callable[[], None]) -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(0)
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except KeyboardInterrupt as abort:
+        sys.exit(128 + (abort.args[0] if abort.args else signal.SIGINT))
+    except EnvError as e:
+        sys.exit(f"error: {e}")
     except UserError as e:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(e.code)

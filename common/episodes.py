@@ -11,8 +11,7 @@ import torch
 from common.errors import UserError
 from common.evaluate import Encode, Policy, act_on_arrays
 from common.rng import Rng
-
-ENV_SEED_STRIDE = 1_000_000  # seeds of one environment's episodes do not meet another's
+from common.seeds import train_seed
 
 
 @dataclass
@@ -40,7 +39,7 @@ class Episodes:
         """encode maps what the environments show to observations (E, O); window: finished episodes in `recent`."""
         self.envs, self.encode = envs, encode
         self.begun = [0] * envs.num_envs  # episodes, by environment
-        self.base = [(seed * 1_000 + i) * ENV_SEED_STRIDE % 2**31 for i in range(envs.num_envs)]
+        self.seed = seed
         self.current: list[Episode | None] = [None] * envs.num_envs  # None: over, or never begun
         self.successes: deque[bool] = deque(maxlen=window)
         self.lengths: deque[int] = deque(maxlen=window)
@@ -52,8 +51,8 @@ class Episodes:
 
     def begin(self, which: np.ndarray) -> list[int]:
         """New episodes for the environments `which` (E,); seeds of all, for the reset of these."""
-        for i in np.flatnonzero(which):
-            self.current[i] = Episode(self.base[i] + self.begun[i])
+        for i in np.flatnonzero(which).tolist():
+            self.current[i] = Episode(train_seed(self.seed, i, self.begun[i]))
             self.begun[i] += 1
         return [e.seed for e in self.current]
 
@@ -73,7 +72,7 @@ class Episodes:
             chunks = act_on_arrays(policy, np.stack([e.obs[-1] for e in empty]), rng)
             for e, chunk in zip(empty, chunks, strict=True):
                 e.queue = list(chunk)
-        return np.stack([e.queue.pop(0) for e in self.current])
+        return np.stack([e.queue[0] for e in self.current])
 
     def append(
         self, actions: np.ndarray, rewards: np.ndarray, obs: np.ndarray, success: np.ndarray,
@@ -85,6 +84,7 @@ class Episodes:
         """
         for i, e in enumerate(self.current):
             e.actions.append(actions[i])
+            del e.queue[:1]
             e.rewards.append(rewards[i])
             e.obs.append(obs[i].copy())
             e.success |= bool(success[i])
@@ -98,6 +98,10 @@ class Episodes:
         self.finished += 1
         return episode
 
+    def give_up(self, i: int) -> None:
+        """Forget the episode of environment i, which failed: its next one begins from another seed."""
+        self.current[i] = None
+
     def recent(self) -> dict[str, float]:
         """Success and length of the last episodes, empty before the first has ended."""
         if not self.successes:
@@ -105,15 +109,17 @@ class Episodes:
         return {"success": float(np.mean(self.successes)), "length": float(np.mean(self.lengths))}
 
     def state_dict(self) -> dict[str, Any]:
-        """A finished episode is None."""
+        """A finished episode is None, and so is one that was never seen: it begins again."""
+        current = [e if e and e.obs else None for e in self.current]
+        unseen = [bool(e and not e.obs) for e in self.current]
         return {
-            "begun": list(self.begun),
+            "begun": [n - again for n, again in zip(self.begun, unseen, strict=True)],
             "successes": list(self.successes),
             "lengths": list(self.lengths),
             "finished": self.finished,
             "episodes": [
                 e and {k: torch.tensor(np.array(v)) if isinstance(v, list) else v for k, v in vars(e).items()}
-                for e in self.current
+                for e in current
             ],
         }
 
@@ -130,7 +136,7 @@ class Episodes:
             for e in state["episodes"]
         ]
         steps = np.array([len(e.actions) if e else 0 for e in self.current])
-        seeds = [e.seed if e else base for e, base in zip(self.current, self.base, strict=True)]
+        seeds = [e.seed if e else train_seed(self.seed, i, 0) for i, e in enumerate(self.current)]
         late = steps.max() - steps  # (E,) shorter episodes begin later, so that all arrive together
         idle = np.zeros_like(self.envs.single_action_space.low)
         shown, _ = self.envs.reset(seed=seeds)

@@ -1,7 +1,10 @@
-"""The exceptions that scripts turn into a single line."""
+"""Exceptions that scripts turn into a single line, and what such a line says of foreign ones."""
 
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 class UserError(Exception):
@@ -14,6 +17,14 @@ class RunError(UserError):
     """What ended a run that had begun: printed as one line, exit code 1. What was saved stays."""
 
     code = 1
+
+
+class EnvError(Exception):
+    """An environment failed: one line, exit code 1. `envs` is the vector, if any, that it is number `index` of."""
+
+    def __init__(self, message: str, envs: Any = None, index: int = 0) -> None:
+        super().__init__(message)
+        self.envs, self.index = envs, index
 
 
 def first_line(error: BaseException) -> str:
@@ -30,3 +41,11 @@ def reading(what: object, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise UserError(f"{what} cannot be read ({first_line(error)}); {remedy}") from error
+
+
+def blame(error: BaseException) -> str:
+    """Type, message and place of an exception of foreign code, in one line."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
+    said = first_line(error)
+    return f"{said if said == type(error).__name__ else f'{type(error).__name__}: {said}'}{place}"

@@ -1,7 +1,7 @@
 """Episodes with open-loop action chunks: success, length, confidence interval and video."""
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,24 +71,28 @@ def wilson(k: int, n: int) -> tuple[float, float]:
     return float(interval.low), float(interval.high)
 
 
-def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int, encode: Encode = np.asarray) -> EvalResult:
-    """Run E episodes in W ChunkStep environments with autoreset disabled; episode i starts from `reset(seed=seed + i)`.
+def evaluate(
+    envs: gym.vector.VectorEnv, act: Act, seeds: Sequence[int], encode: Encode = np.asarray
+) -> EvalResult:  # fmt: skip
+    """Run an episode from every one of E seeds, in W ChunkStep environments with autoreset disabled.
 
     encode maps what the environments show to observations (W, O), act those of the environments still running, (n, O),
     to chunks (n, H, A). Worker w runs a contiguous block of the episodes; for a policy that treats rows independently
-    and draws nothing the result does not depend on W.
+    and draws nothing the result does not depend on W. A policy that draws noise for the episodes running together
+    gives other episodes with another W.
     """
-    if episodes < 1:
-        raise ValueError(f"evaluate needs at least one episode, got {episodes}")
+    episodes = len(seeds)
+    if not episodes:
+        raise ValueError("evaluate needs at least one episode")
     left = [deque(block.tolist()) for block in np.array_split(np.arange(episodes), envs.num_envs)]  # by worker
     success = np.zeros(episodes, dtype=bool)
     length = np.zeros(episodes, dtype=np.int64)
 
-    def seeds() -> list[int]:
-        # A worker without episodes still has to step: it replays a spare seed and nobody looks.
-        return [seed + (todo[0] if todo else episodes) for todo in left]
+    def begin() -> list[int]:
+        # A worker without episodes still has to step: it replays the last one and nobody looks.
+        return [seeds[todo[0] if todo else -1] for todo in left]
 
-    obs = encode(envs.reset(seed=seeds())[0])
+    obs = encode(envs.reset(seed=begin())[0])
     while any(left):
         active = [w for w, todo in enumerate(left) if todo]
         episode = [left[w][0] for w in active]
@@ -102,15 +106,15 @@ def evaluate(envs: gym.vector.VectorEnv, act: Act, episodes: int, seed: int, enc
             for w in active:
                 if done[w]:
                     left[w].popleft()
-            shown, _ = envs.reset(seed=seeds(), options={"reset_mask": done})
+            shown, _ = envs.reset(seed=begin(), options={"reset_mask": done})
         obs = encode(shown)
     return EvalResult(success, length)
 
 
 def record_video(
-    env: gym.Env, act: Act, path: Path, seed: int, episodes: int = 3, fps: int = 20, encode: Encode = np.asarray
+    env: gym.Env, act: Act, path: Path, seeds: Sequence[int], fps: int = 20, encode: Encode = np.asarray
 ) -> None:
-    """Write `episodes` episodes, seeds `seed`, `seed + 1`, ..., to the mp4 file `path`.
+    """Write an episode from every seed to the mp4 file `path`.
 
     `env` was made with render=True; `act` and `encode` are as in `evaluate`, for one environment. The last picture
     of each episode stays for half a second, with a green (success) or red (failure) border.
@@ -126,8 +130,8 @@ def record_video(
             except Exception as error:
                 raise UserError(f"no video: {first_line(error)}; run: pip install imageio imageio-ffmpeg") from error
             with writer:
-                for i in range(episodes):
-                    for picture in _film(env, act, encode, seed + i, hold=fps // 2):
+                for seed in seeds:
+                    for picture in _film(env, act, encode, seed, hold=fps // 2):
                         writer.append_data(picture)
     except OSError as error:
         raise UserError(f"no video: ffmpeg stopped ({first_line(error)})") from error

@@ -46,7 +46,8 @@ class ReplayBuffer:
 
     An episode of T steps takes T+1 rows (the last one holds only the final observation). Every step from which H
     steps remain inside the episode is a chunk start, not only the steps at which the policy decided; a chunk never
-    crosses an episode's end.
+    crosses an episode's end. An episode that ends for good in fewer than H steps is one chunk: after the end its last
+    action and final observation are repeated, with rewards of 0, which leaves its return as it is.
     """
 
     def __init__(self, capacity: int, obs_dim: int, act_dim: int, horizon: int, rewards: int = 1) -> None:
@@ -64,6 +65,9 @@ class ReplayBuffer:
 
     def add_episode(self, obs: Arrays, actions: Arrays, rewards: Arrays, terminated: bool, success: bool) -> None:
         """obs (T+1, O), actions (T, A), rewards (T,) or (T, rewards); terminated: the last step ended it for good."""
+        if terminated and (missing := self.horizon - len(actions)) > 0:
+            obs, actions = [*obs, *[obs[-1]] * missing], [*actions, *[actions[-1]] * missing]
+            rewards = [*rewards, *[np.zeros_like(rewards[-1])] * missing]
         n = len(obs)
         if n > self.capacity:
             raise ValueError(f"an episode of {n - 1} steps does not fit into {self.capacity} rows")

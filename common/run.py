@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from common import checkpoint
+from common.demos import Demos, get_demos
 from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
-from common.errors import UserError, reading
+from common.errors import EnvError, UserError, blame, reading
 from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, record_video
 from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.runlog import plot_curves
+from common.seeds import eval_seeds
 from common.tracked_run import TrackedRun
-
-EVAL_SEEDS = {"final": 0, "bc": 100_000, "interval": 200_000}  # the final episodes never decided anything
 
 POLICY_NAMES = {"ode": "ODE policy", "bon": "best-of-N policy"}
 
@@ -82,11 +83,20 @@ class Run(TrackedRun):
         self.said: set[str] = set()  # notes
         self.policies: dict[str, Policy] = {}
         self.encode: Encode = np.asarray
+        self.evaluation: dict[str, Any] | None = None  # arguments of the one in progress
 
     def closing(self, envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
-        """`envs`, to be closed with the run."""
-        self.callback(envs.close)
+        """`envs`, to be closed with the run, by force if it ends before its time."""
+        envs.hurry = lambda: self.stop.requested
+        self.push(lambda kind, *_: envs.close(terminate=kind is not None))
         return envs
+
+    def open_log(self, total_steps: int, wandb_project: str, tensorboard: bool) -> None:
+        """As `TrackedRun.open_log`; an evaluation that a stop cut short is made now."""
+        super().open_log(total_steps, wandb_project, tensorboard)
+        self.push(self._draw)
+        if self.saved and (evaluation := self.saved.pop("evaluation", None)):
+            self.evaluate(**evaluation)
 
     def open_evaluation(self, num_envs: int, chunk: int, seed: int) -> None:
         """Environments of the evaluations; what they show and take gives obs_dim and act_dim.
@@ -99,6 +109,16 @@ class Run(TrackedRun):
         self.obs_dim = (space["proprio"] if self.pixels else space).shape[0]
         self.act_dim = envs.single_action_space.shape[-1]
 
+    def get_demos(self, source: str, num: int, noise: float, cache: Path, filter_key: str) -> Demos:
+        """Demonstrations for the evaluation's environment; arguments and errors are those of `common.demos.get_demos`.
+
+        A stop signal raises Stopped.
+        """
+        with self.stop.at_once():
+            demos = get_demos(self.task.name, source, num, noise, cache, filter_key=filter_key, pixels=self.pixels)
+        demos.check_fit(self.task.name, self.obs_dim, self.act_dim, self.horizon)
+        return demos
+
     def check_disk(self, buffer_bytes: int) -> None:
         """Raises UserError if the run folder cannot be written or has no room for checkpoints with such a buffer."""
         checkpoint.check_run_dir(self.folder, 3 * (buffer_bytes + 2**25))
@@ -106,15 +126,18 @@ class Run(TrackedRun):
     def evaluate(self, use: str, episodes: int, label: str, only: str = "", log: str = "") -> dict[str, EvalResult]:
         """{name: result} of all policies, or of one; printed after `label`, and logged under the prefix `log` if given.
 
-        Fixed episode seeds (`use`: a key of EVAL_SEEDS) and a noise source of its own: the same weights give the same
-        numbers.
+        Fixed episode seeds (`use`: one of `common.seeds.USES`) and a noise source of its own: the same weights give the
+        same numbers in as many environments. In others the episodes have other noise. A stop signal raises Stopped.
         """
-        results, first, names = {}, self.eval_seed + EVAL_SEEDS[use], self.task.tasks
-        for name in [only] if only else self.policies:
-            act = self._acting(name)
-            result = evaluate(self.eval_envs, act, episodes, first, self.encode)
-            parts = tuple(names[(first + i) % len(names)] for i in range(episodes)) if names else ()
-            results[name] = replace(result, parts=parts)
+        results, names = {}, self.task.tasks
+        seeds = eval_seeds(use, self.eval_seed, episodes)
+        parts = tuple(names[seed % len(names)] for seed in seeds) if names else ()
+        self.evaluation = dict(use=use, episodes=episodes, label=label, only=only, log=log)
+        with self.stop.at_once():
+            for name in [only] if only else self.policies:
+                result = evaluate(self.eval_envs, self._acting(name), seeds, self.encode)
+                results[name] = replace(result, parts=parts)
+        self.evaluation = None
         if log:
             rates = {f"{log}/{k}_success": r.rate for k, r in results.items()}
             rates |= {f"{log}/{k}_length": r.mean_length for k, r in results.items()}
@@ -136,6 +159,12 @@ class Run(TrackedRun):
 
     def log_training(self, updates: Mapping[str, float], episodes: Episodes) -> None:
         """A line of metrics.jsonl: means over the updates and over the last episodes, number of finished episodes."""
+        buffer, need = self.parts["buffer"], self.args["critic_batch"]
+        if self.step >= self.args["start_training"] and buffer.starts.size < need:
+            self.log.say(
+                f"note: step {self.step}: nothing is learnt before the replay buffer holds --critic-batch {need} chunk "
+                f"starts; it has {buffer.starts.size}. Episodes cut before --chunk {self.args['chunk']} steps give none"
+            )
         line = {f"ogpo/{k}": v for k, v in updates.items()} | {f"train/{k}": v for k, v in episodes.recent().items()}
         line |= {"train/episodes": episodes.finished, "time/wall": time.perf_counter() - self.started}
         self.log.log(self.step, line)
@@ -162,15 +191,35 @@ class Run(TrackedRun):
         """If wanted, write three episodes of a policy as mp4, or a one-line note on why there is no video."""
         if not wanted:
             return
+        seeds = eval_seeds("final", self.eval_seed, 3)
         try:
-            env = make_env(self.task.name, horizon=self.horizon, render=True, pixels=self.pixels)
-            record_video(env, self._acting(policy), self.folder / name, self.eval_seed, encode=self.encode)
-            env.close()
+            with suppress(checkpoint.Stopped), self.stop.at_once(), ExitStack() as stack:
+                env = make_env(self.task.name, horizon=self.horizon, render=True, pixels=self.pixels)
+                stack.callback(env.close)
+                record_video(env, self._acting(policy), self.folder / name, seeds, encode=self.encode)
         except UserError as error:
             self._note_once("video", str(error))
+        except Exception as error:  # of the environment: a run does without pictures
+            self._note_once("video", f"no video: {blame(error)}")
 
-    def __exit__(self, *error: object) -> None:
-        """End the worker processes and draw the learning curve."""
-        super().__exit__(*error)
-        if self.log and self.step:
-            print(f"learning curve: {plot_curves(self.folder)}")
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        """As `TrackedRun.__exit__`, with a checkpoint first where a stop or an environment ended the run."""
+        if isinstance(error, (checkpoint.Stopped, EnvError)):
+            self.callback(self._rescue, error)
+        return super().__exit__(kind, error, trace)
+
+    def _rescue(self, error: BaseException) -> None:
+        """Save what the run goes on from: exactly after a stop, without the failed episode after an error."""
+        episodes = self.parts.get("episodes")
+        if episodes and isinstance(error, EnvError) and error.envs is episodes.envs:
+            episodes.give_up(error.index)
+        if self.evaluation:
+            if self.evaluation["log"] != "eval":
+                return  # the last checkpoint is of the same state, or of cloning before this evaluation
+            self.parts["evaluation"] = self.evaluation
+        self.save()
+
+    def _draw(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Draw the learning curve, unless the user is in a hurry."""
+        if self.step and kind is not KeyboardInterrupt:
+            self.log.say(f"learning curve: {plot_curves(self.folder)}")

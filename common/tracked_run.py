@@ -1,13 +1,15 @@
 """What the runs of all scripts share: a folder with a log and checkpoints of what they are told to track."""
 
 import math
+import shlex
+import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from common import checkpoint
-from common.errors import RunError, UserError, first_line
+from common.errors import EnvError, RunError, UserError, first_line
 from common.runlog import RunLog
 from common.start import CHECKPOINT
 
@@ -79,3 +81,23 @@ class TrackedRun(ExitStack):
                 f"stopped at step {self.step}: {', '.join(bad[:3])} not finite; state dumped to "
                 f"{self.folder / 'nonfinite.pt'}, last good state in {CHECKPOINT}"
             )
+
+    def how_to_go_on(self) -> str:
+        """The command that goes on from the checkpoint, for a saved and stopped run."""
+        env = self.args.get("env", "")
+        own = ["--env", env] if ":" in env else []  # its module's code runs only if the command line names it
+        return f"saved; go on with: {shlex.join(['python', sys.argv[0], '--resume', str(self.folder), *own])}"
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> bool | None:
+        """Close what was opened. A stop and a failed environment end the process, with a line on how to go on."""
+        handled = super().__exit__(kind, error, trace)
+        if not isinstance(error, (checkpoint.Stopped, EnvError)):
+            return handled
+        saved = not self.args.get("eval") and (self.folder / CHECKPOINT).exists()
+        then = self.how_to_go_on() if saved else "nothing was saved; the same command starts again"
+        if isinstance(error, EnvError):
+            sys.exit(f"stopped at step {self.step}: {error}; {then}")
+        print(then, flush=True)
+        if not saved:
+            sys.exit(128 + self.stop.requested)
+        return True

@@ -8,8 +8,9 @@ from fnmatch import fnmatch
 from typing import Any, TypeVar
 
 from common import cli
-from common.envs import resolve
+from common.envs import own_horizon
 from common.errors import UserError
+from settings.tasks import TASKS
 
 T = TypeVar("T")
 
@@ -143,6 +144,12 @@ FIXED_PIXELS = (*FIXED, "cameras", "image_size", "channels", "backbone", "prompt
 def check(flat: Mapping[str, Any]) -> None:
     """Raises UserError on arguments that do not fit each other."""
     shortest = min(flat["horizon"], flat["collect_horizon"] or flat["horizon"])
+    if flat["env"] not in TASKS:
+        own = own_horizon(flat["env"])
+        shortest = min(shortest, own or shortest)
+        if not own:
+            cut = f"its episodes are cut after --horizon {flat['horizon']} steps"
+            print(f"note: {flat['env']} is registered without max_episode_steps; {cut}", flush=True)
     if flat["chunk"] > shortest:
         raise UserError(f"--chunk {flat['chunk']}: longer than an episode of {shortest} steps; see --horizon")
     if flat["replay_size"] <= flat["horizon"]:
@@ -172,7 +179,7 @@ def apply(
     cli.check_choice("variant", variant, tuple(VARIANTS))
     items = [item for table in tables for item in table.items()]
     rows = [row for (p, task), row in items if fnmatch(preset, p) and fnmatch(env, task)]
-    first = dict(env=env, preset=preset, variant=variant, horizon=resolve(env).horizon or 300)
+    first = dict(env=env, preset=preset, variant=variant, horizon=own_horizon(env) or 300)
     for row in (first, *rows, VARIANTS[variant]):
         args = cli.override(args, {name: value for name, value in row.items() if name not in without})
     return args

@@ -13,6 +13,7 @@ from common.demos import Demos, get_demos, robomimic
 from common.demos.robomimic import ACTION_LIMIT, obtain_release, read_demos
 from common.envs import TASKS, TaskSpec, make_env, resolve, toy
 from common.errors import UserError
+from common.seeds import DEMOS
 from tools import recording, scripted
 from tools.recording import Episode, write_demos
 
@@ -202,7 +203,7 @@ def test_generate_episodes_replay_to_success(tmp_path: Path) -> None:
             rewards = file[f"data/demo_{i}/rewards"][()]
             assert rewards[-1] == 1 and not rewards[:-1].any()  # ends at the first success
     env, starts = make_env("toy"), [0, *demos.ends[:-1]]
-    for seed in range(recording.SEED_BASE, recording.SEED_BASE + 10):
+    for seed in range(DEMOS, DEMOS + 10):
         obs, _ = env.reset(seed=seed)
         matches = [k for k, start in enumerate(starts) if (demos.obs[start] == obs).all()]
         for k in matches:

@@ -55,7 +55,7 @@ def expected(seed, episodes):
 
 @pytest.mark.parametrize("num_envs", [1, 2, 3, 5, 11, 16])
 def test_evaluate_success_and_length_of_each_episode(num_envs):
-    result = evaluate(vector(num_envs), faithful_act, episodes=11, seed=100)
+    result = evaluate(vector(num_envs), faithful_act, range(100, 111))
     success, length = expected(100, 11)
     assert result.success.dtype == bool and (result.success == success).all()
     assert (result.length == length).all()
@@ -65,7 +65,7 @@ def test_evaluate_worker_processes_give_the_same():
     envs = vector(2, AsyncVectorEnv)
     success, length = expected(7, 9)
     for _ in range(2):  # a second call on the same workers starts from scratch
-        result = evaluate(envs, faithful_act, episodes=9, seed=7)
+        result = evaluate(envs, faithful_act, range(7, 16))
         assert (result.success == success).all() and (result.length == length).all()
     envs.close()
 
@@ -77,7 +77,7 @@ def test_evaluate_asks_only_at_chunk_borders_and_only_for_running_episodes():
         asked.extend(map(tuple, obs.astype(int)))
         return faithful_act(obs)
 
-    result = evaluate(vector(4), act, episodes=7, seed=20)
+    result = evaluate(vector(4), act, range(20, 27))
     queries = [(20 + i, step) for i, length in enumerate(result.length) for step in range(0, int(length), CHUNK)]
     assert sorted(asked) == sorted(queries)
 
@@ -99,7 +99,7 @@ def test_chunk_step_is_the_steps_it_stands_for():
 
 def test_evaluate_no_episode_is_an_error():
     with pytest.raises(ValueError, match="at least one episode"):
-        evaluate(vector(1), faithful_act, episodes=0, seed=0)
+        evaluate(vector(1), faithful_act, ())
 
 
 def test_eval_result_summary():
@@ -162,9 +162,9 @@ def toy_act(obs):
 def test_record_video_shows_every_step_and_the_outcome(tmp_path):
     env = make_env("toy", render=True)
     envs = SyncVectorEnv([lambda: ChunkStep(make_env("toy"), 2)], autoreset_mode=AutoresetMode.DISABLED)
-    result = evaluate(envs, toy_act, episodes=6, seed=0)
+    result = evaluate(envs, toy_act, range(6))
     assert 0 < result.success.sum() < 6  # both outcomes are on show
-    record_video(env, toy_act, tmp_path / "a.mp4", seed=0, episodes=6, fps=10)
+    record_video(env, toy_act, tmp_path / "a.mp4", range(6), fps=10)
     assert [p.name for p in tmp_path.iterdir()] == ["a.mp4"]
     frames = np.stack(imageio.mimread(tmp_path / "a.mp4", memtest=False))
     hold = 5  # half a second
@@ -180,7 +180,7 @@ def test_record_video_no_opengl_is_a_user_error_without_a_half_made_file(tmp_pat
 
     monkeypatch.setattr(ToyReach, "render", no_gl)
     with pytest.raises(UserError, match=r"cannot render \(libEGL not found\).*MUJOCO_GL"):
-        record_video(make_env("toy", render=True), toy_act, tmp_path / "a.mp4", seed=0)
+        record_video(make_env("toy", render=True), toy_act, tmp_path / "a.mp4", [0])
     assert not list(tmp_path.iterdir())
 
 
@@ -190,4 +190,4 @@ def test_record_video_no_ffmpeg_is_a_user_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(imageio, "get_writer", no_ffmpeg)
     with pytest.raises(UserError, match="pip install imageio"):
-        record_video(make_env("toy", render=True), toy_act, tmp_path / "a.mp4", seed=0)
+        record_video(make_env("toy", render=True), toy_act, tmp_path / "a.mp4", [0])

@@ -18,12 +18,11 @@ from tqdm import tqdm
 from common.demos.robomimic import episode_names, image_key, note
 from common.download import check_digest, digest_file
 from common.envs import Pixels, TaskSpec, make_env
-from common.errors import UserError, first_line, reading
+from common.errors import EnvError, UserError, blame, first_line, reading
 from common.files import replacing, sha256
+from common.seeds import demo_seed
 from tools.policy_file import load_policy
 from tools.scripted import MAX_STEPS, VERSION, Expert, find_expert
-
-SEED_BASE = 2**31  # training and evaluation use smaller seeds: their episodes are not among the demonstrations
 
 
 @dataclass
@@ -120,11 +119,14 @@ def generate(
                 if attempt == 20 * num + 20:
                     raise UserError(f"the {task.name} expert fails with noise {noise}; use less noise")
                 rng = np.random.default_rng([seed, attempt])
-                start = SEED_BASE + 10**5 * seed + attempt
+                start = demo_seed(seed, attempt)
                 attempt += 1
                 if not left[start % len(left)]:
                     continue  # this task has its share
-                rollout = _rollout(env, expert, rng, noise, start, pixels)
+                try:
+                    rollout = _rollout(env, expert, rng, noise, start, pixels)
+                except Exception as error:
+                    raise EnvError(f"demonstration of episode seed {start}: {blame(error)}") from error
                 if rollout is not None:
                     left[start % len(left)] -= 1
                     obs, states, actions, rewards, *images = rollout

@@ -30,12 +30,16 @@ Symbols
 
 import copy
 import math
+import signal
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 import torch
@@ -45,7 +49,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for common/
 from common import checkpoint, cli
 from common.backbone import Backbone
-from common.demos import Demos, get_demos
+from common.demos import Demos
 from common.envs import Pixels, make_env, make_vec_env
 from common.episodes import Episodes
 from common.evaluate import act_on_arrays, write_views
@@ -473,7 +477,8 @@ def td_target(rewards: Tensor, terminated: Tensor, q_next: Tensor, gamma: float)
 def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Info]:
     """Every head regresses to the same target [S 1.7]: obs (n, O), action (n, D), target (n,)."""
     q = critic(obs, action)
-    return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": q.detach().std(0).mean()}
+    spread = q.detach().std(0, correction=min(1, len(q) - 1))  # (n,) 0 of a single head
+    return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": spread.mean()}
 
 
 def periodic_lr(step: int, a: ActorArgs) -> float:
@@ -761,12 +766,8 @@ def main(argv: list[str]) -> None:
         run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
         if not r.eval:
             run.check_disk(0)  # before the work of demonstrations; for the buffer when the encoder is there
-        demos = None
-        if not (r.eval or (saved and saved["agent"]["bc_done"])):
-            demos = get_demos(
-                r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key, pixels=pixels
-            )
-            demos.check_fit(r.env, run.obs_dim, run.act_dim, t.horizon)
+        cloning = not (r.eval or (saved and saved["agent"]["bc_done"]))
+        demos = run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key) if cloning else None
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.encode = partial(encode, agent)
         run.track(agent=agent)
@@ -781,9 +782,6 @@ def main(argv: list[str]) -> None:
             if agent.bc_done:
                 train(run, agent, buffer, args)
             run.save()
-            if stop.requested:
-                run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
-                return
             run.record_video("bon", "after.mp4", r.video)
         run.evaluate("final", t.eval_episodes, "final", log="" if r.eval else "final")
 

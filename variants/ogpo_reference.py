@@ -29,12 +29,16 @@ Symbols
 
 import copy
 import math
+import signal
 import sys
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C during the imports: no traceback
 
 import numpy as np
 import torch
@@ -43,7 +47,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # for common/
 from common import checkpoint, cli
-from common.demos import Demos, get_demos
+from common.demos import Demos
 from common.envs import make_vec_env
 from common.episodes import Episodes
 from common.machine import compile_functions
@@ -393,7 +397,8 @@ def td_target(rewards: Tensor, terminated: Tensor, q_next: Tensor, gamma: float)
 def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Info]:
     """Every head regresses to the same target [S 1.7]: obs (n, O), action (n, D), target (n,)."""
     q = critic(obs, action)
-    return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": q.detach().std(0).mean()}
+    spread = q.detach().std(0, correction=min(1, len(q) - 1))  # (n,) 0 of a single head
+    return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": spread.mean()}
 
 
 def periodic_lr(step: int, a: ActorArgs) -> float:
@@ -638,10 +643,8 @@ def main(argv: list[str]) -> None:
         if not r.eval:
             buffer = ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
             run.check_disk(min(r.replay_size, 2 * r.total_steps) * buffer.row_bytes)  # an episode of one step has two
-        demos = None
-        if not (r.eval or (saved and saved["agent"]["bc_done"])):
-            demos = get_demos(r.env, t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), filter_key=t.filter_key)
-            demos.check_fit(r.env, run.obs_dim, run.act_dim, t.horizon)
+        cloning = not (r.eval or (saved and saved["agent"]["bc_done"]))
+        demos = run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key) if cloning else None
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.track(agent=agent)
         run.policies = {"ode": partial(act_ode, agent, args), "bon": partial(act_best_of_n, agent, args)}
@@ -652,9 +655,6 @@ def main(argv: list[str]) -> None:
             if agent.bc_done:
                 train(run, agent, buffer, args)
             run.save()
-            if stop.requested:
-                run.log.say(f"saved; go on with: python {sys.argv[0]} --resume {folder}")
-                return
             run.record_video("bon", "after.mp4", r.video)
         run.evaluate("final", t.eval_episodes, "final", log="" if r.eval else "final")
 

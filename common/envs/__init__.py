@@ -9,17 +9,16 @@ import ctypes
 import importlib
 import multiprocessing
 import os
-import signal
 import sys
-from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from typing import Any
 
 import gymnasium as gym
-from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv, VectorEnv
+from gymnasium.vector import VectorEnv
 
-from common.envs.wrappers import ChunkStep, PixelEnv, Pixels
+from common.envs.vector import ManyEnvs, OneEnv
+from common.envs.wrappers import ChunkStep, Guard, PixelEnv, Pixels
 from common.errors import UserError
 from settings.tasks import TASKS, TaskSpec
 
@@ -32,12 +31,21 @@ SUITES = {  # suite -> module of this package, class, made with (task, horizon, 
     "gymnasium": ("gymnasium_env", "UserEnv", ""),
 }
 
-if sys.platform == "linux" and "MUJOCO_GL" not in os.environ:
-    # MuJoCo picks its OpenGL library on import. EGL and OSMesa need no display; EGL, which can use a GPU, comes first.
-    for _name, _library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8")):
+_WANTED = os.environ.get("MUJOCO_GL", "").lower()
+if sys.platform == "linux" and _WANTED in ("", "egl", "osmesa"):
+    # MuJoCo picks its OpenGL library on import, and cannot be imported where that is missing. EGL and OSMesa need no
+    # display; EGL, which can use a GPU, comes first.
+    _found = []
+    for _name, _library in (("egl", "libEGL.so.1"), ("osmesa", "libOSMesa.so.8"), ("osmesa", "libOSMesa.so")):
         with suppress(OSError):
             ctypes.CDLL(_library)
-            os.environ.setdefault("MUJOCO_GL", _name)
+            _found.append(_name)
+    if _WANTED not in _found:
+        os.environ.pop("MUJOCO_GL", None)
+        if _found:
+            os.environ["MUJOCO_GL"] = _found[0]
+        if _WANTED:
+            print(f"note: MUJOCO_GL={_WANTED}: its library is missing; using {(*_found, 'the default')[0]}", flush=True)
 
 
 def resolve(env_id: str) -> TaskSpec:
@@ -49,6 +57,16 @@ def resolve(env_id: str) -> TaskSpec:
         names = ", ".join(TASKS)
         raise UserError(f"unknown task {env_id!r}; use one of {names}, or package.module:EnvId for your own")
     return TaskSpec(env_id, "gymnasium", env_id)
+
+
+def own_horizon(env_id: str) -> int | None:
+    """Cap of a task's episodes; of a user's environment the registered `max_episode_steps`. Raises UserError."""
+    task = resolve(env_id)
+    if task.suite != "gymnasium":
+        return task.horizon
+    from common.envs.gymnasium_env import find_spec
+
+    return find_spec(env_id).max_episode_steps
 
 
 def make_env(
@@ -81,11 +99,8 @@ def make_env(
     return PixelEnv(env, task.proprio, pixels)
 
 
-def _make_worker_env(main_process: int, make: Callable[[], gym.Env[Any, Any]]) -> gym.Env[Any, Any]:
-    """Makes an environment of a vector; in a process of its own, Ctrl-C is left to the main process."""
-    if os.getpid() != main_process:
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-    return make()
+def _make_guarded(env_id: str, **kwargs: Any) -> gym.Env[Any, Any]:
+    return Guard(make_env(env_id, **kwargs))
 
 
 def make_vec_env(
@@ -94,13 +109,13 @@ def make_vec_env(
     """Makes `num_envs` environments, each in a process of its own if there are several.
 
     Nothing resets by itself: reset finished episodes with `reset(seed=[...], options={"reset_mask": mask})`,
-    a fresh options dictionary at every call. Arguments and errors are those of `make_env`.
+    a fresh options dictionary at every call. Arguments and errors are those of `make_env`; reset and step raise
+    EnvError for an environment that raises, dies or returns what is not finite.
     """
-    make = partial(make_env, env_id, horizon=horizon, chunk=chunk, pixels=pixels)
+    make = partial(_make_guarded, env_id, horizon=horizon, chunk=chunk, pixels=pixels)
     if num_envs == 1:
-        return SyncVectorEnv([make], autoreset_mode=AutoresetMode.DISABLED)
+        return OneEnv(make)
     # Worth importing once rather than in every worker; what cannot be imported is left to the workers.
     module, *_ = SUITES[resolve(env_id).suite]
     multiprocessing.set_forkserver_preload(["torch", f"common.envs.{module}"])
-    make_worker = partial(_make_worker_env, os.getpid(), make)
-    return AsyncVectorEnv([make_worker] * num_envs, context="forkserver", autoreset_mode=AutoresetMode.DISABLED)
+    return ManyEnvs([make] * num_envs)

@@ -1,13 +1,13 @@
-"""Wrappers: whole action chunks as steps, and images in place of the state."""
+"""Wrappers: whole action chunks as steps, images in place of the state, and errors that say where they arose."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
 
-from common.errors import UserError
+from common.errors import EnvError, UserError, blame
 
 
 @dataclass(frozen=True)
@@ -72,3 +72,47 @@ class PixelEnv(gym.ObservationWrapper[Any, Any, Any]):
                     "egl or osmesa, and look at what --render-check writes"
                 )
         return {"images": images, "proprio": obs[self.proprio]}
+
+
+class Guard(gym.Wrapper[Any, Any, Any, Any]):
+    """Raises EnvError, with the episode's seed and step, for what the environment raises or returns that is no number.
+
+    An environment below counts the `steps` of its episode. Raises UserErrors as they are.
+    """
+
+    seed: int | None = None
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
+        self.seed = seed
+        obs, info = self._call(self.env.reset, 0, seed=seed, options=options)
+        self._check(obs, 0.0)
+        return obs, info
+
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
+        result = self._call(self.env.step, 1, action)
+        self._check(*result[:2])
+        return result
+
+    def _call(self, method: Callable[..., Any], begun: int, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return method(*args, **kwargs)
+        except UserError:
+            raise
+        except Exception as error:
+            raise self._error(blame(error), begun) from error
+
+    def _check(self, obs: Any, reward: float) -> None:
+        numbers, space = obs, self.observation_space
+        if isinstance(obs, dict):
+            numbers, space = obs["proprio"], space["proprio"]
+        if numbers.shape != space.shape:
+            raise self._error(f"the observation has shape {numbers.shape}, not {space.shape}")
+        if not np.isfinite(numbers).all():
+            where = np.flatnonzero(~np.isfinite(numbers))[0]
+            raise self._error(f"number {where} of the observation is {numbers[where]}")
+        if not np.isfinite(reward):
+            raise self._error(f"the reward is {reward}")
+
+    def _error(self, what: str, begun: int = 0) -> EnvError:
+        steps = self.env.get_wrapper_attr("steps") + begun
+        return EnvError(f"episode seed {self.seed}, {f'step {steps}' if steps else 'reset'}: {what}")
