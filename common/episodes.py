@@ -135,17 +135,23 @@ class Episodes:
             e and Episode(**{k: list(v.numpy()) if isinstance(v, torch.Tensor) else v for k, v in e.items()})
             for e in state["episodes"]
         ]
-        steps = np.array([len(e.actions) if e else 0 for e in self.current])
-        seeds = [e.seed if e else train_seed(self.seed, i, 0) for i, e in enumerate(self.current)]
-        late = steps.max() - steps  # (E,) shorter episodes begin later, so that all arrive together
-        idle = np.zeros_like(self.envs.single_action_space.low)
-        shown, _ = self.envs.reset(seed=seeds)
-        for k in range(steps.max() + 1):
+        if not any(self.current):
+            return
+        # Shorter episodes begin later, so that all arrive together; until then, and where there is none, an environment
+        # does what the longest does, which it is known to survive.
+        longest = max(filter(None, self.current), key=lambda e: len(e.actions))
+        n = len(longest.actions)
+        late = np.array([n - len(e.actions) if e else n + 1 for e in self.current])  # (E,)
+        seeds = [e.seed if e else longest.seed for e in self.current]
+        shown, _ = self.envs.reset(seed=[s if d == 0 else longest.seed for s, d in zip(seeds, late, strict=True)])
+        for k in range(n + 1):
             begin = (late == k) & (k > 0)
             if begin.any():
                 shown, _ = self.envs.reset(seed=seeds, options={"reset_mask": begin})
-            if k < steps.max():
-                played = [e.actions[k - d] if e and k >= d else idle for e, d in zip(self.current, late, strict=True)]
+            if k < n:
+                played = [
+                    e.actions[k - d] if d <= k else longest.actions[k] for e, d in zip(self.current, late, strict=True)
+                ]
                 shown = self.envs.step(np.stack(played))[0]
         obs = self.encode(shown)
         if not all(np.array_equal(e.obs[-1], o) for e, o in zip(self.current, obs, strict=True) if e):

@@ -523,6 +523,19 @@ def test_replay_buffer_chunks_never_cross_an_episode_end() -> None:
     assert set(good.obs[:, 0].tolist()) == {0, 1, 2}
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_replay_buffer_an_end_before_the_chunk_is_full_keeps_its_return(steps: int) -> None:
+    """One chunk, whose target is the discounted reward up to the end whatever the critics say of what follows."""
+    buffer = ReplayBuffer(100, 1, 1, 4)
+    fill(buffer, steps, 10, True, True)
+    assert buffer.starts.size == buffer.success_starts.size == 1
+    batch = buffer.sample(3, np.random.default_rng(0), torch.device("cpu"), success=True)
+    assert (batch.obs == 10).all() and (batch.next_obs == 10 + steps).all() and (batch.terminated == 1).all()
+    assert batch.actions[0, :, 0].tolist() == [10.0 * (10 + min(i, steps - 1)) for i in range(4)]
+    target = og.td_target(batch.rewards, batch.terminated, torch.full((2, 3), 1e6), 0.5)
+    assert torch.allclose(target, torch.full((3,), sum(t * 0.5**t for t in range(steps))))
+
+
 def test_replay_buffer_drops_whole_old_episodes_and_survives_a_round_trip() -> None:
     buffer = ReplayBuffer(40, 1, 1, 2)
     rng = np.random.default_rng(0)

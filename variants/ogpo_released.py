@@ -92,7 +92,7 @@ class RunArgs:
 class TaskArgs:
     """Environment, demonstrations and evaluation protocol."""
 
-    horizon: Count = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's
+    horizon: Count = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's own
     collect_horizon: Natural = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
     num_envs: Workers = 1  # environments collecting in parallel processes
     demos: str = "scripted"  # scripted, robomimic, minari (docs/tasks.md), POLICY.npz to roll out, or FILE.hdf5
@@ -103,8 +103,8 @@ class TaskArgs:
     eval_every: Count = 4_000  # environment steps between evaluations during training
     eval_interval_episodes: Count = 20  # episodes of each evaluation during training
     eval_episodes: Count = 100  # episodes of the first and last evaluation and of --eval
-    eval_envs: Workers = 2  # evaluation processes
-    eval_seed: Seed = 0  # first of the fixed seeds of the evaluation episodes
+    eval_envs: Workers = 2  # evaluation processes; with another number the episodes get other noise
+    eval_seed: Seed = 0  # number of the first evaluation episode; no training episode is among them
 
 
 @dataclass
