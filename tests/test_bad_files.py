@@ -325,12 +325,14 @@ def test_read_demos_names_the_groups_it_leaves_out(demos: Path, capsys: pytest.C
 
 # --- Policies in .npz -------------------------------------------------------------------------------------------------
 
+# Other arrays are left alone: trained policies bring log_std.
 SOUND = {"w0": (8, 6), "b0": (8,), "w1": (2, 8), "b1": (2,), "in_shift": (6,), "out_scale": (2,)}
+EXTRA = {"log_std": np.ones(2)}
 
 
 def saved(**changes: Any) -> Edit:
     """A policy for the toy task with other arrays, or without some (None)."""
-    arrays = {key: np.ones(shape) for key, shape in SOUND.items()} | changes
+    arrays = {key: np.ones(shape) for key, shape in SOUND.items()} | EXTRA | changes
     kept = {key: value for key, value in arrays.items() if value is not None}
     return lambda path: np.savez(path, **kept)
 
@@ -355,6 +357,12 @@ BAD_POLICIES: dict[str, Edit] = {
     "nothing": lambda path: np.savez(path),
     "one array": lambda path: np.save(path.open("wb"), np.ones(3)),
 }
+
+
+def test_load_policy_sound_file_acts(tmp_path: Path) -> None:
+    saved()(tmp_path / "p.npz")
+    action = next(load_policy(tmp_path / "p.npz", TASKS["toy"])(None, np.zeros(6), np.random.default_rng(0), 0.0))
+    assert action.shape == (2,) and action.dtype == np.float32
 
 
 @pytest.mark.parametrize("name", BAD_POLICIES)

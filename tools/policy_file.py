@@ -1,5 +1,6 @@
 """A trained policy in a file as demonstrator: a small MLP saved with numpy."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ def load_policy(path: Path, task: TaskSpec) -> Callable[..., Expert]:
     """The policy in an .npz file as an expert: called with environment, first observation, generator and noise.
 
     Arrays w0 (h, O), b0 (h,), w1, b1, ...: layers with tanh between them; in_shift, in_scale (O,) and out_shift,
-    out_scale (A,), both optional: (x - in_shift) / in_scale goes in, y out_scale + out_shift comes out. `noise` is the
-    standard deviation of what is added to the action. Raises UserError if the file is none such, or of another task.
+    out_scale (A,), both optional: (x - in_shift) / in_scale goes in, y out_scale + out_shift comes out. Arrays by other
+    names are left alone. `noise` is the standard deviation of what is added to the action. Raises UserError if the file
+    is none such, or of another task.
     """
     remedy = "give --demos an .npz file of w0, b0, w1, b1, ... and nothing but numbers"
     with reading(path, remedy), np.load(path, allow_pickle=False) as file:
@@ -26,7 +28,8 @@ def load_policy(path: Path, task: TaskSpec) -> Callable[..., Expert]:
         if not np.isfinite(value).all():
             raise UserError(f"{path}: {key} holds NaN or infinity; save the policy again")
     shapes = {key: value.shape for key, value in z.items()}
-    depth = sum(key.startswith("w") for key in z)
+    layered = {key: shape for key, shape in shapes.items() if re.fullmatch(r"[wb]\d+", key)}
+    depth = sum(key[0] == "w" for key in layered)
     hidden = [z[f"b{i}"].size if f"b{i}" in z else 0 for i in range(depth - 1)]
     wide = sum(width for _, width in task.obs)
     sizes = [wide, *hidden, task.action_dim]
@@ -34,7 +37,7 @@ def load_policy(path: Path, task: TaskSpec) -> Callable[..., Expert]:
     needed |= {f"b{i}": (sizes[i + 1],) for i in range(depth)}
     optional = {f"in_{what}": (wide,) for what in ("shift", "scale")}
     optional |= {f"out_{what}": (task.action_dim,) for what in ("shift", "scale")}
-    if not depth or shapes != needed | {key: shape for key, shape in optional.items() if key in z}:
+    if not depth or layered != needed or any(shapes[key] != optional[key] for key in optional.keys() & shapes.keys()):
         found = ", ".join(f"{key} {shape}" for key, shape in shapes.items()) or "nothing"
         raise UserError(
             f"{path} is no policy for {task.name}, which needs w0 (h, {wide}), b0 (h,), ... and last "
