@@ -69,6 +69,7 @@ def broken_bytes() -> Iterator[tuple[str, Edit]]:
 
 
 BROKEN = list(broken_bytes())
+IDS = [name for name, _ in BROKEN]
 
 
 # --- Demonstrations ---------------------------------------------------------------------------------------------------
@@ -208,7 +209,7 @@ def test_read_demos_bad_mask_is_one_line(demos: Path, name: str) -> None:
     one_line(caught.value, demos, "mask 'train'")
 
 
-@pytest.mark.parametrize(("name", "edit"), BROKEN, ids=str)
+@pytest.mark.parametrize(("name", "edit"), BROKEN, ids=IDS)
 def test_read_demos_broken_bytes_are_one_line_or_a_sound_load(demos: Path, name: str, edit: Edit) -> None:
     edit(demos)
     try:
@@ -374,7 +375,7 @@ def test_load_policy_bad_file_is_one_line(tmp_path: Path, name: str) -> None:
     one_line(caught.value, path)
 
 
-@pytest.mark.parametrize(("name", "edit"), BROKEN, ids=str)
+@pytest.mark.parametrize(("name", "edit"), BROKEN, ids=IDS)
 def test_load_policy_broken_bytes_are_one_line_or_a_sound_load(tmp_path: Path, name: str, edit: Edit) -> None:
     path = tmp_path / "p.npz"
     saved()(path)
@@ -415,7 +416,7 @@ def test_load_clone_bad_file_is_one_line(tmp_path: Path, name: str) -> None:
     one_line(caught.value, tmp_path / "cloned.pt")
 
 
-@pytest.mark.parametrize(("name", "edit"), BROKEN, ids=str)
+@pytest.mark.parametrize(("name", "edit"), BROKEN, ids=IDS)
 def test_load_clone_broken_bytes_are_one_line_or_a_sound_load(tmp_path: Path, name: str, edit: Edit) -> None:
     path, net = tmp_path / "cloned.pt", torch.nn.Linear(3, 2)
     clone_of()(path)
