@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import h5py
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -330,7 +331,10 @@ def test_obtain_release_takes_the_file_in_the_cache_and_notices_changes(tmp_path
 
 
 def test_obtain_release_without_network_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(robomimic, "HUB", "https://hub.invalid/")
+    def offline(url: str) -> None:
+        raise OSError("no route to host")
+
+    monkeypatch.setattr(huggingface_hub, "get_hf_file_metadata", offline)
     with pytest.raises(UserError, match=r"cannot download .*low_dim_v15.hdf5 .*put the file at .*--demos scripted"):
         obtain_release(LIFT, "ph", tmp_path / "cache")
     assert not list((tmp_path / "cache").glob("*"))

@@ -66,7 +66,7 @@ def test_a_variant_is_a_short_diff_of_the_script(module: ModuleType) -> None:
     a, b = (Path(m.__file__).read_text().splitlines() for m in (og, module))
     changed = [line for line in difflib.ndiff(a, b) if line[0] in "+-"]
     printed = subprocess.run(["diff", og.__file__, module.__file__], capture_output=True, text=True).stdout
-    assert 30 < len(changed) <= len(printed.splitlines()) < 180
+    assert 30 < len(changed) <= len(printed.splitlines()) < 190
     assert len(a) <= 600
 
 
@@ -96,7 +96,7 @@ def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Pa
 def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps: int) -> None:
     """Within Cal-QL, or between cloning and it (also where there is none)."""
     script = [sys.executable, ogpo_critic.__file__]
-    flags = [*TINY, "--calql-steps", str(steps), "--total-steps", "220", "--log-every", "20"]
+    flags = [*TINY, "--calql-steps", str(steps), "--total-steps", "220", "--start-training", "220", "--log-every", "20"]
     flags += ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
     done = subprocess.run([*script, *flags, "whole"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
