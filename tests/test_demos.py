@@ -151,10 +151,16 @@ def test_read_demos_bad_mask_is_a_user_error(path: Path, names: list[bytes], wor
         read_demos(path, LIFT, "train")
 
 
-def test_read_demos_long_episodes_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_fit_long_episodes_are_noted_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write_demos(tmp_path / "long.hdf5", episodes(lengths=(301, 300)), env_args())
-    assert len(read_demos(tmp_path / "long.hdf5", LIFT)[0]) == 601
-    assert "warning: 1 episodes" in capsys.readouterr().err
+    demos = get_demos("lift", str(tmp_path / "long.hdf5"), 0, 0.0, tmp_path)
+    assert len(demos.obs) == 601
+    demos.check_fit("lift", 19, 7, 301)
+    assert capsys.readouterr().out == ""
+    demos.check_fit("lift", 19, 7, 300)
+    said = capsys.readouterr().out
+    assert said.startswith("note: 1 of 2 demonstrations are longer than --horizon 300, the longest has 301 steps")
+    assert said.count("\n") == 1
 
 
 def test_read_demos_of_a_users_environment(tmp_path: Path) -> None:

@@ -95,7 +95,7 @@ def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps
     """Within Cal-QL, or between cloning and it (also where there is none)."""
     script = [sys.executable, ogpo_critic.__file__]
     flags = [*TINY, "--calql-steps", str(steps), "--total-steps", "220", "--log-every", "20"]
-    flags += ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
+    flags += ["--start-training", "200", "--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
     done = subprocess.run([*script, *flags, "whole"], capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -118,6 +118,7 @@ def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps
     assert done.returncode == 0, done.stdout + done.stderr
     whole, broken = (checkpoint.load(tmp_path / name / "checkpoint.pt")["agent"] for name in ("whole", "broken"))
     assert whole["calql_step"] == broken["calql_step"] == steps
+    assert sum("eval/ode_success" in row and row["step"] == 0 for row in read_metrics(tmp_path / "broken")) == 1
     for part in ("actor", "critic"):
         assert all(torch.equal(whole[part][k], broken[part][k]) for k in whole[part])
 
