@@ -45,7 +45,7 @@ def reading(what: object, remedy: str) -> Iterator[None]:
 
 def blame(error: BaseException) -> str:
     """Type, message and place of an exception of foreign code, in one line."""
-    frames = traceback.extract_tb(error.__traceback__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith("<")]
     place = f" ({Path(frames[-1].filename).name}:{frames[-1].lineno})" if frames else ""
     said = first_line(error)
     return f"{said if said == type(error).__name__ else f'{type(error).__name__}: {said}'}{place}"

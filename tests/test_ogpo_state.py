@@ -458,7 +458,7 @@ def test_default_args_paper_preset_has_the_paper_s_sizes_and_schedule() -> None:
 
 @pytest.mark.parametrize("module", SCRIPTS)
 def test_default_args_are_the_same_whatever_the_device(module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = TASKS if module is og else ["toy", "lift"]
+    names = [*TASKS, "gymnasium:Pendulum-v1"] if module is og else ["toy", "lift"]
     without = [module.default_args(name, *flags) for name in names for flags in ((), ("paper",))]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert [module.default_args(name, *flags) for name in names for flags in ((), ("paper",))] == without

@@ -120,6 +120,7 @@ def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps
     assert done.returncode == 0, done.stdout + done.stderr
     whole, broken = (checkpoint.load(tmp_path / name / "checkpoint.pt")["agent"] for name in ("whole", "broken"))
     assert whole["calql_step"] == broken["calql_step"] == steps
+    assert sum("eval/ode_success" in row and row["step"] == 0 for row in read_metrics(tmp_path / "broken")) == 1
     for part in ("actor", "critic"):
         assert all(torch.equal(whole[part][k], broken[part][k]) for k in whole[part])
 

@@ -599,13 +599,14 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
             if success <= c.bc_stop_success:
                 agent.bc_below = copy.deepcopy(agent.actor.state_dict())
                 run.save()
-    if not agent.cloned:
+    if new := not agent.cloned:
         cloned = load_clone(Path(c.cloned), agent.actor, run.args) if c.cloned else agent.bc_below
         agent.actor.load_state_dict(cloned or agent.actor.state_dict())
-        agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
-        agent.actor_opt = torch.optim.Adam(agent.actor.parameters(), lr=args.actor.actor_lr, fused=True)  # afresh [C]
-        agent.cloned, agent.bc_below = True, None
-        checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())
+    agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
+    agent.actor_opt = torch.optim.Adam(agent.actor.parameters(), lr=args.actor.actor_lr, fused=True)  # afresh [C]
+    agent.cloned, agent.bc_below = True, None
+    checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())
+    if new:
         run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
         run.record_video("ode", "before.mp4", args.run.video)
     pretrain_critic(run, agent, demos, args)  # a run stopped from here on comes here again with the same actor
