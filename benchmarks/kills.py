@@ -1,6 +1,6 @@
 """Kills training runs at random points, resumes them, and compares them with runs that nothing interrupted.
 
-python benchmarks/kills.py run      # 80 kills over the four scripts on their toy tasks; stores kills/kills.json
+python benchmarks/kills.py run      # 64 kills over the four scripts on their toy tasks; stores kills/kills.json
 python benchmarks/kills.py report   # kills/results.md
 
 A chain is one run: it is killed, resumed, killed again ... until it ends by itself. SIGKILL to the main process or to
@@ -38,7 +38,7 @@ TOY += ["--checkpoint-every", "100", "--num-envs", "2", "--bc-eval-episodes", "8
 WORDS = ["--data", "toy", "--threads", "1", "--samples", "64", "--total-steps", "120", "--log-every", "5"]
 WORDS += ["--eval-every", "40", "--checkpoint-every", "10"]
 SCRIPTS = {"ogpo_state.py": TOY, "ogpo_pixels.py": TOY, "flm_train.py": WORDS, "fmlm_distill.py": WORDS}
-KILLS = 20  # at least, for each script
+KILLS = 16  # for each script, in two chains or more
 GENTLE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)  # a stop is asked for
 
 
@@ -62,8 +62,10 @@ def whole(script: str, flags: list[str]) -> tuple[str, float]:
     return name, time.monotonic() - started
 
 
-def chain(script: str, name: str, flags: list[str], seconds: float, rng: random.Random) -> list[dict[str, Any]]:
-    """Every kill of one run: signal, whom it hit, when, exit code."""
+def chain(
+    script: str, name: str, flags: list[str], seconds: float, most: int, rng: random.Random
+) -> list[dict[str, Any]]:
+    """Every kill of one run, `most` at most: signal, whom it hit, when, exit code."""
     shutil.rmtree(RUNS / name, ignore_errors=True)
     (RUNS / f"{name}.txt").unlink(missing_ok=True)
     kills = []
@@ -71,7 +73,7 @@ def chain(script: str, name: str, flags: list[str], seconds: float, rng: random.
         process = launch(script, name, flags)
         after = rng.uniform(0.2, 0.9) * seconds
         try:
-            code = process.wait(after)
+            code = process.wait(after if len(kills) < most else None)
         except subprocess.TimeoutExpired:
             sent, group = rng.choice((signal.SIGKILL, *GENTLE)), rng.random() < 0.5
             (os.killpg if group or sent in GENTLE else os.kill)(process.pid, sent)
@@ -115,7 +117,7 @@ def run(seed: int) -> None:
         made, n = 0, 0
         while made < KILLS:
             name = f"{reference}_{n}"
-            kills = chain(script, name, flags, seconds, rng)
+            kills = chain(script, name, flags, seconds, min(KILLS - made, KILLS // 2), rng)
             bad = differences(RUNS / reference, RUNS / name)
             found.append({"script": script, "kills": kills, "differs": bad})
             print(f"{script}, chain {n}: {len(kills)} kills, differs: {bad}", flush=True)
