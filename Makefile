@@ -1,5 +1,5 @@
 # make lift   train OGPO on robosuite Lift
-# make test   lint, format check and all tests
+# make test   lint, format check and tests; `make test-all` with the slow ones
 # make doctor which simulators and renderers work here, and what mends the others
 # Both first install into $(VENV), again only when a requirements file changes. Only wheels: no compiler needed.
 
@@ -7,7 +7,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
 
-.PHONY: lift test doctor
+.PHONY: lift test test-all doctor
 
 lift: $(VENV)/.installed
 	$(VENV)/bin/python ogpo_state.py --env lift
@@ -19,6 +19,9 @@ test: $(VENV)/.installed-dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/python -m pytest
+
+test-all: $(VENV)/.installed-dev
+	$(VENV)/bin/python -m pytest -m ""
 
 $(VENV)/.installed: requirements.txt requirements-nodeps.txt
 	$(PYTHON) -m venv $(VENV)

@@ -103,19 +103,23 @@ def end(process: subprocess.Popen[str], code: int) -> str:
     return out
 
 
+def slow(*values: object):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 # --- Environments -----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("fault", "envs", "said"),
     [
-        ("raises", "1", "the environment, episode seed 1000000001, step 5: ZeroDivisionError: no such (line.py:"),
+        slow("raises", "1", "the environment, episode seed 1000000001, step 5: ZeroDivisionError: no such (line.py:"),
         ("raises", "2", "environment 1, episode seed 1001000000, step 5: ZeroDivisionError: no such (line.py:"),
-        ("reset", "1", "the environment, episode seed 1000000001, reset: OSError: no simulator (line.py:"),
-        ("reset", "2", "environment 1, episode seed 1001000000, reset: OSError: no simulator (line.py:"),
+        slow("reset", "1", "the environment, episode seed 1000000001, reset: OSError: no simulator (line.py:"),
+        slow("reset", "2", "environment 1, episode seed 1001000000, reset: OSError: no simulator (line.py:"),
         ("obs", "1", "the environment, episode seed 1000000001, step 5: number 1 of the observation is nan"),
-        ("reward", "2", "environment 1, episode seed 1001000000, step 5: the reward is inf"),
-        ("shape", "1", "episode seed 1000000001, step 5: the observation has shape (3,), not (2,)"),
+        slow("reward", "2", "environment 1, episode seed 1001000000, step 5: the reward is inf"),
+        slow("shape", "1", "episode seed 1000000001, step 5: the observation has shape (3,), not (2,)"),
         ("dies", "2", "environment 1, episode seed 1001000000, after step 4: its process died (exit code 7)"),
     ],
 )
@@ -134,7 +138,7 @@ def test_train_failed_environment_is_named_and_the_run_goes_on_without_its_episo
     assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] > saved["step"]
 
 
-@pytest.mark.parametrize(("fault", "envs"), [("raises", "1"), ("dies", "2"), ("reward", "2")])
+@pytest.mark.parametrize(("fault", "envs"), [slow("raises", "1"), ("dies", "2"), slow("reward", "2")])
 def test_evaluate_failed_environment_is_named_and_the_evaluation_is_made_again(
     fault: str, envs: str, tmp_path: Path, line: list[str]
 ) -> None:
@@ -147,7 +151,7 @@ def test_evaluate_failed_environment_is_named_and_the_evaluation_is_made_again(
         assert checkpoint.load(tmp_path / "run" / "checkpoint.pt")["step"] == 200
 
 
-@pytest.mark.parametrize("where", ["", "Eval"])
+@pytest.mark.parametrize("where", ["", slow("Eval")])
 def test_hanging_environment_ends_with_one_signal(where: str, tmp_path: Path, line: list[str]) -> None:
     flags = ["--num-envs", "2", "--eval-envs", "2", "--eval-every", "200"]
     with start(tmp_path, *line, "--env", f"line:Hangs{where}Line-v0", *flags) as process:
@@ -169,7 +173,9 @@ def test_main_environment_that_cannot_be_made_is_one_line(
     assert said in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-@pytest.mark.parametrize("text", ["raise SystemExit(3)", "assert False, 'mine'", "def f(:", "import nothing_here"])
+@pytest.mark.parametrize(
+    "text", ["raise SystemExit(3)", slow("assert False, 'mine'"), "def f(:", slow("import nothing_here")]
+)
 def test_main_module_that_fails_is_one_line(
     text: str, tmp_path: Path, line: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -178,7 +184,7 @@ def test_main_module_that_fails_is_one_line(
     assert "broken:Line-v0" in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
 
 
-@pytest.mark.parametrize("fault", ["Render", "Picture"])
+@pytest.mark.parametrize("fault", [slow("Render"), "Picture"])
 def test_record_video_bad_pictures_are_a_note(fault: str, tmp_path: Path, line: list[str]) -> None:
     done = train(tmp_path, *line, "--env", f"line:{fault}Line-v0", "--video")
     assert done.stdout.count("note: no video") == 1, done.stdout
@@ -217,7 +223,7 @@ def test_one_critic_trains(tmp_path: Path, line: list[str]) -> None:
 WORKERS = ["--num-envs", "2", "--eval-envs", "2"]
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("signum", [slow(signal.SIGINT), slow(signal.SIGTERM), signal.SIGHUP])
 def test_signal_to_the_whole_group_saves_and_a_resumed_run_is_the_same(signum: int, tmp_path: Path) -> None:
     """As Slurm, `timeout` and a terminal that closes send it: workers and all."""
     flags = [*SMALL, *WORKERS, "--total-steps", "900", "--checkpoint-every", "5000"]
@@ -230,7 +236,7 @@ def test_signal_to_the_whole_group_saves_and_a_resumed_run_is_the_same(signum: i
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("kill", [False, True])
+@pytest.mark.parametrize("kill", [slow(False), True])
 def test_evaluation_cut_short_loses_no_row(kill: bool, tmp_path: Path, line: list[str]) -> None:
     """A stop, and a kill, in the middle of an evaluation at a step that is saved too."""
     flags = [*line, "--env", "line:SlowEvalLine-v0", "--eval-every", "200", "--checkpoint-every", "100"]
@@ -244,7 +250,7 @@ def test_evaluation_cut_short_loses_no_row(kill: bool, tmp_path: Path, line: lis
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
 
 
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("signum", [slow(signal.SIGINT), signal.SIGTERM])
 def test_eval_and_final_evaluation_stop_at_once(signum: int, tmp_path: Path, line: list[str]) -> None:
     train(tmp_path, *line, "--env", "line:SlowLine-v0", "--total-steps", "0", "--start-training", "0", *WORKERS)
     long = ["--eval-episodes", "100000", "--env", "line:SlowLine-v0"]

@@ -118,11 +118,6 @@ def test_main_of_variants_refuses_wrong_lines(name: str, monkeypatch: pytest.Mon
     [
         ("ogpo_state", "--gama 3", "--gama, 3; perhaps --gamma"),
         ("ogpo_state", "--gamma nan", "--gamma nan: must be at least 0 and at most 1"),
-        ("ogpo_state", "--env lift --chunk 200", "longer than an episode of 150 steps"),
-        ("ogpo_state", "--env lift --collect-horizon 3", "longer than an episode of 3 steps"),
-        ("ogpo_state", "--env lift --best-of-n-heads 9", "there are 4 --heads"),
-        ("ogpo_state", "--env lift --start-training 4000 --total-steps 100", "after the last step"),
-        ("ogpo_state", "--env lift --replay-size 150", "must be above --horizon 300"),
         ("ogpo_pixels", "--eval a --resume b", "exclude each other"),
         ("flm_train", "--steps", "give at least one value"),
         ("fmlm_distill", "--data toy --device meta", "--device meta"),
@@ -134,6 +129,22 @@ def test_script_says_it_in_one_line(script: str, line: str, said: str, tmp_path:
     )
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and said in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("--env lift --chunk 200", "longer than an episode of 150 steps"),
+        ("--env lift --collect-horizon 3", "longer than an episode of 3 steps"),
+        ("--env lift --best-of-n-heads 9", "there are 4 --heads"),
+        ("--env lift --start-training 4000 --total-steps 100", "after the last step"),
+        ("--env lift --replay-size 150", "must be above --horizon 300"),
+    ],
+)
+def test_check_refuses_arguments_that_do_not_fit_each_other(
+    line: str, said: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert said in complaint(importlib.import_module("ogpo_state"), line.split(), monkeypatch, tmp_path)
 
 
 @pytest.mark.parametrize("flag", ["eval", "resume"])
