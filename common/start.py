@@ -52,7 +52,7 @@ def start(
     if check:
         check(flat)
     if "resume" in flags:
-        if flat["total_steps"] < saved["step"]:
+        if flat["total_steps"] < min(saved["step"], saved["args"]["total_steps"]):  # a last chunk may go beyond it
             raise UserError(f"--total-steps {flat['total_steps']}: the run has made {saved['step']} already; give more")
         if chief:
             record.add_changes(run_dir, saved["step"], saved["args"], flat)

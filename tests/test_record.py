@@ -144,6 +144,16 @@ def test_start_refuses_fewer_steps_than_were_made(toy_flow: Path) -> None:
         flm_train.main(["--resume", str(toy_flow), "--total-steps", "2"])
 
 
+def test_start_resumes_a_run_whose_last_chunk_went_beyond_its_steps(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = ["--env", "toy", "--run-dir", str(tmp_path), "--run-name", "a", "--no-video", "--eval-episodes", "2"]
+    ogpo_pixels.main([*line, "--total-steps", "61", "--start-training", "60", "--bc-steps", "2"])
+    assert checkpoint.load(tmp_path / "a" / "checkpoint.pt")["step"] > 61
+    ogpo_pixels.main(["--resume", str(tmp_path / "a")])
+    assert capsys.readouterr().out.count("final, ODE policy") == 2
+
+
 def test_start_runs_no_module_that_the_command_line_does_not_name(tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     checkpoint.save(tmp_path / "run" / "checkpoint.pt", {"args": {"env": "evil:Env-v0"}, "step": 1, "log": 0})
