@@ -60,6 +60,10 @@ def wrong_lines(module: ModuleType, only: set[str] | None = None) -> list[list[s
     ]
 
 
+def slow(*values: object):
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 class Accepted(Exception):
     pass
 
@@ -92,7 +96,7 @@ def test_check_ranges_defaults_lie_inside(name: str) -> None:
     ranges.check_ranges(module.Args, cli.flatten(module.Args()))
 
 
-@pytest.mark.parametrize("name", SCRIPTS)
+@pytest.mark.parametrize("name", ["ogpo_state", "flm_train", slow("ogpo_pixels"), slow("fmlm_distill")])
 def test_main_refuses_wrong_lines(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = importlib.import_module(name)
     lines = wrong_lines(module)
