@@ -326,7 +326,7 @@ def test_load_text_of_a_pipe_is_a_user_error(tmp_path: Path) -> None:
 
 
 def packed(name: str, content: bytes) -> bytes:
-    return gzip.compress(content) if name.endswith(".gz") else content
+    return gzip.compress(content, mtime=0) if name.endswith(".gz") else content
 
 
 @pytest.mark.parametrize("end", ["", ".gz"])
@@ -357,10 +357,14 @@ def test_local_splits_of_every_kind_of_file(
         ("a.jsonl", b'{"text": "x"}\n\n{"text": 5}\n', "line 3 is no JSON"),
         ("a.jsonl", b'{"text": "x"}\n{"text": "x', "line 2 is no JSON"),
         ("a.jsonl", b"[" * 100_000, "line 1 is no JSON"),
-        ("a.jsonl.gz", gzip.compress(b'["text"]'), "line 1 is no JSON"),
+        ("a.jsonl.gz", gzip.compress(b'["text"]', mtime=0), "line 1 is no JSON"),
         ("a.txt.gz", b"plain", r"a.txt.gz cannot be read \(Not a gzipped file.*; give it again, whole"),
-        ("a.txt.gz", gzip.compress(b"a line\n" * 9000)[:-20], r"a.txt.gz cannot be read \(.*; give it again, whole"),
-        ("a.txt.gz", gzip.compress(b"ab\n\xff\n"), "a.txt.gz: byte 3 is not UTF-8"),
+        (
+            "a.txt.gz",
+            gzip.compress(b"a line\n" * 9000, mtime=0)[:-20],
+            r"a.txt.gz cannot be read \(.*; give it again, whole",
+        ),
+        ("a.txt.gz", gzip.compress(b"ab\n\xff\n", mtime=0), "a.txt.gz: byte 3 is not UTF-8"),
     ],
 )
 def test_load_text_of_a_damaged_file_names_the_place(tmp_path: Path, name: str, content: bytes, words: str) -> None:
