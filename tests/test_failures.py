@@ -6,7 +6,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import h5py
 import numpy as np
@@ -15,7 +14,6 @@ import pytest
 import ogpo_state as og
 from common import checkpoint
 from common.runlog import read_metrics
-from common.text_run import TextRun
 from tests.test_training import PATIENCE, ROOT, SMALL, assert_same_run, command, train, wait_for
 
 LINE = '''
@@ -268,21 +266,6 @@ def test_eval_and_final_evaluation_stop_at_once(signum: int, tmp_path: Path, lin
         wait_for_children(process, 2)
         process.send_signal(signum)
         assert "--resume" in end(process, 0)
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_at_once_stops_the_evaluation_of_texts_and_nothing_outside(signum: int) -> None:
-    def generate(steps: int) -> None:
-        os.kill(os.getpid(), signum)
-        time.sleep(PATIENCE)
-
-    with checkpoint.StopSignal() as stop:
-        run = SimpleNamespace(stop=stop, _evaluate=lambda generate, *_: generate(1))
-        with pytest.raises(checkpoint.Stopped):
-            TextRun.evaluate(run, generate, (1,), 1, 1)
-        assert stop.requested == signum
-        with pytest.raises(checkpoint.Stopped):  # nor does another begin
-            TextRun.evaluate(run, generate, (1,), 1, 1)
 
 
 def children(pid: int) -> list[int]:
