@@ -16,6 +16,8 @@ from common import checkpoint
 from common.runlog import read_metrics
 from tests.test_training import PATIENCE, ROOT, SMALL, assert_same_run, command, train, wait_for
 
+pytestmark = pytest.mark.slow  # whole runs
+
 LINE = '''
 import os, pathlib, sys, time
 import gymnasium as gym
