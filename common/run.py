@@ -95,8 +95,9 @@ class Run(TrackedRun):
         """As `TrackedRun.open_log`; an evaluation that a stop cut short is made now."""
         super().open_log(total_steps, wandb_project, tensorboard)
         self.push(self._draw)
-        if self.saved and (evaluation := self.saved.pop("evaluation", None)):
+        if self.saved and (evaluation := self.saved.get("evaluation")):
             self.evaluate(**evaluation)
+            del self.saved["evaluation"]
 
     def open_evaluation(self, num_envs: int, chunk: int, seed: int) -> None:
         """Environments of the evaluations; what they show and take gives obs_dim and act_dim.

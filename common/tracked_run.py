@@ -46,16 +46,17 @@ class TrackedRun(ExitStack):
         Raises UserError if it does not fit.
         """
         for name, part in parts.items():
-            self.parts[name] = part
             if self.saved and name in self.saved:
                 try:
-                    self.parts[name] = checkpoint.unpack(part, self.saved.pop(name))
+                    part = checkpoint.unpack(part, self.saved[name])
                 except (KeyError, AttributeError, TypeError, ValueError, RuntimeError) as error:
                     version = self.saved.get("version", 1)
                     raise UserError(
                         f"{self.folder}: the checkpoint's {name} does not fit this script ({first_line(error)}); it "
                         f"has version {version}, this code writes {VERSION}: use the code that made it"
                     ) from error
+                del self.saved[name]
+            self.parts[name] = part
 
     def save(self) -> None:
         """Write a checkpoint of everything that is tracked; if it is not finite, it ends the process."""
@@ -71,7 +72,8 @@ class TrackedRun(ExitStack):
     def _state(self) -> dict[str, Any]:
         parts = {name: checkpoint.pack(part) for name, part in self.parts.items()}
         args = {k: list(v) if isinstance(v, tuple) else v for k, v in self.args.items()}
-        return {"version": VERSION, "args": args, "step": self.step, "log": self.log.position()} | parts
+        header = {"version": VERSION, "args": args, "step": self.step, "log": self.log.position()}
+        return (self.saved or {}) | header | parts  # of a resumed run also what it has not restored yet
 
     def _stop_on(self, bad: list[str]) -> None:
         if bad:

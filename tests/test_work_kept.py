@@ -10,9 +10,13 @@ import torch
 import flm_train
 import ogpo_state
 from common import checkpoint, cli
-from common.errors import RunError
+from common.errors import EnvError, RunError
 from common.rng import Rng
 from common.runlog import RunLog
+from common.start import CHECKPOINT
+from common.tracked_run import TrackedRun
+
+CPU = torch.device("cpu")
 
 TOY = ["--env", "toy", "--no-video", "--bc-steps", "20", "--eval-episodes", "2", "--eval-interval-episodes", "2"]
 TOY += ["--total-steps", "600", "--start-training", "60", "--critic-warmup", "0", "--critic-successes", "0"]
@@ -41,6 +45,30 @@ def test_save_keeps_the_last_finite_checkpoint(script: Any, tmp_path: Path, monk
     dumped = torch.load(tmp_path / "r" / "nonfinite.pt", weights_only=True)
     assert checkpoint.not_finite(kept) == [] and checkpoint.not_finite(dumped)
     assert 0 < kept["step"] < dumped["step"]
+
+
+def test_save_of_a_resumed_run_keeps_what_is_not_restored_yet(tmp_path: Path) -> None:
+    """A stop or a failed environment may come before everything is restored, or while it is."""
+
+    class Broken(Rng):
+        def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+            raise EnvError("while its episode was replayed")
+
+    parts = dict(agent=Rng(1, CPU), episodes=Rng(2, CPU), buffer=Rng(3, CPU))
+    with checkpoint.StopSignal() as stop, TrackedRun(tmp_path, None, stop, {}) as run:
+        run.open_log(10, "", False)
+        run.track(**parts)
+        run.save()
+    saved = checkpoint.load(tmp_path / CHECKPOINT)
+    with checkpoint.StopSignal() as stop, TrackedRun(tmp_path, checkpoint.load(tmp_path / CHECKPOINT), stop, {}) as run:
+        run.open_log(10, "", False)
+        run.track(agent=Rng(4, CPU))
+        with pytest.raises(EnvError):
+            run.track(episodes=Broken(5, CPU))
+        run.save()
+    again = checkpoint.load(tmp_path / CHECKPOINT)
+    assert again.keys() == saved.keys()
+    assert all(torch.equal(again[name]["generator"], saved[name]["generator"]) for name in parts)
 
 
 def test_load_falls_back_from_a_checkpoint_that_is_not_finite(
