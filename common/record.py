@@ -14,11 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import UserError, first_line
-from common.files import write_atomic
 from common.machine import describe_machine
+from common.runlog import write_json
 
 RECORD = "args.json"
-
 
 Weights = Sequence[Callable[..., Any]]  # classes and functions of a script that its checkpoints depend on
 
@@ -37,12 +36,12 @@ def definitions(weights: Weights) -> dict[str, str]:
         thing = left.pop()
         tree = ast.parse(textwrap.dedent(inspect.getsource(thing)))
         for node in ast.walk(tree):
-            doc = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node)
-            node.body = node.body[1:] if doc else getattr(node, "body", None)
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                del node.body[0]
             used = scope.get(node.id) if isinstance(node, ast.Name) else None
-            own = callable(used) and getattr(used, "__module__", None) == thing.__module__
-            if own and used.__name__ not in found and not used.__name__.endswith("Args"):
-                left.append(used)
+            if callable(used) and getattr(used, "__module__", None) == thing.__module__:
+                if used.__name__ not in found and not used.__name__.endswith("Args"):
+                    left.append(used)
         found[thing.__name__] = hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:12]
     return found
 
@@ -127,9 +126,9 @@ def check_kind(folder: Path, weights: Weights) -> None:
 
 def add_changes(folder: Path, step: int, before: Mapping[str, Any], args: Mapping[str, Any]) -> None:
     """Record the arguments with which a run goes on from `step`; those that it had until then stay in the record."""
-    before, now = ({k: v for k, v in json.loads(json.dumps(x, default=str)).items()} for x in (before, args))
+    before, now = (json.loads(json.dumps(x, default=str)) for x in (before, args))
     changes = {k: v for k, v in now.items() if before.get(k, v) != v and k not in ("eval", "resume")}
     if changes:
         record = read(folder)
         record["changes"] = [*record.get("changes", []), {"from_step": step, "args": changes}]
-        write_atomic(folder / RECORD, (json.dumps(record, indent=2) + "\n").encode())
+        write_json(folder / RECORD, record)

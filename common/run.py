@@ -19,6 +19,7 @@ from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
 from common.errors import EnvError, UserError, blame, reading
 from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, record_video
+from common.record import RECORD
 from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.runlog import plot_curves
@@ -36,10 +37,10 @@ def due(before: int, after: int, every: int) -> int:
 def load_clone(folder: Path, net: nn.Module, args: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights for `net`, of the policy that the run in `folder` has cloned. args: all arguments of this run.
 
-    Raises UserError if they are of another task or other cameras (where the folder has its args.json), of other shapes,
-    or not finite.
+    Raises UserError if they are of another task or other cameras (where the folder has its args.json), or of other
+    shapes.
     """
-    path, recorded = folder / "cloned.pt", folder / "args.json"
+    path, recorded = folder / "cloned.pt", folder / RECORD
     if not path.exists():
         raise UserError(f"--cloned {folder}: it has no {path.name}; give the folder of a run")
     if recorded.exists():
@@ -60,8 +61,6 @@ def load_clone(folder: Path, net: nn.Module, args: Mapping[str, Any]) -> dict[st
                 f"--cloned: {path} does not fit: {wrong[0]} is {there}, here {here}; give a run of the same script "
                 "with the same --chunk and --actor-hidden"
             )
-        if bad := [name for name, value in state.items() if not value.isfinite().all()]:
-            raise UserError(f"--cloned: {path}: {bad[0]} holds NaN or infinity; give another run")
     return state
 
 
@@ -169,7 +168,7 @@ class Run(TrackedRun):
         line = {f"ogpo/{k}": v for k, v in updates.items()} | {f"train/{k}": v for k, v in episodes.recent().items()}
         line |= {"train/episodes": episodes.finished, "time/wall": time.perf_counter() - self.started}
         self.log.log(self.step, line)
-        self._check_worth(self.parts["buffer"])
+        self._check_worth(buffer)
 
     def _check_worth(self, buffer: ReplayBuffer) -> None:
         """Say once if success, which ends an episode, is worth less than going on beside it for ever."""

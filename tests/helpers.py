@@ -13,6 +13,11 @@ import torch
 from common import cli
 
 
+def slow(*values: object) -> Any:
+    """A case for pytest.mark.parametrize that only `make test-all` runs."""
+    return pytest.param(*values, marks=pytest.mark.slow)
+
+
 def small_agent(module: ModuleType, seed: int = 1, **changes: object) -> tuple[Any, Any]:
     """Agent and arguments of ogpo_state.py or a variant: observations of 5 numbers, actions of 2, chunks of 4."""
     values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, states=8, group=4, heads=3)

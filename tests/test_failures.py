@@ -14,9 +14,8 @@ import pytest
 import ogpo_state as og
 from common import checkpoint
 from common.runlog import read_metrics
+from tests.helpers import slow
 from tests.test_training import PATIENCE, ROOT, SMALL, assert_same_run, command, train, wait_for
-
-pytestmark = pytest.mark.slow  # whole runs
 
 LINE = '''
 import os, pathlib, sys, time
@@ -101,10 +100,6 @@ def end(process: subprocess.Popen[str], code: int) -> str:
     assert process.returncode == code, out
     assert "Traceback" not in out, out
     return out
-
-
-def slow(*values: object):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 # --- Environments -----------------------------------------------------------------------------------------------------

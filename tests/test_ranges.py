@@ -13,6 +13,7 @@ import pytest
 
 from common import cli, ranges
 from common.errors import UserError
+from tests.helpers import slow
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("ogpo_state", "ogpo_pixels", "flm_train", "fmlm_distill")
@@ -58,10 +59,6 @@ def wrong_lines(module: ModuleType, only: set[str] | None = None) -> list[list[s
         if only is None or name in only
         for values in wrong_values(name, kind, allowed)
     ]
-
-
-def slow(*values: object):
-    return pytest.param(*values, marks=pytest.mark.slow)
 
 
 class Accepted(Exception):

@@ -23,6 +23,7 @@ from common.errors import RunError, UserError
 from common.runlog import read_metrics
 from common.text.corpora import austen_sentences
 from common.text_run import TextRun
+from tests.helpers import slow
 from variants import flm_ablations, fmlm_recipes, fmlm_two_stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,9 +153,7 @@ def test_train_in_several_processes_waits_and_stops_and_goes_on_as_one(tmp_path:
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "cut") and len(timeless(tmp_path / "cut")) == 5
 
 
-@pytest.mark.parametrize(
-    "launcher", ["tools/torchrun.py", pytest.param("torch.distributed.run", marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("launcher", ["tools/torchrun.py", slow("torch.distributed.run")])
 def test_torchrun_that_is_told_to_stop_leaves_a_saved_run(tmp_path: Path, launcher: str) -> None:
     """A signal to its whole group: ours ends well, PyTorch's own can only end with its traceback."""
     start = [

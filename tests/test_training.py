@@ -23,6 +23,7 @@ from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.run import Run
 from common.runlog import read_metrics
+from tests.helpers import slow
 from tools.recording import Episode, write_demos
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -329,7 +330,7 @@ def test_evaluate_multi_task_success_is_told_by_task(tmp_path: Path) -> None:
     assert np.mean(parts) == pytest.approx(last["final/bon_success"])
 
 
-@pytest.mark.parametrize(("name", "updates"), [pytest.param("tool_hang", 1, marks=pytest.mark.slow), ("transport", 0)])
+@pytest.mark.parametrize(("name", "updates"), [slow("tool_hang", 1), ("transport", 0)])
 def test_main_long_tasks_run_at_their_paper_settings(tmp_path: Path, name: str, updates: int) -> None:
     """Networks, chunk, chains and batch as published; budgets, caps and numbers of episodes cut."""
     demos = random_demos(tmp_path / "demos.hdf5", name)
