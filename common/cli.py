@@ -101,7 +101,7 @@ def parse_saved(
             continue
         change = f"--{name.replace('_', '-')}: the run was started with {before}, not {after}"
         if name in fixed:
-            raise UserError(f"{change}; its checkpoint does not fit: leave the flag out or start a new run")
+            raise UserError(f"{change}; that holds for a whole run: leave the flag out or start a new run")
         print(f"note: {change}; going on with {after}")
     return args
 

@@ -28,7 +28,7 @@ def start(
     `folder_name` is a format string of argument names, used if no name was given; the time is added. `weights`: the
     script's definitions that a checkpoint's weights depend on.
     Raises UserError on a run folder without checkpoint or of another kind of script, one that already exists, a changed
-    argument among the `fixed` ones, a value outside the range that stands beside the argument, an environment of
+    argument among the `fixed` ones and those that chose the defaults, a value outside the range that stands beside the argument, an environment of
     somebody's module that the command line does not name, and what `check` raises on all arguments.
     """
     script = sys.modules[default_args.__module__]
@@ -44,7 +44,7 @@ def start(
         env = saved["args"].get("env", "")
         if ":" in env and flags.get("env") != env:
             raise UserError(f"{old} runs code of the module in its --env {env}; if you trust it, add --env {env}")
-        args = cli.parse_saved(default_args(), saved["args"], argv, script.__doc__, fixed)
+        args = cli.parse_saved(default_args(), saved["args"], argv, script.__doc__, {*fixed, *chosen_by})
     else:
         args = cli.parse(default_args(**chosen), argv, script.__doc__)
     flat = cli.flatten(args)

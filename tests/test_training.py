@@ -172,6 +172,9 @@ def test_start_refuses_to_overwrite_or_to_change_a_run_s_networks(tmp_path: Path
     before = (tmp_path / "run" / "checkpoint.pt").read_bytes()
     refused = train(tmp_path, "--resume", str(tmp_path / "run"), "--heads", "5", check=2)
     assert "--heads" in refused.stderr and "3" in refused.stderr
+    for way in ("--resume", "--eval"):  # what chose the defaults cannot change them afterwards
+        refused = train(tmp_path, way, str(tmp_path / "run"), "--variant", "ogpo", check=2)
+        assert "--variant: the run was started with ogpo+ca" in refused.stderr
     assert (tmp_path / "run" / "checkpoint.pt").read_bytes() == before
     longer = train(tmp_path, "--resume", str(tmp_path / "run"), "--total-steps", "400")
     assert "note: --total-steps" in longer.stdout
