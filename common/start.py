@@ -28,8 +28,9 @@ def start(
     `folder_name` is a format string of argument names, used if no name was given; the time is added. `weights`: the
     script's definitions that a checkpoint's weights depend on.
     Raises UserError on a run folder without checkpoint or of another kind of script, one that already exists, a changed
-    argument among the `fixed` ones and those that chose the defaults, a value outside the range that stands beside the argument, an environment of
-    somebody's module that the command line does not name, and what `check` raises on all arguments.
+    argument among the `fixed` ones and those that chose the defaults, a value outside the range that stands beside the
+    argument, an environment of somebody's module that the command line does not name, and what `check` raises on all
+    arguments.
     """
     script = sys.modules[default_args.__module__]
     chief = os.environ.get("RANK", "0") == "0"
