@@ -2,13 +2,14 @@
 
 import ast
 import atexit
+import fcntl
 import hashlib
 import inspect
 import json
 import os
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -58,11 +59,12 @@ def reserve(root: Path, name: str, numbered: bool, weights: Weights, args: Mappi
         path = root / (name if n == 1 else f"{name}-{n}")
         try:
             path.mkdir(parents=True, exist_ok=not numbered)
-            if not _abandoned(path):
-                raise FileExistsError
-            (path / RECORD).unlink(missing_ok=True)
-            with open(path / RECORD, "xb") as file:
-                file.write(content)
+            with _alone_in(path):
+                if not _abandoned(path):
+                    raise FileExistsError
+                (path / RECORD).unlink(missing_ok=True)
+                with open(path / RECORD, "xb") as file:
+                    file.write(content)
         except FileExistsError as error:
             if numbered:
                 continue
@@ -73,6 +75,18 @@ def reserve(root: Path, name: str, numbered: bool, weights: Weights, args: Mappi
         atexit.register(_remove_unused, path)
         return path
     raise AssertionError
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """No other process is in this block for the same folder, where the file system has locks."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        with suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def _abandoned(path: Path) -> bool:

@@ -1,10 +1,11 @@
 """One training run of a robot script: its folder, log, evaluations and checkpoints."""
 
+import copy
 import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack, suppress
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,12 @@ from common.demos import Demos, get_demos
 from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
 from common.errors import EnvError, UserError, blame, reading
-from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate, record_video
+from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, record_video
+from common.evaluator import Evaluator, Work, evaluate_all
 from common.record import RECORD
 from common.replay import ReplayBuffer
 from common.rng import Rng
-from common.runlog import plot_curves
+from common.runlog import plot_curves, read_metrics
 from common.seeds import eval_seeds
 from common.tracked_run import TrackedRun
 
@@ -82,7 +84,10 @@ class Run(TrackedRun):
         self.said: set[str] = set()  # notes
         self.policies: dict[str, Policy] = {}
         self.encode: Encode = np.asarray
-        self.evaluation: dict[str, Any] | None = None  # arguments of the one in progress
+        self.evaluation: dict[str, Any] | None = None  # arguments of the one that the run waits for
+        self.beside: dict[str, Any] | None = None  # the one that goes on beside the training, and what it evaluates
+        self.evaluator: Evaluator | None = None
+        self.rates: list[tuple[int, float]] = []  # step and success of the acting policy's evaluations in training
 
     def closing(self, envs: gym.vector.VectorEnv) -> gym.vector.VectorEnv:
         """`envs`, to be closed with the run, by force if it ends before its time."""
@@ -91,20 +96,30 @@ class Run(TrackedRun):
         return envs
 
     def open_log(self, total_steps: int, wandb_project: str, tensorboard: bool) -> None:
-        """As `TrackedRun.open_log`; an evaluation that a stop cut short is made now."""
+        """As `TrackedRun.open_log`; an evaluation that a stop cut short is made now, one that went on begins again."""
         super().open_log(total_steps, wandb_project, tensorboard)
         self.push(self._draw)
-        if self.saved and (evaluation := self.saved.get("evaluation")):
+        self.rates = [(row["step"], row[k]) for row in read_metrics(self.folder) if (k := "eval/bon_success") in row]
+        saved = self.saved or {}
+        if evaluation := saved.get("evaluation"):
             self.evaluate(**evaluation)
-            del self.saved["evaluation"]
+            del saved["evaluation"]
+        if beside := saved.pop("beside", None):
+            self._begin(beside)
 
-    def open_evaluation(self, num_envs: int, chunk: int, seed: int) -> None:
+    def open_evaluation(self, num_envs: int, chunk: int, seed: int, beside: bool) -> None:
         """Environments of the evaluations; what they show and take gives obs_dim and act_dim.
 
-        seed: of the first episode and of the noise. With pixels obs_dim is what the robot feels, without features.
+        seed: of the first episode and of the noise; beside: evaluate in a process of its own, which training need not
+        wait for. With pixels obs_dim is what the robot feels, without features.
         """
-        envs = make_vec_env(self.task.name, num_envs, horizon=self.horizon, chunk=chunk, pixels=self.pixels)
-        self.eval_envs, self.eval_seed = self.closing(envs), seed
+        make = partial(make_vec_env, self.task.name, num_envs, horizon=self.horizon, chunk=chunk, pixels=self.pixels)
+        self.eval_seed = seed
+        if beside:
+            envs = self.evaluator = Evaluator(make)
+            self.callback(envs.close)
+        else:
+            envs = self.eval_envs = self.closing(make())
         space = envs.single_observation_space
         self.obs_dim = (space["proprio"] if self.pixels else space).shape[0]
         self.act_dim = envs.single_action_space.shape[-1]
@@ -129,20 +144,66 @@ class Run(TrackedRun):
         Fixed episode seeds (`use`: one of `common.seeds.USES`) and a noise source of its own: the same weights give the
         same numbers in as many environments. In others the episodes have other noise. A stop signal raises Stopped.
         """
-        results, names = {}, self.task.tasks
-        seeds = eval_seeds(use, self.eval_seed, episodes)
-        parts = tuple(names[seed % len(names)] for seed in seeds) if names else ()
+        self._end_evaluation()
         self.evaluation = dict(use=use, episodes=episodes, label=label, only=only, log=log)
+        work = self._work(self.policies, self.encode, use, episodes, only)
         with self.stop.at_once():
-            for name in [only] if only else self.policies:
-                result = evaluate(self.eval_envs, self._acting(name), seeds, self.encode)
-                results[name] = replace(result, parts=parts)
+            if self.evaluator:
+                self.evaluator.ask(work)
+            results = self.evaluator.answer() if self.evaluator else work(self.eval_envs)
         self.evaluation = None
+        return self._report(self.step, label, log, results)
+
+    def begin_evaluation(self, use: str, episodes: int, label: str, log: str) -> None:
+        """Like `evaluate`, of the policies as they are now, but training goes on while it lasts (`good_enough`)."""
+        if not self.evaluator:
+            self.evaluate(use, episodes, label, log=log)
+            return
+        agent = copy.deepcopy(checkpoint.pack(self.parts["agent"]))
+        self._begin(dict(use=use, episodes=episodes, label=label, log=log, step=self.step, agent=agent))
+
+    def _begin(self, beside: dict[str, Any]) -> None:
+        """Evaluate the agent of an evaluation's record, which checkpoints hold until it has ended."""
+        agent, policies, encode = copy.deepcopy((self.parts["agent"], self.policies, self.encode))
+        checkpoint.unpack(agent, copy.deepcopy(beside["agent"]))
+        self.evaluator.ask(self._work(policies, encode, beside["use"], beside["episodes"], ""))
+        self.beside = self.parts["beside"] = beside
+
+    def good_enough(self, rate: float) -> bool:
+        """Whether the acting policy reached this rate in its last two evaluations; 0: never.
+
+        The newest counts just before the next training step that would log or evaluate: there a run waits for the one
+        that goes on beside it, so that logs have the same lines in the same order. A stop signal raises Stopped.
+        """
+        newest = self.beside["step"] if self.beside else self.rates[-1][0] if self.rates else -1
+        line = min((newest // every + 1) * every for every in (self.args["log_every"], self.args["eval_every"]))
+        if newest < 0 or self.step + self.args["num_envs"] * (self.args["chunk"] if self.pixels else 1) < line:
+            return False
+        self._end_evaluation()
+        return rate > 0 and len(self.rates) > 1 and min(success for _, success in self.rates[-2:]) >= rate
+
+    def _end_evaluation(self) -> None:
+        """Wait for the evaluation that goes on, if there is one, and log it with the step at which it began."""
+        if self.beside:
+            with self.stop.at_once():
+                results = self.evaluator.answer()
+            self._report(self.beside["step"], self.beside["label"], self.beside["log"], results)
+            self.beside = None
+            del self.parts["beside"]
+
+    def _work(self, policies: Mapping[str, Policy], encode: Encode, use: str, episodes: int, only: str) -> Work:
+        chosen = {only: policies[only]} if only else dict(policies)
+        seeds = eval_seeds(use, self.eval_seed, episodes)
+        return partial(evaluate_all, chosen, encode, seeds, self.task.tasks, self.eval_seed, self.device)
+
+    def _report(self, step: int, label: str, log: str, results: dict[str, EvalResult]) -> dict[str, EvalResult]:
         if log:
             rates = {f"{log}/{k}_success": r.rate for k, r in results.items()}
             rates |= {f"{log}/{k}_length": r.mean_length for k, r in results.items()}
             rates |= {f"{log}/{k}_success/{part}": x for k, r in results.items() for part, x in r.by_part.items()}
-            self.log.log(self.step, rates)
+            self.log.log(step, rates)
+        if log == "eval" and "bon" in results:
+            self.rates.append((step, results["bon"].rate))
         say = self.log.say if self.log else print
         for name, result in results.items():
             say(f"{label}, {POLICY_NAMES.get(name, name)}: {result}")

@@ -2,9 +2,10 @@
 
 import importlib.util
 import json
+import multiprocessing
 import subprocess
 import sys
-import threading
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -46,17 +47,30 @@ def test_reserve_tells_how_to_repeat_the_run(tmp_path: Path) -> None:
     assert kept["argv"] == sys.argv and kept["cpu"] and {"git", "gpu", "started"} <= kept.keys()
 
 
-def test_reserve_gives_a_folder_to_one_of_many(tmp_path: Path) -> None:
-    folders: list[Path] = []
-    many = [
-        threading.Thread(target=lambda: folders.append(record.reserve(tmp_path, "a", True, WEIGHTS, {})))
-        for _ in range(8)
-    ]
-    for thread in many:
-        thread.start()
-    for thread in many:
-        thread.join()
-    assert sorted(path.name for path in folders) == ["a", *(f"a-{n}" for n in range(2, 9))]
+@pytest.mark.parametrize("numbered", [True, False])
+def test_reserve_gives_a_folder_to_one_of_many(numbered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(record, "definitions", lambda _: {})
+    monkeypatch.setattr(record, "describe_machine", dict)
+    verdict = record._abandoned
+    monkeypatch.setattr(record, "_abandoned", lambda path: (verdict(path), time.sleep(0.2))[0])  # time for a race
+    context = multiprocessing.get_context("fork")
+    begin, got = context.Barrier(8), context.SimpleQueue()
+
+    def take() -> None:
+        begin.wait()
+        try:
+            got.put(record.reserve(tmp_path, "a", numbered, WEIGHTS, {}).name)
+        except UserError:
+            got.put("")
+        begin.wait()  # none has ended while another looks for it
+
+    many = [context.Process(target=take) for _ in range(8)]
+    for process in many:
+        process.start()
+    for process in many:
+        process.join()
+    names = sorted(filter(None, (got.get() for _ in many)))
+    assert names == (["a", *(f"a-{n}" for n in range(2, 9))] if numbered else ["a"])
 
 
 def test_reserve_refuses_what_is_in_use_and_takes_what_was_abandoned(tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 3_600  # seconds after which a process that hangs is given up; no machine is that slow
 SMALL = [
     *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "40"),
-    *("--bc-eval-every", "20", "--critic-successes", "0"),
+    *("--no-eval-beside", "--bc-eval-every", "20", "--critic-successes", "0"),
     *("--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4", "--eval-every", "500"),
     *("--log-every", "100", "--checkpoint-every", "200", "--start-training", "200", "--actor-hidden", "16", "16"),
     *("--critic-hidden", "16", "16", "--states", "8", "--success-batch", "4", "--critic-warmup", "5"),

@@ -86,6 +86,7 @@ class RunArgs:
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
     total_steps: Natural = 20_000  # environment steps
+    stop_success: Unit = 0.0  # end when the acting policy reaches it in two evaluations in a row; 0: never
     start_training: Natural = 2_000  # environment steps collected before the first update
     update_every: Count = 4  # environment steps per update (one actor and one critic step)
     replay_size: Count = 1_000_000  # replay rows
@@ -108,7 +109,8 @@ class TaskArgs:
     eval_every: Count = 4_000  # environment steps between evaluations during training
     eval_interval_episodes: Count = 20  # episodes of each evaluation during training
     eval_episodes: Count = 100  # episodes of the first and last evaluation and of --eval
-    eval_envs: Workers = 2  # evaluation processes; with another number the episodes get other noise
+    eval_envs: Workers = 2  # processes that an evaluation runs in; with another number the episodes get other noise
+    eval_beside: bool = True  # evaluate beside the training, from a process of its own; the numbers are the same
     eval_seed: Seed = 0  # number of the first evaluation episode; no training episode is among them
 
 
@@ -715,7 +717,7 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
     episodes = Episodes(envs, r.seed, run.encode)
     averages, rng = Averages(), np.random.default_rng(r.seed)  # metrics since the last log line; rows of the buffer
     run.track(buffer=buffer, episodes=episodes, averages=averages, rng=rng)
-    while run.step < r.total_steps and not run.stop.requested:
+    while run.step < r.total_steps and not (run.stop.requested or run.good_enough(r.stop_success)):
         if (over := episodes.over()).any():
             shown, _ = envs.reset(seed=episodes.begin(over), options={"reset_mask": over})
             episodes.see(encode(agent, shown), over)
@@ -744,7 +746,7 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
             run.stop_if_not_finite(metrics)
             run.log_training(metrics, episodes)
         if due(before, run.step, t.eval_every):
-            run.evaluate("interval", t.eval_interval_episodes, f"step {run.step}", log="eval")
+            run.begin_evaluation("interval", t.eval_interval_episodes, f"step {run.step}", log="eval")
         if due(before, run.step, r.checkpoint_every):
             run.save()
 
@@ -763,7 +765,7 @@ def main(argv: list[str]) -> None:
         compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
     flat = cli.flatten(args)
     with checkpoint.StopSignal() as stop, Run(folder, saved, stop, flat, r.env, t.horizon, device, pixels) as run:
-        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
+        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed, t.eval_beside and not r.eval)
         if not r.eval:
             run.check_disk(0)  # before the work of demonstrations; for the buffer when the encoder is there
         cloning = not (r.eval or (saved and saved["agent"]["bc_done"]))

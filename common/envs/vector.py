@@ -53,22 +53,20 @@ class ManyEnvs(AsyncVectorEnv):
         self.hurry: Callable[[], bool] = bool  # whether the run is to stop: then nothing is waited for in vain
         self.processes: list[Any] = []
         self.seeds, self.steps = [0] * len(makes), np.zeros(len(makes), int)  # of the episodes in progress
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+        context = "forkserver"
+        if multiprocessing.parent_process():  # a process of ours, young and with one thread: a fork breaks nothing
+            context = "fork"
+        else:
+            quiet_server()
         try:
-            for start in (resource_tracker.ensure_running, forkserver.ensure_running):
-                signal.pthread_sigmask(signal.SIG_BLOCK, MAIN_ONLY)  # inherited; the first of them undoes it here
-                start()
-        finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        try:
-            super().__init__(makes, context="forkserver", worker=_work, autoreset_mode=AutoresetMode.DISABLED)
+            super().__init__(makes, context=context, worker=_work, autoreset_mode=AutoresetMode.DISABLED)
         except BaseException as error:
             self.closed = True
-            _kill(self.processes)
+            kill(self.processes)
             if isinstance(error, (EOFError, OSError)):
                 raise EnvError("the process of an environment died while it was made") from error
             raise
-        util.Finalize(self, _kill, (self.processes,), exitpriority=1)  # before multiprocessing waits for them
+        util.Finalize(self, kill, (self.processes,), exitpriority=1)  # before multiprocessing waits for them
 
     def reset(self, *, seed: Any = None, options: Any = None) -> Any:
         for i in np.flatnonzero((options or {}).get("reset_mask", np.ones(self.num_envs, bool))):
@@ -126,12 +124,23 @@ class ManyEnvs(AsyncVectorEnv):
                     pipe.send(("close", None))
             for process in self.processes:
                 process.join(max(0.0, late - time.monotonic()))
-        _kill(self.processes)
+        kill(self.processes)
         for pipe in self.parent_pipes:
             pipe.close()
 
 
-def _kill(processes: Sequence[Any]) -> None:
+def quiet_server() -> None:
+    """Start the server that new processes are forked from, if it is not there: deaf to the main process's signals."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    try:
+        for start in (resource_tracker.ensure_running, forkserver.ensure_running):
+            signal.pthread_sigmask(signal.SIG_BLOCK, MAIN_ONLY)  # inherited; the first of them undoes it here
+            start()
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def kill(processes: Sequence[Any]) -> None:
     for process in processes:
         if process.pid:
             process.kill()
@@ -140,7 +149,7 @@ def _kill(processes: Sequence[Any]) -> None:
 
 def _work(index: int, make: Make, pipe: Any, parent_pipe: Any, memory: Any, errors: Any, *rest: Any) -> None:
     """gymnasium's worker, silent: what goes wrong is said by the main process, without which this one ends."""
-    threading.Thread(target=_end_with_main, daemon=True).start()
+    end_with_main()
     with suppress(EOFError, OSError):  # the main process is gone
         try:
             env = make()
@@ -153,6 +162,11 @@ def _work(index: int, make: Make, pipe: Any, parent_pipe: Any, memory: Any, erro
             _async_worker(index, lambda: env, pipe, parent_pipe, memory, errors, *rest)
 
 
-def _end_with_main() -> None:
-    multiprocessing.parent_process().join()
-    os._exit(1)
+def end_with_main() -> None:
+    """From now on this process ends when the one that made it does."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
