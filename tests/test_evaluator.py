@@ -1,7 +1,7 @@
 """Evaluations beside the training: the same numbers, exact resume, failures, and the end at a rate of success."""
 
 import os
-import signal
+import subprocess
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +14,8 @@ from common.errors import EnvError, UserError
 from common.evaluator import Evaluator
 from common.runlog import read_metrics
 from tests.helpers import slow
-from tests.test_failures import children, end, line, start
-from tests.test_training import SMALL, assert_same_run, train, wait_for
+from tests.test_failures import children, line
+from tests.test_training import SMALL, assert_interruptions_change_nothing, assert_same_run, train
 
 __all__ = ["line"]  # a fixture
 BESIDE = ["--eval-beside", "--eval-every", "200", "--eval-interval-episodes", "20"]
@@ -70,23 +70,14 @@ def test_evaluator_environments_that_cannot_be_made() -> None:
 
 @pytest.mark.parametrize("envs", ["1", slow("3")])
 def test_begin_evaluation_gives_what_evaluate_does_and_resumes_exactly(envs: str, tmp_path: Path) -> None:
-    """One run waits for its evaluations; one does not; one of the latter is killed, then stopped, and resumed."""
-    flags = [*SMALL, "--num-envs", envs, "--eval-envs", "2", "--total-steps", "1500"]
-    flags += [*BESIDE, "--checkpoint-every", "100"]
-    train(tmp_path, *flags, "--no-eval-beside", "--run-name", "waits")
-    train(tmp_path, *flags, "--run-name", "beside")
-    assert_same_run(tmp_path / "waits", tmp_path / "beside")
-    broken = tmp_path / "broken"
-    with start(tmp_path, *flags, "--run-name", "broken") as process:
-        wait_for(broken / "metrics.jsonl", process, '"step": 6')
-        process.kill()
-        process.communicate()
-    with start(tmp_path, "--resume", str(broken)) as process:
-        wait_for(broken / "metrics.jsonl", process, '"step": 9')
-        process.send_signal(signal.SIGTERM)
-        assert "--resume" in end(process, 0)
-    train(tmp_path, "--resume", str(broken))
-    assert_same_run(tmp_path / "waits", broken)
+    """Runs that wait for their evaluations, that do not, and of the latter one that is killed, stopped and resumed."""
+    flags = [*SMALL, *BESIDE, "--num-envs", envs, "--eval-envs", "2", "--checkpoint-every", "100"]
+    assert_interruptions_change_nothing(
+        tmp_path, flags, [("6", subprocess.Popen.kill), ("9", subprocess.Popen.terminate)]
+    )
+    total = str(checkpoint.load(tmp_path / "whole" / "checkpoint.pt")["step"])
+    train(tmp_path, *flags, "--no-eval-beside", "--run-name", "waits", "--total-steps", total)
+    assert_same_run(tmp_path / "waits", tmp_path / "whole")
 
 
 def test_begin_evaluation_is_in_a_checkpoint_until_it_has_ended(tmp_path: Path, line: list[str]) -> None:
@@ -110,7 +101,7 @@ def test_good_enough_ends_a_run_after_two_evaluations(tmp_path: Path) -> None:
         rates = [row["eval/bon_success"] for row in rows if "eval/bon_success" in row]
         assert min(rates[-2:]) >= 0.05 and all(min(pair) < 0.05 for pair in pairwise(rates[:-1]))
         end_step = rows[-1]["step"]
-        assert "final/bon_success" in rows[-1] and 400 < end_step < 3000
+        assert "final/bon_success" in rows[-1] and 400 <= end_step < 3000
     assert_same_run(tmp_path / "run0", tmp_path / "run1")
     train(tmp_path, "--resume", str(tmp_path / "run0"))  # nothing is left to do
     assert_same_run(tmp_path / "run0", tmp_path / "run1")

@@ -15,7 +15,16 @@ import ogpo_state as og
 from common import checkpoint
 from common.runlog import read_metrics
 from tests.helpers import slow
-from tests.test_training import PATIENCE, ROOT, SMALL, assert_same_run, command, train, wait_for
+from tests.test_training import (
+    PATIENCE,
+    ROOT,
+    SMALL,
+    assert_interruptions_change_nothing,
+    assert_same_run,
+    command,
+    train,
+    wait_for,
+)
 
 LINE = '''
 import os, pathlib, sys, time
@@ -225,14 +234,8 @@ WORKERS = ["--num-envs", "2", "--eval-envs", "2"]
 @pytest.mark.parametrize("signum", [slow(signal.SIGINT), slow(signal.SIGTERM), signal.SIGHUP])
 def test_signal_to_the_whole_group_saves_and_a_resumed_run_is_the_same(signum: int, tmp_path: Path) -> None:
     """As Slurm, `timeout` and a terminal that closes send it: workers and all."""
-    flags = [*SMALL, *WORKERS, "--total-steps", "900", "--checkpoint-every", "5000"]
-    train(tmp_path, *flags, "--run-name", "whole")
-    with start(tmp_path, *flags, "--run-name", "broken") as process:
-        wait_for(tmp_path / "broken" / "metrics.jsonl", process, '"step": 3')
-        os.killpg(process.pid, signum)
-        assert "--resume" in end(process, 0)
-    train(tmp_path, "--resume", str(tmp_path / "broken"))
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    flags = [*SMALL, *WORKERS, "--checkpoint-every", "5000"]
+    assert_interruptions_change_nothing(tmp_path, flags, [("3", lambda process: os.killpg(process.pid, signum))])
 
 
 @pytest.mark.slow

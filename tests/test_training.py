@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -83,24 +84,36 @@ def wait_for(path: Path, process: subprocess.Popen[str], text: str = "") -> None
     raise AssertionError(f"{path} did not appear")
 
 
+def assert_interruptions_change_nothing(
+    tmp_path: Path, flags: Sequence[str], breaks: Sequence[tuple[str, Callable[[subprocess.Popen[str]], None]]]
+) -> None:
+    """A run is interrupted where its log has a step that begins so, and resumed; another one goes through.
+
+    How far it comes is for the machine to say: it has no end in sight, and the other one goes as far.
+    """
+    broken = tmp_path / "broken"
+    todo = [*flags, "--run-name", "broken", "--total-steps", "100000"]
+    for step, interrupt in breaks:
+        how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        with subprocess.Popen(command(tmp_path, *todo), **how) as p:
+            wait_for(broken / "metrics.jsonl", p, f'"step": {step}')
+            interrupt(p)
+            out = p.communicate(timeout=PATIENCE)[0]
+        assert p.returncode == -signal.SIGKILL or (p.returncode == 0 and "--resume" in out), out
+        todo = ["--resume", str(broken)]
+    total = ["--total-steps", str(checkpoint.load(broken / "checkpoint.pt")["step"] + 300)]
+    train(tmp_path, *todo, *total)
+    train(tmp_path, *flags, *total, "--run-name", "whole")
+    assert_same_run(tmp_path / "whole", broken)
+
+
 @pytest.mark.parametrize("envs", ["1", "3"])
 def test_main_killed_and_resumed_runs_end_bitwise_equal(tmp_path: Path, envs: str) -> None:
-    """One run goes through; one is killed twice (SIGKILL in mid-training, SIGTERM in mid-episode) and resumed."""
-    flags = [*SMALL, "--num-envs", envs, "--total-steps", "1500"]
-    train(tmp_path, *flags, "--run-name", "whole")
-    flags += ["--run-name", "broken"]
-    with subprocess.Popen(command(tmp_path, *flags), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
-        wait_for(tmp_path / "broken" / "metrics.jsonl", p, '"step": 6')  # 600 or so: after a checkpoint
-        p.kill()
-    resume = command(tmp_path, "--resume", str(tmp_path / "broken"))
-    with subprocess.Popen(resume, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as p:
-        wait_for(tmp_path / "broken" / "metrics.jsonl", p, '"step": 9')
-        p.terminate()
-        out = p.communicate(timeout=PATIENCE)[0]
-        assert p.returncode == 0, out
-        assert "--resume" in out
-    train(tmp_path, "--resume", str(tmp_path / "broken"))
-    assert_same_run(tmp_path / "whole", tmp_path / "broken")
+    """In mid-training by SIGKILL, and in mid-episode by SIGTERM."""
+    flags = [*SMALL, "--num-envs", envs]
+    assert_interruptions_change_nothing(
+        tmp_path, flags, [("6", subprocess.Popen.kill), ("9", subprocess.Popen.terminate)]
+    )
 
 
 def test_pretrain_interrupted_resumes_exactly(tmp_path: Path) -> None:
