@@ -198,6 +198,7 @@ def test_record_video_bad_pictures_are_a_note(fault: str, tmp_path: Path, line: 
     assert "final/bon_success" in read_metrics(tmp_path / "run")[-1]
 
 
+@pytest.mark.slow
 def test_horizon_is_the_environment_s_own(tmp_path: Path, line: list[str]) -> None:
     sys.path.append(str(tmp_path))
     try:

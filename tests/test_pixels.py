@@ -396,6 +396,7 @@ def test_write_views_writes_what_cameras_see(tmp_path: Path) -> None:
     assert image.shape == (48, 48, 3) and image.std() > 10
 
 
+@pytest.mark.slow
 def test_main_learns_the_toy_task_from_pixels(tmp_path: Path) -> None:
     """From a cloned policy that fails about every second time to above 0.9."""
     done = command(tmp_path, "--env", "toy", "--no-video", "--run-name", "toy")

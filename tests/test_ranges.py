@@ -93,7 +93,7 @@ def test_check_ranges_defaults_lie_inside(name: str) -> None:
     ranges.check_ranges(module.Args, cli.flatten(module.Args()))
 
 
-@pytest.mark.parametrize("name", ["ogpo_state", "flm_train", slow("ogpo_pixels"), slow("fmlm_distill")])
+@pytest.mark.parametrize("name", ["ogpo_state", slow("flm_train"), slow("ogpo_pixels"), slow("fmlm_distill")])
 def test_main_refuses_wrong_lines(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = importlib.import_module(name)
     lines = wrong_lines(module)
@@ -104,7 +104,7 @@ def test_main_refuses_wrong_lines(name: str, monkeypatch: pytest.MonkeyPatch, tm
     assert not list(tmp_path.iterdir())  # nothing was made
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", [slow(name) for name in VARIANTS])
 def test_main_of_variants_refuses_wrong_lines(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = importlib.import_module(name)
     known = {argument for base in SCRIPTS for argument, *_ in ranges.ranges(importlib.import_module(base).Args)}

@@ -89,7 +89,7 @@ def test_train_stopped_and_resumed_ends_with_the_same_bits(
 
 
 @pytest.mark.parametrize("module", [flm_train, fmlm_distill])
-@pytest.mark.parametrize(("method", "step", "saved"), [("log_training", 25, 20), ("log_samples", 20, 10)])
+@pytest.mark.parametrize(("method", "step", "saved"), [slow("log_training", 25, 20), ("log_samples", 20, 10)])
 def test_train_resumed_from_a_periodic_checkpoint_ends_with_the_same_bits(
     tmp_path: Path, module: ModuleType, method: str, step: int, saved: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,6 +286,7 @@ def test_stop_if_not_finite_ends_the_run_with_a_dump(tmp_path: Path, monkeypatch
     assert not (tmp_path / "r" / "checkpoint.pt").exists()
 
 
+@pytest.mark.slow
 def test_train_of_the_two_stages_moves_residual_then_student(tmp_path: Path) -> None:
     """Stage one moves the residual network, stage two the student alone."""
     run(tmp_path, "flm_train.py", *SMALL, "--total-steps", "10", "--run-name", "flow")

@@ -107,7 +107,7 @@ def assert_interruptions_change_nothing(
     assert_same_run(tmp_path / "whole", broken)
 
 
-@pytest.mark.parametrize("envs", ["1", "3"])
+@pytest.mark.parametrize("envs", [slow("1"), "3"])
 def test_main_killed_and_resumed_runs_end_bitwise_equal(tmp_path: Path, envs: str) -> None:
     """In mid-training by SIGKILL, and in mid-episode by SIGTERM."""
     flags = [*SMALL, "--num-envs", envs]
@@ -325,7 +325,7 @@ def test_main_lift_runs_from_demonstrations_to_evaluation(tmp_path: Path) -> Non
     assert "over 2 episodes" in out
 
 
-@pytest.mark.parametrize("name", ["peg-insert-side", "door-dense", "kitchen-mixed"])
+@pytest.mark.parametrize("name", ["peg-insert-side", slow("door-dense"), "kitchen-mixed"])
 def test_main_every_family_runs_in_miniature(tmp_path: Path, name: str) -> None:
     demos = random_demos(tmp_path / "demos.hdf5", name)
     out = train(
@@ -346,7 +346,7 @@ def test_evaluate_multi_task_success_is_told_by_task(tmp_path: Path) -> None:
     assert np.mean(parts) == pytest.approx(last["final/bon_success"])
 
 
-@pytest.mark.parametrize(("name", "updates"), [slow("tool_hang", 1), ("transport", 0)])
+@pytest.mark.parametrize(("name", "updates"), [slow("tool_hang", 1), slow("transport", 0)])
 def test_main_long_tasks_run_at_their_paper_settings(tmp_path: Path, name: str, updates: int) -> None:
     """Networks, chunk, chains and batch as published; budgets, caps and numbers of episodes cut."""
     demos = random_demos(tmp_path / "demos.hdf5", name)
@@ -411,6 +411,7 @@ def test_episodes_come_back_at_any_step_of_any_environment() -> None:
         one.envs.close(), other.envs.close()
 
 
+@pytest.mark.slow
 def test_compile_functions_eager_and_compiled_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every function that --compile compiles, in double precision, values and gradients."""
     torch.set_default_dtype(torch.float64)

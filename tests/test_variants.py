@@ -17,7 +17,7 @@ import ogpo_state as og
 from common import checkpoint, cli
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
-from tests.helpers import differing, perturbed, small_agent
+from tests.helpers import differing, perturbed, slow, small_agent
 from variants import ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_released
 
 VARIANTS = (ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_released)
@@ -92,7 +92,7 @@ def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Pa
     assert rows[-1]["step"] == 600
 
 
-@pytest.mark.parametrize("steps", [400, 0])
+@pytest.mark.parametrize("steps", [400, slow(0)])
 def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps: int) -> None:
     """Within Cal-QL, or between cloning and it (also where there is none)."""
     script = [sys.executable, ogpo_critic.__file__]
