@@ -34,7 +34,7 @@ from common.runlog import read_metrics
 STORE = ROOT / "benchmarks" / "kills"
 TOY = ["--env", "toy", "--no-video", "--bc-steps", "200", "--eval-episodes", "4", "--eval-interval-episodes", "4"]
 TOY += ["--total-steps", "800", "--start-training", "200", "--eval-every", "200", "--log-every", "50"]
-TOY += ["--checkpoint-every", "100", "--num-envs", "2", "--bc-eval-episodes", "8", "--eval-beside"]
+TOY += ["--checkpoint-every", "100", "--num-envs", "2", "--bc-eval-episodes", "8", "--eval-envs", "1"]
 WORDS = ["--data", "toy", "--threads", "1", "--samples", "64", "--total-steps", "120", "--log-every", "5"]
 WORDS += ["--eval-every", "40", "--checkpoint-every", "10"]
 SCRIPTS = {"ogpo_state.py": TOY, "ogpo_pixels.py": TOY, "flm_train.py": WORDS, "fmlm_distill.py": WORDS}

@@ -28,11 +28,13 @@ import torch
 
 import ogpo_state as og
 from common import checkpoint, cli
-from common.machine import compile_functions
+from common.machine import accelerate
 from common.replay import ReplayBuffer
 
 OBS, ACT = 23, 7  # robomimic's Square
 GEMM = 2048  # rows and columns of the matrices
+EAGER = {name: vars(og)[name] for name in og.COMPILED + og.RECORDED}
+WARMUP = 5  # rounds; on a GPU the fourth is recorded
 
 
 def seconds(f: Callable[[], object], device: torch.device) -> float:
@@ -81,11 +83,14 @@ def measure(name: str, agent: og.Agent, buffer: ReplayBuffer, args: og.Args, rep
     rows: dict[str, list[tuple[float, float]]] = {"vanilla": [], "conservative": []}
     gemm, info = [], {}
     agent.policy_gradient_on = True
-    for i in range(repeats + 2):
+    if args.run.compile:
+        vars(og).update(EAGER)
+        accelerate(vars(og), og.COMPILED, og.RECORDED, agent.rng.generator)
+    changed = {advantage: cli.override(args, {"advantage": advantage}) for advantage in rows}
+    for i in range(repeats + WARMUP):
         for advantage in rows:
-            changed = cli.override(args, {"advantage": advantage})
-            spent = seconds(lambda c=changed: info.update(og.update(agent, buffer, c, rng)), device)
-            if i > 1:  # the first rounds warm up
+            spent = seconds(lambda c=changed[advantage]: info.update(og.update(agent, buffer, c, rng)), device)
+            if i >= WARMUP:
                 rows[advantage].append((spent, info["nonzero"].item()))
         gemm.append(2 * GEMM**3 / seconds(lambda: a @ a, device))
     peak = float(np.median(gemm))
@@ -110,11 +115,9 @@ def main() -> None:
     flags = parser.parse_args()
     torch.set_num_threads(1)
     device = torch.device(flags.device)
-    if flags.compile:
-        compile_functions(vars(og), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
     if flags.run:
         saved = checkpoint.load(flags.run / "checkpoint.pt")
-        args = cli.override(og.Args(), saved["args"])
+        args = cli.override(og.Args(), saved["args"] | {"compile": flags.compile})
         buffer = ReplayBuffer(
             args.run.replay_size, *(saved["buffer"][k].shape[1] for k in ("obs", "actions")), args.policy.chunk
         )
@@ -124,7 +127,7 @@ def main() -> None:
         measure(str(flags.run), agent, buffer, args, 4 * flags.repeats)
     else:
         for preset in flags.presets:
-            args = og.default_args("lift", preset, "ogpo+ca")
+            args = cli.override(og.default_args("lift", preset, "ogpo+ca"), {"compile": flags.compile})
             agent = og.Agent(args, OBS, ACT, device, None)
             measure(f"preset {preset}, Square's sizes", agent, random_buffer(args), args, flags.repeats)
             print(f"  peak memory of the process {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB")

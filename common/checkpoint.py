@@ -192,6 +192,17 @@ def _require_plain(value: object, name: str) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}; a checkpoint holds tensors and plain values only")
 
 
+def _load_optimizer(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> None:
+    """Load its state; whether it can be recorded as a CUDA graph is for this machine to say."""
+    own = [(group["lr"], group.get("capturable")) for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, (lr, capturable) in zip(optimizer.param_groups, own, strict=True):
+        rate = float(group["lr"])
+        group["lr"] = lr.fill_(rate) if isinstance(lr, torch.Tensor) else rate
+        if capturable is not None:
+            group["capturable"] = capturable
+
+
 def pack(part: object) -> Any:
     """State of a module, optimizer, generator or plain value; of another object {attribute: state}, for `save`."""
     if isinstance(part, np.random.Generator):
@@ -200,6 +211,8 @@ def pack(part: object) -> Any:
         return part.state_dict()
     if isinstance(part, torch.Tensor):
         return part
+    if isinstance(part, dict):  # a plain one: that of a module's state has attributes of its own
+        return dict(part)
     return {name: pack(value) for name, value in vars(part).items()} if hasattr(part, "__dict__") else part
 
 
@@ -207,11 +220,13 @@ def unpack(part: object, state: Any) -> Any:
     """`part` with the state that `pack` returned, loaded into it if it is no plain value."""
     if isinstance(part, np.random.Generator):
         part.bit_generator.state = state
+    elif isinstance(part, torch.optim.Optimizer):
+        _load_optimizer(part, state)
     elif hasattr(part, "load_state_dict"):
         part.load_state_dict(state)
     elif isinstance(part, torch.Tensor):
         return state.to(part.device)
-    elif hasattr(part, "__dict__"):
+    elif hasattr(part, "__dict__") and not isinstance(part, dict):
         if odd := sorted(state.keys() ^ vars(part).keys()):
             raise KeyError(f"{', '.join(odd)} only on one side")
         for name, saved in state.items():

@@ -107,15 +107,16 @@ class Run(TrackedRun):
         if beside := saved.pop("beside", None):
             self._begin(beside)
 
-    def open_evaluation(self, num_envs: int, chunk: int, seed: int, beside: bool) -> None:
+    def open_evaluation(self, processes: int, chunk: int, seed: int) -> None:
         """Environments of the evaluations; what they show and take gives obs_dim and act_dim.
 
-        seed: of the first episode and of the noise; beside: evaluate in a process of its own, which training need not
-        wait for. With pixels obs_dim is what the robot feels, without features.
+        processes: with an environment each, driven by another one, for which training need not wait; 0: one environment
+        here. seed: of the first episode and the noise. With pixels obs_dim is what the robot feels, without features.
         """
-        make = partial(make_vec_env, self.task.name, num_envs, horizon=self.horizon, chunk=chunk, pixels=self.pixels)
+        number = max(processes, 1)
+        make = partial(make_vec_env, self.task.name, number, horizon=self.horizon, chunk=chunk, pixels=self.pixels)
         self.eval_seed = seed
-        if beside:
+        if processes and not self.args["eval"]:
             envs = self.evaluator = Evaluator(make)
             self.callback(envs.close)
         else:

@@ -26,7 +26,7 @@ PAPER = dict(
     eval_every=10_000, eval_interval_episodes=64, reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
-    num_demos=40, demo_noise=0.3, eval_every=2_000, eval_interval_episodes=50, eval_envs=1, eval_beside=False,
+    num_demos=40, demo_noise=0.3, eval_every=2_000, eval_interval_episodes=50, eval_envs=0,
     gamma=0.95, actor_hidden=(128, 128), critic_hidden=(128, 128), heads=3, critic_batch=128, states=32,
     success_batch=128, bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=100,
     bc_eval_episodes=100, actor_lr=5e-4, critic_warmup=100, total_steps=4_500, start_training=1_000, update_every=3,

@@ -1,5 +1,6 @@
 """common/checkpoint.py: whatever happens while saving, the next run finds a sound checkpoint."""
 
+import copy
 import multiprocessing
 import os
 import random
@@ -201,9 +202,11 @@ def test_unpack_restores_the_attributes_of_an_object():
             self.net, self.count, self.best, self.mean = torch.nn.Linear(2, 3), 0, None, torch.zeros(())
 
     one, other = Part(), Part()
-    one.count, one.best, one.mean = 7, {"w": torch.ones(2)}, torch.tensor(0.5)
+    one.count, one.mean = 7, torch.tensor(0.5)
+    one.best = copy.deepcopy(torch.nn.ParameterDict({"w": torch.ones(2)}).state_dict())  # has attributes of its own
     got = checkpoint.unpack(other, checkpoint.pack(one))
     assert got is other and other.count == 7 and torch.equal(other.best["w"], torch.ones(2))
+    assert type(checkpoint.pack(one)["best"]) is dict
     assert torch.equal(one.net.weight, other.net.weight) and other.mean == 0.5
 
 

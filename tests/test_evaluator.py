@@ -18,7 +18,7 @@ from tests.test_failures import children, line
 from tests.test_training import SMALL, assert_interruptions_change_nothing, assert_same_run, train
 
 __all__ = ["line"]  # a fixture
-BESIDE = ["--eval-beside", "--eval-every", "200", "--eval-interval-episodes", "20"]
+BESIDE = ["--eval-envs", "1", "--eval-every", "200", "--eval-interval-episodes", "20"]
 
 
 def divide(envs: object) -> float:
@@ -71,12 +71,12 @@ def test_evaluator_environments_that_cannot_be_made() -> None:
 @pytest.mark.parametrize("envs", ["1", slow("3")])
 def test_begin_evaluation_gives_what_evaluate_does_and_resumes_exactly(envs: str, tmp_path: Path) -> None:
     """Runs that wait for their evaluations, that do not, and of the latter one that is killed, stopped and resumed."""
-    flags = [*SMALL, *BESIDE, "--num-envs", envs, "--eval-envs", "2", "--checkpoint-every", "100"]
+    flags = [*SMALL, *BESIDE, "--num-envs", envs, "--checkpoint-every", "100"]
     assert_interruptions_change_nothing(
         tmp_path, flags, [("6", subprocess.Popen.kill), ("9", subprocess.Popen.terminate)]
     )
     total = str(checkpoint.load(tmp_path / "whole" / "checkpoint.pt")["step"])
-    train(tmp_path, *flags, "--no-eval-beside", "--run-name", "waits", "--total-steps", total)
+    train(tmp_path, *flags, "--eval-envs", "0", "--run-name", "waits", "--total-steps", total)
     assert_same_run(tmp_path / "waits", tmp_path / "whole")
 
 
@@ -93,7 +93,7 @@ def test_begin_evaluation_is_in_a_checkpoint_until_it_has_ended(tmp_path: Path, 
 
 
 def test_good_enough_ends_a_run_after_two_evaluations(tmp_path: Path) -> None:
-    for beside in ([], ["--no-eval-beside"]):
+    for beside in ([], ["--eval-envs", "0"]):
         name = f"run{len(beside)}"
         flags = [*SMALL, *BESIDE, *beside, "--bc-steps", "400", "--bc-stop-success", "1", "--bc-eval-every", "400"]
         train(tmp_path, *flags, "--total-steps", "3000", "--stop-success", "0.05", "--run-name", name)
@@ -109,7 +109,7 @@ def test_good_enough_ends_a_run_after_two_evaluations(tmp_path: Path) -> None:
     assert checkpoint.load(tmp_path / "run0" / "checkpoint.pt")["step"] == end_step + 300
 
 
-@pytest.mark.parametrize(("fault", "envs"), [slow("raises", "1"), ("dies", "2")])
+@pytest.mark.parametrize(("fault", "envs"), [slow("raises", "1"), ("dies", "2"), slow("reward", "2")])
 def test_begin_evaluation_failed_environment_is_named(fault: str, envs: str, tmp_path: Path, line: list[str]) -> None:
     env = ["--env", f"line:{fault.title()}EvalLine-v0"]
     for flags in ([*line, *env, *BESIDE, "--eval-envs", envs], ["--resume", str(tmp_path / "run"), *env]):

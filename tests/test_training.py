@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import h5py
 import numpy as np
@@ -19,7 +20,7 @@ import ogpo_state as og
 from common import checkpoint, cli
 from common.envs import TASKS, make_vec_env
 from common.episodes import Episodes
-from common.machine import compile_functions
+from common.machine import accelerate
 from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.run import Run
@@ -31,7 +32,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 3_600  # seconds after which a process that hangs is given up; no machine is that slow
 SMALL = [
     *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "40"),
-    *("--no-eval-beside", "--bc-eval-every", "20", "--critic-successes", "0"),
+    *("--eval-envs", "0", "--bc-eval-every", "20", "--critic-successes", "0"),
     *("--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4", "--eval-every", "500"),
     *("--log-every", "100", "--checkpoint-every", "200", "--start-training", "200", "--actor-hidden", "16", "16"),
     *("--critic-hidden", "16", "16", "--states", "8", "--success-batch", "4", "--critic-warmup", "5"),
@@ -94,7 +95,8 @@ def assert_interruptions_change_nothing(
     broken = tmp_path / "broken"
     todo = [*flags, "--run-name", "broken", "--total-steps", "100000"]
     for step, interrupt in breaks:
-        how = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        how: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        how["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
         with subprocess.Popen(command(tmp_path, *todo), **how) as p:
             wait_for(broken / "metrics.jsonl", p, f'"step": {step}')
             interrupt(p)
@@ -127,6 +129,23 @@ def test_pretrain_interrupted_resumes_exactly(tmp_path: Path) -> None:
         assert p.returncode == 0, out
     train(tmp_path, "--resume", str(tmp_path / "broken"))
     assert_same_run(tmp_path / "whole", tmp_path / "broken")
+
+
+def test_pretrain_goes_back_to_what_it_had_cloned_before_it_was_stopped(tmp_path: Path) -> None:
+    """Stopped after an evaluation at or below --bc-stop-success; the next one is above it."""
+    flags = [*SMALL, "--total-steps", "250", "--bc-steps", "40", "--run-name", "run"]
+    stopping = "import sys; import ogpo_state as og; from common.run import Run; save = Run.save; "
+    stopping += "Run.save = lambda run: (save(run), setattr(run.stop, 'requested', True)); og.main(sys.argv[1:])"
+    places = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-c", stopping, *flags, *places], capture_output=True, text=True, cwd=ROOT, timeout=PATIENCE
+    )
+    assert done.returncode == 0, done.stderr
+    saved = checkpoint.load(tmp_path / "run" / "checkpoint.pt")["agent"]
+    assert saved["bc_step"] == 20 and saved["bc_below"].keys() == saved["actor"].keys()
+    train(tmp_path, "--resume", str(tmp_path / "run"), "--bc-stop-success", "0", "--bc-eval-episodes", "200")
+    cloned = checkpoint.load(tmp_path / "run" / "cloned.pt")
+    assert all(torch.equal(cloned[k], saved["bc_below"][k]) for k in cloned)
 
 
 def test_evaluate_and_log_do_not_touch_training(tmp_path: Path) -> None:
@@ -329,7 +348,7 @@ def test_main_lift_runs_from_demonstrations_to_evaluation(tmp_path: Path) -> Non
 def test_main_every_family_runs_in_miniature(tmp_path: Path, name: str) -> None:
     demos = random_demos(tmp_path / "demos.hdf5", name)
     out = train(
-        tmp_path, "--env", name, "--run-name", "run", *MINIATURE, "--demos", str(demos), "--eval-envs", "1"
+        tmp_path, "--env", name, "--run-name", "run", *MINIATURE, "--demos", str(demos), "--eval-envs", "0"
     ).stdout
     assert "best-of-N policy: success 0." in out
     losses = [row for row in read_metrics(tmp_path / "run") if "ogpo/td_loss" in row]
@@ -338,7 +357,7 @@ def test_main_every_family_runs_in_miniature(tmp_path: Path, name: str) -> None:
 
 def test_evaluate_multi_task_success_is_told_by_task(tmp_path: Path) -> None:
     demos = random_demos(tmp_path / "demos.hdf5", "mt10")
-    flags = [*MINIATURE, "--demos", str(demos), "--eval-episodes", "20", "--eval-envs", "1"]
+    flags = [*MINIATURE, "--demos", str(demos), "--eval-episodes", "20", "--eval-envs", "0"]
     out = train(tmp_path, "--env", "mt10", "--run-name", "run", *flags).stdout
     assert "window-close 0." in out and "reach 0." in out
     last = [row for row in read_metrics(tmp_path / "run") if "final/bon_success" in row][-1]
@@ -351,7 +370,7 @@ def test_main_long_tasks_run_at_their_paper_settings(tmp_path: Path, name: str, 
     """Networks, chunk, chains and batch as published; budgets, caps and numbers of episodes cut."""
     demos = random_demos(tmp_path / "demos.hdf5", name)
     cut = ["--bc-steps", "2", "--bc-eval-every", "2", "--bc-eval-episodes", "1", "--eval-episodes", "1", "--no-video"]
-    cut += ["--eval-envs", "1"]
+    cut += ["--eval-envs", "0"]
     cut += ["--horizon", "40", "--collect-horizon", "40", "--total-steps", "360", "--log-every", "360"]
     cut += ["--eval-every", "1000", "--start-training", "360", "--update-every", "360" if updates else "1000"]
     out = train(tmp_path, "--env", name, "--preset", "paper", "--demos", str(demos), "--run-name", "run", *cut).stdout
@@ -412,7 +431,7 @@ def test_episodes_come_back_at_any_step_of_any_environment() -> None:
 
 
 @pytest.mark.slow
-def test_compile_functions_eager_and_compiled_agree(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_eager_and_compiled_agree(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every function that --compile compiles, in double precision, values and gradients."""
     torch.set_default_dtype(torch.float64)
     try:
@@ -436,9 +455,9 @@ def test_compile_functions_eager_and_compiled_agree(monkeypatch: pytest.MonkeyPa
             return [o for o in out if o is not None]
 
         eager = everything()
-        names = ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss")
+        names = og.COMPILED
         originals = {name: getattr(og, name) for name in names}
-        compile_functions(vars(og), names)
+        accelerate(vars(og), names, (), agent.rng.generator)
         try:
             assert all(getattr(og, name) is not originals[name] for name in names)
             compiled = everything()

@@ -24,6 +24,7 @@ VARIANTS = (ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_r
 # What each may define in its own words; all else is the text of ogpo_state.py.
 OWN = {
     ogpo_critic: {
+        *("RECORDED",),
         *("CriticArgs", "reduce_samples", "returns_to_go", "calql_term", "conservative", "update_critic", "update"),
         *("pretrain_critic", "Agent", "pretrain", "train"),
     },
@@ -32,14 +33,17 @@ OWN = {
         *("sample_chain", "chain_log_prob", "sample_ode", "bc_loss", "flow_schedule", "step_mean"),
     },
     ogpo_extraction: {
+        *("RECORDED",),
         *("ActorArgs", "group_advantage", "advantage_weights", "flow_losses", "awr_loss", "ofpo_loss"),
         *("Extraction", "extraction_loss", "update_actor"),
     },
     ogpo_reference: {
+        *("RECORDED",),
         *("ReferenceArgs", "Args", "blend", "penalised_advantage", "ppo_loss", "Agent"),
         *("update_actor", "update_critic", "pretrain"),
     },
     ogpo_released: {
+        *("RECORDED",),
         *("PolicyArgs", "ActorArgs", "CriticArgs", "default_args", "step_mean", "sample_chain", "chain_log_prob"),
         *("adamw", "Agent", "update_bc", "update_actor", "update_critic", "update", "pretrain"),
         *("PretrainArgs", "best_of_n", "act_best_of_n"),

@@ -51,6 +51,7 @@ from common.meter import Meter
 from common.ranges import (
     Count,
     Fraction,
+    Helpers,
     Natural,
     NonNegative,
     Positive,
@@ -59,7 +60,6 @@ from common.ranges import (
     Several,
     Share,
     Size,
-    Threads,
     Unit,
 )
 from common.released import load_released
@@ -84,7 +84,7 @@ class RunArgs:
     run_dir: str = "runs"  # folder of all run folders
     data_dir: str = "data"  # where tokenized data, tokenizers and judges are cached
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
-    threads: Threads = 0  # torch threads on a CPU; 0: torch's default
+    threads: Helpers = 0  # torch threads on a CPU; 0: torch's default
     compile: bool = False  # torch.compile the network; on a CPU it needs a C++ compiler and pays after minutes
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder

@@ -49,7 +49,7 @@ from common import checkpoint, cli
 from common.batches import Ranks, micro_batches, mixed_seed, row_noise, rows_at_once
 from common.machine import use_bf16
 from common.meter import Meter
-from common.ranges import Count, Fraction, Natural, NonNegative, Positive, RowLength, Seed, Several, Size, Threads, Unit
+from common.ranges import Count, Fraction, Helpers, Natural, NonNegative, Positive, RowLength, Seed, Several, Size, Unit
 from common.released import load_released
 from common.runlog import Averages
 from common.start import CHECKPOINT, load_run, pick_device, start
@@ -73,7 +73,7 @@ class RunArgs:
     run_dir: str = "runs"  # folder of all run folders
     data_dir: str = "data"  # where tokenized data, tokenizers and judges are cached
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu
-    threads: Threads = 0  # torch threads on a CPU; 0: torch's default
+    threads: Helpers = 0  # torch threads on a CPU; 0: torch's default
     compile: bool = False  # torch.compile the network; on a CPU it needs a C++ compiler and pays after minutes
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder

@@ -52,8 +52,8 @@ from common import checkpoint, cli
 from common.demos import Demos
 from common.envs import make_vec_env
 from common.episodes import Episodes
-from common.machine import compile_functions
-from common.ranges import Count, Natural, NonNegative, Positive, Real, Seed, Several, Size, Threads, Unit, Workers
+from common.machine import accelerate, adam, set_rate
+from common.ranges import Count, Helpers, Natural, NonNegative, Positive, Real, Seed, Several, Size, Unit, Workers
 from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
 from common.run import Run, due, load_clone
@@ -62,6 +62,8 @@ from common.start import pick_device, start
 from settings import ogpo as settings
 
 Info = dict[str, Tensor]  # scalars to log
+COMPILED = ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss")  # by --compile
+RECORDED = ("update_actor",)
 
 # --- Arguments. Values are the `laptop` preset's; settings/ogpo.py holds what other presets and tasks change. ---------
 
@@ -79,8 +81,8 @@ class RunArgs:
     run_name: str = ""  # name of the run folder; default: env, variant, seed and time
     run_dir: str = "runs"  # folder of all run folders
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu. It changes the speed only
-    threads: Threads = 1  # torch threads on a CPU; networks this small run best with one
-    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler)
+    threads: Helpers = 1  # torch threads on a CPU; networks this small run best with one
+    compile: bool = False  # compile losses and sampler, on a GPU record updates as CUDA graphs
     video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
@@ -108,8 +110,7 @@ class TaskArgs:
     eval_every: Count = 4_000  # environment steps between evaluations during training
     eval_interval_episodes: Count = 20  # episodes of each evaluation during training
     eval_episodes: Count = 100  # episodes of the first and last evaluation and of --eval
-    eval_envs: Workers = 2  # processes that an evaluation runs in; with another number the episodes get other noise
-    eval_beside: bool = True  # evaluate beside the training, from a process of its own; the numbers are the same
+    eval_envs: Helpers = 2  # processes that evaluate beside the training, other noise for each number; 0: it waits
     eval_seed: Seed = 0  # number of the first evaluation episode; no training episode is among them
 
 
@@ -352,7 +353,7 @@ def ppo_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float, chai
     """Clipped objective, one ratio per chain [S 1.6], all (n,); a mean over `chains`, of which n have an advantage."""
     ratio = (log_prob - old).exp()
     loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - clip, 1 + clip) * advantage).sum() / chains
-    off = (ratio.detach() - 1).abs()
+    off = (ratio.detach() - 1).abs() * (advantage != 0)
     return loss, {"ratio_off": off.sum() / chains, "clipped": (off > clip).float().sum() / chains}
 
 
@@ -438,8 +439,8 @@ class Agent:
         # The value of never succeeding [deviation: released critics start near 0, above every value of a poor policy].
         nn.init.constant_(self.critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
         self.critic_ema = copy.deepcopy(self.critic).requires_grad_(False)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=args.pretrain.bc_lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=c.critic_lr, fused=True)
+        self.actor_opt = adam(self.actor.parameters(), args.pretrain.bc_lr, device)
+        self.critic_opt = adam(self.critic.parameters(), c.critic_lr, device)
         self.rng = Rng(args.run.seed, device)  # of training; evaluation has its own
         self.bc_step = 0  # gradient steps of cloning so far
         self.bc_below: dict[str, Tensor] | None = None  # newest weights at or below --bc-stop-success
@@ -482,15 +483,14 @@ def update_ema(target: nn.Module, source: nn.Module, rate: float) -> None:
 def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -> Info:
     """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
     p, a, dim = args.policy, args.actor, agent.actor.out.out_features
-    for group in agent.actor_opt.param_groups:
-        group["lr"] = periodic_lr(agent.actor_updates, a)
     agent.actor_opt.zero_grad()
     with torch.no_grad():
         rows = obs.repeat_interleave(a.group, 0)  # (B G, O), chains of one state side by side
         chain, old = sample_chain(agent.actor_ema, rows, agent.rng.randn(len(rows), p.flow_steps + 1, dim), p)
         q = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1))  # (M, B G)
         advantage = group_advantage(q.unflatten(1, (-1, a.group)), a.advantage).flatten()  # (B G,)
-        keep = advantage.nonzero().squeeze(-1)  # a chain without advantage has no gradient
+        # A chain without advantage has no gradient; a recorded step keeps it: its shapes must not depend on numbers.
+        keep = torch.arange(len(rows), device=obs.device) if args.run.compile else advantage.nonzero().squeeze(-1)
     info = {"nonzero": (advantage != 0).float().mean(), "advantage": advantage.abs().mean()}
     if len(keep):
         log_prob = chain_log_prob(agent.actor, rows[keep], chain[keep], p)
@@ -504,7 +504,6 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
         info["bc_loss"] = loss.detach()
     info["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), math.inf)  # measured, not clipped
     agent.actor_opt.step()
-    agent.actor_updates += 1
     update_ema(agent.actor_ema, agent.actor, p.actor_ema)
     return info
 
@@ -561,10 +560,8 @@ def update_critic(agent: Agent, batch: Batch, args: Args, buffer: ReplayBuffer, 
 
 
 def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator) -> Info:
-    """Actor first, then critic, on the same states [C].
-
-    Until the critics have seen enough the actor stays as it is: Adam would turn the noise of their first opinions into
-    full-sized steps [deviation: the released code trusts an untrained critic].
+    """Actor first, then critic, on the same states [C]. The actor waits until the critics have seen enough: Adam would
+    turn the noise of their first opinions into full-sized steps [deviation: the released code trusts them untrained].
     """
     a, c, device = args.actor, args.critic, agent.rng.device
     batch, success, info = buffer.sample(max(c.critic_batch, a.states), rng, device), None, {}
@@ -572,7 +569,9 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
     if agent.policy_gradient_on:
         if buffer.success_starts.size >= a.success_min:
             success = buffer.sample(a.success_batch, rng, device, success=True)
+        set_rate(agent.actor_opt, periodic_lr(agent.actor_updates, a))
         info = update_actor(agent, batch.obs[: a.states], success if a.bc_coef > 0 else None, args)
+        agent.actor_updates += 1
     info |= update_critic(agent, batch, args, buffer)
     agent.updates += 1
     agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
@@ -605,7 +604,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
         cloned = load_clone(Path(c.cloned), agent.actor, run.args) if c.cloned else agent.bc_below
         agent.actor.load_state_dict(cloned or agent.actor.state_dict())
     agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
-    agent.actor_opt = torch.optim.Adam(agent.actor.parameters(), lr=args.actor.actor_lr, fused=True)  # afresh [C]
+    agent.actor_opt = adam(agent.actor.parameters(), args.actor.actor_lr, agent.rng.device)  # afresh [C]
     agent.cloned, agent.bc_below = True, None
     checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())
     if new:
@@ -656,11 +655,9 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
         for i in np.flatnonzero(terminated | truncated):  # the first success terminates, the horizon truncates
             done = episodes.finish(i)
             buffer.add_episode(done.obs, done.actions, done.rewards, terminated[i], done.success)
-
         if run.step >= r.start_training and buffer.starts.size >= c.critic_batch:
             for _ in range(due(before, run.step, r.update_every)):
                 averages.add(update(agent, buffer, args, rng))
-
         run.show_progress(episodes)
         if due(before, run.step, r.log_every):
             metrics = averages.take()
@@ -678,10 +675,8 @@ def main(argv: list[str]) -> None:
         folder_name="{env}__{variant}__s{seed}", fixed=settings.FIXED, check=settings.check,
     )  # fmt: skip
     r, t, device = args.run, args.task, pick_device(args.run.device, args.run.threads)
-    if r.compile:
-        compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
     with checkpoint.StopSignal() as stop, Run(folder, saved, stop, cli.flatten(args), r.env, t.horizon, device) as run:
-        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed, t.eval_beside and not r.eval)
+        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
         if not r.eval:
             buffer = ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
             run.check_disk(min(r.replay_size, 2 * r.total_steps) * buffer.row_bytes)  # an episode of one step has two
@@ -689,6 +684,8 @@ def main(argv: list[str]) -> None:
         demos = run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key) if cloning else None
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.track(agent=agent)
+        if r.compile:
+            accelerate(globals(), COMPILED, RECORDED, agent.rng.generator)
         run.policies = {"ode": partial(act_ode, agent, args), "bon": partial(act_best_of_n, agent, args)}
         if not r.eval:
             run.open_log(r.total_steps, r.wandb_project, r.tensorboard)

@@ -53,8 +53,8 @@ from common.demos import Demos
 from common.envs import Pixels, make_env, make_vec_env
 from common.episodes import Episodes
 from common.evaluate import act_on_arrays, write_views
-from common.machine import compile_functions
-from common.ranges import Count, Natural, NonNegative, Positive, Real, Seed, Several, Side, Size, Threads, Unit, Workers
+from common.machine import accelerate, adam, set_rate
+from common.ranges import Count, Helpers, Natural, NonNegative, Positive, Real, Seed, Several, Side, Size, Unit, Workers
 from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
 from common.run import Run, due, load_clone
@@ -63,6 +63,8 @@ from common.start import pick_device, start
 from settings import ogpo as settings
 
 Info = dict[str, Tensor]  # scalars to log
+COMPILED = ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss")  # by --compile
+RECORDED = ()
 
 # --- Arguments. Values are the `laptop` preset's; settings/ogpo.py holds what other presets and tasks change. ---------
 
@@ -80,8 +82,8 @@ class RunArgs:
     run_name: str = ""  # name of the run folder; default: env, variant, seed and time
     run_dir: str = "runs"  # folder of all run folders
     device: str = "auto"  # torch device; auto: cuda if there is one, else cpu. It changes the speed only
-    threads: Threads = 1  # torch threads on a CPU; networks this small run best with one
-    compile: bool = False  # torch.compile losses and sampler (on a CPU it needs a C++ compiler)
+    threads: Helpers = 1  # torch threads on a CPU; networks this small run best with one
+    compile: bool = False  # compile losses and sampler, on a GPU record updates as CUDA graphs
     video: bool = True  # write before.mp4 and after.mp4 of the best-of-N policy where a renderer exists
     wandb_project: str = ""  # also log to this Weights & Biases project
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
@@ -109,8 +111,7 @@ class TaskArgs:
     eval_every: Count = 4_000  # environment steps between evaluations during training
     eval_interval_episodes: Count = 20  # episodes of each evaluation during training
     eval_episodes: Count = 100  # episodes of the first and last evaluation and of --eval
-    eval_envs: Workers = 2  # processes that an evaluation runs in; with another number the episodes get other noise
-    eval_beside: bool = True  # evaluate beside the training, from a process of its own; the numbers are the same
+    eval_envs: Helpers = 2  # processes that evaluate beside the training, other noise for each number; 0: it waits
     eval_seed: Seed = 0  # number of the first evaluation episode; no training episode is among them
 
 
@@ -463,7 +464,7 @@ def ppo_loss(
     ratio = (log_prob - old).exp()
     bound = torch.as_tensor(1 + clip, device=ratio.device).clamp(max=high)
     loss = -torch.minimum(ratio * advantage, ratio.clamp(min=1 - clip).minimum(bound) * advantage).sum() / chains
-    off = (ratio.detach() - 1).abs()
+    off = (ratio.detach() - 1).abs() * (advantage != 0)
     return loss, {"ratio_off": off.sum() / chains, "clipped": (off > clip).float().sum() / chains}
 
 
@@ -519,10 +520,10 @@ class Agent:
         # The value of never succeeding [deviation: released critics start near 0, above every value of a poor policy].
         nn.init.constant_(self.critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
         self.critic_ema = copy.deepcopy(self.critic).requires_grad_(False)
-        self.actor_opt = torch.optim.Adam(self.actor.parameters(), lr=args.pretrain.bc_lr, fused=True)
+        self.actor_opt = adam(self.actor.parameters(), args.pretrain.bc_lr, device)
         learns = None if frozen else self.encoder.parameters()  # while cloning
-        self.encoder_opt = learns and torch.optim.Adam(learns, lr=args.pretrain.bc_lr, fused=True)
-        self.critic_opt = torch.optim.Adam(self.critic.parameters(), lr=c.critic_lr, fused=True)
+        self.encoder_opt = learns and adam(learns, args.pretrain.bc_lr, device)
+        self.critic_opt = adam(self.critic.parameters(), c.critic_lr, device)
         self.actor_slow = copy.deepcopy(self.actor).requires_grad_(False)
         self.log_rho = torch.zeros((), device=device)  # mean of the latest actor step, for the critic's target
         self.rng = Rng(args.run.seed, device)  # of training; evaluation has its own
@@ -573,8 +574,6 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
     """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
     p, a, r, dim = args.policy, args.actor, args.reference, agent.actor.out.out_features
     high: float | Tensor = math.inf
-    for group in agent.actor_opt.param_groups:
-        group["lr"] = periodic_lr(agent.actor_updates, a)
     agent.actor_opt.zero_grad()
     with torch.no_grad():
         rows = obs.repeat_interleave(a.group, 0)  # (B G, O), chains of one state side by side
@@ -588,7 +587,8 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
             advantage, beta = penalised_advantage(q, log_rho.unflatten(0, (-1, a.group)), r)
             advantage, high = advantage.flatten(), 1 + r.r_max / beta
             agent.log_rho = log_rho.exp().mean().log() if r.regularize == "chi2" else log_rho.mean()
-        keep = advantage.nonzero().squeeze(-1)  # a chain without advantage has no gradient
+        # A chain without advantage has no gradient; a recorded step keeps it: its shapes must not depend on numbers.
+        keep = torch.arange(len(rows), device=obs.device) if args.run.compile else advantage.nonzero().squeeze(-1)
     info = {"nonzero": (advantage != 0).float().mean(), "advantage": advantage.abs().mean()}
     if r.regularize != "none":
         info["rho"] = agent.log_rho.exp()
@@ -614,7 +614,6 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
         info["bc_loss"] = loss.detach()
     info["actor_grad"] = nn.utils.clip_grad_norm_(agent.actor.parameters(), math.inf)  # measured, not clipped
     agent.actor_opt.step()
-    agent.actor_updates += 1
     update_ema(agent.actor_ema, agent.actor, p.actor_ema)
     update_ema(agent.actor_slow, agent.actor, r.slow_rate)
     return info
@@ -641,10 +640,8 @@ def update_critic(agent: Agent, batch: Batch, args: Args) -> Info:
 
 
 def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator) -> Info:
-    """Actor first, then critic, on the same states [C].
-
-    Until the critics have seen enough the actor stays as it is: Adam would turn the noise of their first opinions into
-    full-sized steps [deviation: the released code trusts an untrained critic].
+    """Actor first, then critic, on the same states [C]. The actor waits until the critics have seen enough: Adam would
+    turn the noise of their first opinions into full-sized steps [deviation: the released code trusts them untrained].
     """
     a, c, device = args.actor, args.critic, agent.rng.device
     batch, success, info = buffer.sample(max(c.critic_batch, a.states), rng, device), None, {}
@@ -652,7 +649,9 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
     if agent.policy_gradient_on:
         if buffer.success_starts.size >= a.success_min:
             success = buffer.sample(a.success_batch, rng, device, success=True)
+        set_rate(agent.actor_opt, periodic_lr(agent.actor_updates, a))
         info = update_actor(agent, batch.obs[: a.states], success if a.bc_coef > 0 else None, args)
+        agent.actor_updates += 1
     info |= update_critic(agent, batch, args)
     agent.updates += 1
     agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
@@ -701,7 +700,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     agent.encoder.requires_grad_(False)
     agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
     agent.actor_slow.load_state_dict(agent.actor.state_dict())
-    agent.actor_opt = torch.optim.Adam(agent.actor.parameters(), lr=args.actor.actor_lr, fused=True)  # afresh [C]
+    agent.actor_opt = adam(agent.actor.parameters(), args.actor.actor_lr, agent.rng.device)  # afresh [C]
     agent.bc_done, agent.bc_below = True, None
     checkpoint.save(run.folder / "cloned.pt", both.state_dict())
     run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
@@ -735,11 +734,9 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
             if whole:
                 rows = (done.obs[: whole + 1], done.actions[:whole], done.rewards[:whole])
                 buffer.add_episode(*rows, terminated[i], done.success)
-
         if run.step >= r.start_training and buffer.starts.size >= c.critic_batch:
             for _ in range(due(before, run.step, r.update_every)):
                 averages.add(update(agent, buffer, args, rng))
-
         run.show_progress(episodes)
         if due(before, run.step, r.log_every):
             metrics = averages.take()
@@ -761,11 +758,9 @@ def main(argv: list[str]) -> None:
     if args.pixels.render_check:
         write_views(make_env(r.env, pixels=pixels), folder, t.eval_seed)
         return
-    if r.compile:
-        compile_functions(globals(), ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss"))
     flat = cli.flatten(args)
     with checkpoint.StopSignal() as stop, Run(folder, saved, stop, flat, r.env, t.horizon, device, pixels) as run:
-        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed, t.eval_beside and not r.eval)
+        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
         if not r.eval:
             run.check_disk(0)  # before the work of demonstrations; for the buffer when the encoder is there
         cloning = not (r.eval or (saved and saved["agent"]["bc_done"]))
@@ -773,6 +768,8 @@ def main(argv: list[str]) -> None:
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.encode = partial(encode, agent)
         run.track(agent=agent)
+        if r.compile:
+            accelerate(globals(), COMPILED, RECORDED, agent.rng.generator)
         run.policies = {"ode": partial(act_ode, agent, args), "bon": partial(act_best_of_n, agent, args)}
         if not r.eval:
             chunk, obs_dim = args.policy.chunk, agent.encoder.features + run.obs_dim
