@@ -93,9 +93,19 @@ def test_begin_evaluation_is_in_a_checkpoint_until_it_has_ended(tmp_path: Path, 
 
 
 def test_good_enough_ends_a_run_after_two_evaluations(tmp_path: Path) -> None:
-    for beside in ([], ["--eval-envs", "0"]):
-        name = f"run{len(beside)}"
-        flags = [*SMALL, *BESIDE, *beside, "--bc-steps", "400", "--bc-stop-success", "1", "--bc-eval-every", "400"]
+    for name, processes in (("run0", "1"), ("run1", "0")):
+        flags = [
+            *SMALL,
+            *BESIDE,
+            "--eval-envs",
+            processes,
+            "--bc-steps",
+            "400",
+            "--bc-stop-success",
+            "1",
+            "--bc-eval-every",
+            "400",
+        ]
         train(tmp_path, *flags, "--total-steps", "3000", "--stop-success", "0.05", "--run-name", name)
         rows = read_metrics(tmp_path / name)
         rates = [row["eval/bon_success"] for row in rows if "eval/bon_success" in row]
