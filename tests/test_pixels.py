@@ -255,7 +255,7 @@ def trained(monkeypatch: pytest.MonkeyPatch, success_at: int, horizon: int) -> t
     monkeypatch.setattr(op, "encode", lambda agent, shown: shown)
     actions = torch.linspace(-1, 1, 4).view(1, 4, 1)
     monkeypatch.setattr(op, "act_best_of_n", lambda *args: actions)
-    run = MagicMock(step=0, obs_dim=1, act_dim=1)
+    run = MagicMock(step=0, obs_dim=1, act_dim=1, good_enough=lambda _: False)
     run.stop.requested, run.closing = False, lambda envs: envs
     kept = {}
     run.track = lambda **parts: kept.update(parts)

@@ -135,6 +135,7 @@ def test_start_refuses_a_run_of_another_kind(toy_flow: Path, module: ModuleType,
         module.main([f"--{flag}", str(toy_flow)])
 
 
+@pytest.mark.slow
 def test_main_of_the_student_refuses_a_student_and_tells_of_a_changed_teacher(
     toy_flow: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

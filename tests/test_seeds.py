@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import ogpo_state as og
-from common import run
+from common import evaluator
 from common.envs.toy import ToyReach
 from common.seeds import BLOCK, DEMOS, ENV, PERIOD, TRAIN, USES, demo_seed, eval_seeds, train_seed
 
@@ -64,7 +64,7 @@ def test_seeds_of_the_stored_runs_are_as_they_were() -> None:
 
 @pytest.mark.parametrize("seed", ["0", "2", "1024000000"])
 def test_main_trains_on_no_episode_of_an_evaluation(seed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    begun, evaluated, evaluate, start = [], [], run.evaluate, ToyReach._start
+    begun, evaluated, evaluate, start = [], [], evaluator.evaluate, ToyReach._start
 
     def note(env: ToyReach, seed: int) -> object:
         begun.append(seed)
@@ -79,7 +79,7 @@ def test_main_trains_on_no_episode_of_an_evaluation(seed: str, tmp_path: Path, m
         return result
 
     monkeypatch.setattr(ToyReach, "_start", note)
-    monkeypatch.setattr(run, "evaluate", spy)
+    monkeypatch.setattr(evaluator, "evaluate", spy)
     flags = "--env toy --no-video --num-demos 2 --bc-steps 2 --bc-eval-every 2 --bc-eval-episodes 3 --eval-episodes 5"
     flags += " --total-steps 400 --start-training 300 --eval-every 100 --eval-interval-episodes 4 --run-name run"
     og.main([*flags.split(), "--seed", seed, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path)])

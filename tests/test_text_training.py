@@ -302,6 +302,7 @@ def test_train_of_the_two_stages_moves_residual_then_student(tmp_path: Path) -> 
     assert torch.equal(weights["first"][student], flow) and not torch.equal(weights["both"][student], flow)
 
 
+@pytest.mark.slow
 def test_train_of_the_two_stages_resumes(tmp_path: Path) -> None:
     """Ten steps hold both stages; of twenty, the second ten are stage two, which moves the student alone."""
     run(tmp_path, "flm_train.py", *SMALL, "--total-steps", "10", "--run-name", "flow")

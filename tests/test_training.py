@@ -118,6 +118,7 @@ def test_main_killed_and_resumed_runs_end_bitwise_equal(tmp_path: Path, envs: st
     )
 
 
+@pytest.mark.slow
 def test_pretrain_interrupted_resumes_exactly(tmp_path: Path) -> None:
     flags = [*SMALL, "--total-steps", "300", "--bc-steps", "200", "--bc-eval-episodes", "40"]
     train(tmp_path, *flags, "--run-name", "whole")
@@ -344,7 +345,7 @@ def test_main_lift_runs_from_demonstrations_to_evaluation(tmp_path: Path) -> Non
     assert "over 2 episodes" in out
 
 
-@pytest.mark.parametrize("name", ["peg-insert-side", slow("door-dense"), "kitchen-mixed"])
+@pytest.mark.parametrize("name", ["peg-insert-side", slow("door-dense"), slow("kitchen-mixed")])
 def test_main_every_family_runs_in_miniature(tmp_path: Path, name: str) -> None:
     demos = random_demos(tmp_path / "demos.hdf5", name)
     out = train(
@@ -355,6 +356,7 @@ def test_main_every_family_runs_in_miniature(tmp_path: Path, name: str) -> None:
     assert losses and all(np.isfinite(list(row.values())).all() for row in losses)
 
 
+@pytest.mark.slow
 def test_evaluate_multi_task_success_is_told_by_task(tmp_path: Path) -> None:
     demos = random_demos(tmp_path / "demos.hdf5", "mt10")
     flags = [*MINIATURE, "--demos", str(demos), "--eval-episodes", "20", "--eval-envs", "0"]
