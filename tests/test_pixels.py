@@ -380,6 +380,7 @@ def test_main_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert done.returncode == 0 and "best-of-N policy: success" in done.stdout
 
 
+@pytest.mark.slow
 def test_start_a_changed_camera_does_not_fit_a_checkpoint(tmp_path: Path) -> None:
     done = command(tmp_path, "--env", "toy", *SMALL, "--total-steps", "130", "--run-name", "a")
     assert done.returncode == 0, done.stdout + done.stderr

@@ -140,6 +140,7 @@ cli.run(lambda: flm_train.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_train_in_several_processes_waits_and_stops_and_goes_on_as_one(tmp_path: Path) -> None:
     """Between two lines of the log, by a signal to one process; the resumed lines are those of the whole run."""
     (tmp_path / "driver.py").write_text(DRIVER)
@@ -317,6 +318,7 @@ def test_train_of_the_two_stages_resumes(tmp_path: Path) -> None:
     assert moved == {"student"} and first["residual.output.weight"].abs().sum() > 0  # it starts at 0
 
 
+@pytest.mark.slow
 def test_evaluate_repeats_the_numbers_of_the_run(tmp_path: Path) -> None:
     first = run(tmp_path, "flm_train.py", *SMALL, "--total-steps", "20", "--run-name", "r").stdout
     again = run(tmp_path, "flm_train.py", "--eval", str(tmp_path / "r")).stdout

@@ -82,7 +82,7 @@ def test_load_falls_back_from_a_checkpoint_that_is_not_finite(
     assert "note: using checkpoint.prev.pt instead" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("full", [slow("log"), "checkpoint"])
+@pytest.mark.parametrize("full", [slow("log"), slow("checkpoint")])
 def test_run_on_a_full_disk_is_one_line_and_keeps_the_checkpoint(
     full: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
