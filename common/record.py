@@ -19,6 +19,8 @@ from common.machine import describe_machine
 from common.runlog import write_json
 
 RECORD = "args.json"
+FIRST = {RECORD, "metrics.jsonl", "tensorboard", "wandb", "wandb_id.json", "cloned.pt", "before.mp4"}  # before it saves
+FIRST |= {"cloned.pt.tmp", "checkpoint.pt.tmp"}
 
 Weights = Sequence[Callable[..., Any]]  # classes and functions of a script that its checkpoints depend on
 
@@ -91,7 +93,8 @@ def _alone_in(folder: Path) -> Iterator[None]:
 
 def _abandoned(path: Path) -> bool:
     """Whether the folder is empty, or the run that made it has ended before it saved anything."""
-    if {file.name for file in path.iterdir()} - {RECORD, "metrics.jsonl", "tensorboard", "wandb", "wandb_id.json"}:
+    files = {file.name for file in path.iterdir()}
+    if files - FIRST or (files and RECORD not in files):
         return False
     try:
         pid = json.loads((path / RECORD).read_bytes())["pid"]

@@ -85,7 +85,12 @@ def test_reserve_refuses_what_is_in_use_and_takes_what_was_abandoned(tmp_path: P
             with pytest.raises(UserError, match="already exists; choose another --run-name, or remove it"):
                 record.reserve(tmp_path, name, False, WEIGHTS, {})
         other.communicate(b"\n")
-    (folder / "metrics.jsonl").write_text("")
+    for name in ("metrics.jsonl", "cloned.pt", "cloned.pt.tmp", "before.mp4", "checkpoint.pt.tmp"):  # killed early
+        (folder / name).write_text("")
+    (tmp_path / "clone").mkdir()
+    (tmp_path / "clone" / "cloned.pt").write_text("")  # of no run: somebody keeps it there
+    with pytest.raises(UserError, match="already exists"):
+        record.reserve(tmp_path, "clone", False, WEIGHTS, {})
     record.reserve(tmp_path, "run", False, WEIGHTS, {"seed": 2})  # its process has ended and left no checkpoint
     assert record.read(folder)["args"] == {"seed": 2}
     (folder / "checkpoint.pt").write_text("")
