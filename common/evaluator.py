@@ -3,6 +3,7 @@
 import multiprocessing
 import pickle
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing import util
 from typing import Any
@@ -12,10 +13,16 @@ from gymnasium.vector import VectorEnv
 
 from common.envs.vector import end_with_main, kill, quiet_server
 from common.errors import EnvError, UserError, blame
-from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, evaluate
+from common.evaluate import Act, Encode, EvalResult, Policy, act_on_arrays, evaluate
 from common.rng import Rng
 
 Work = Callable[[VectorEnv[Any, Any, Any]], Any]
+
+
+def acting(policy: Policy, noise_seed: int, device: torch.device) -> Act:
+    """The policy between arrays, with a new source of noise."""
+    rng = Rng(noise_seed, device)
+    return lambda obs: act_on_arrays(policy, obs, rng)
 
 
 def evaluate_all(
@@ -25,9 +32,7 @@ def evaluate_all(
     """{name: result} of every policy, each with a new source of noise; tasks: several under one policy, or none."""
     results, parts = {}, tuple(tasks[seed % len(tasks)] for seed in seeds) if tasks else ()
     for name, policy in policies.items():
-        rng = Rng(noise_seed, device)
-        result = evaluate(envs, lambda obs, act=policy, rng=rng: act_on_arrays(act, obs, rng), seeds, encode)
-        results[name] = replace(result, parts=parts)
+        results[name] = replace(evaluate(envs, acting(policy, noise_seed, device), seeds, encode), parts=parts)
     return results
 
 
@@ -47,10 +52,8 @@ class Evaluator:
 
     def ask(self, work: Work) -> None:
         """Begin with work(envs), on a copy of all that `work` holds."""
-        try:
+        with suppress(OSError):  # it has died, which `answer` says
             self.pipe.send_bytes(pickle.dumps(work))
-        except OSError:
-            pass  # it has died, which `answer` says
 
     def answer(self) -> Any:
         """What the work returned. Raises UserError or EnvError if it failed."""
@@ -64,7 +67,7 @@ class Evaluator:
             raise error
         return result
 
-    def close(self, **_: Any) -> None:
+    def close(self) -> None:
         kill([self.process])
         self.pipe.close()
 

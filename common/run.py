@@ -3,7 +3,7 @@
 import copy
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
@@ -19,11 +19,10 @@ from common.demos import Demos, get_demos
 from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
 from common.errors import EnvError, UserError, blame, reading
-from common.evaluate import Encode, EvalResult, Policy, act_on_arrays, record_video
-from common.evaluator import Evaluator, Work, evaluate_all
+from common.evaluate import Encode, EvalResult, Policy, record_video
+from common.evaluator import Evaluator, Work, acting, evaluate_all
 from common.record import RECORD
 from common.replay import ReplayBuffer
-from common.rng import Rng
 from common.runlog import plot_curves, read_metrics
 from common.seeds import eval_seeds
 from common.tracked_run import TrackedRun
@@ -105,7 +104,7 @@ class Run(TrackedRun):
             self.evaluate(**evaluation)
             del saved["evaluation"]
         if beside := saved.pop("beside", None):
-            self._begin(beside)
+            self._begin_again(beside)
 
     def open_evaluation(self, processes: int, chunk: int, seed: int) -> None:
         """Environments of the evaluations; what they show and take gives obs_dim and act_dim.
@@ -161,12 +160,16 @@ class Run(TrackedRun):
             self.evaluate(use, episodes, label, log=log)
             return
         agent = copy.deepcopy(checkpoint.pack(self.parts["agent"]))
-        self._begin(dict(use=use, episodes=episodes, label=label, log=log, step=self.step, agent=agent))
+        beside = dict(use=use, episodes=episodes, label=label, log=log, step=self.step, agent=agent)
+        self._begin(beside, self.policies, self.encode)
 
-    def _begin(self, beside: dict[str, Any]) -> None:
-        """Evaluate the agent of an evaluation's record, which checkpoints hold until it has ended."""
+    def _begin_again(self, beside: dict[str, Any]) -> None:
+        """Evaluate the agent as it was, by the record of an evaluation that checkpoints hold until it has ended."""
         agent, policies, encode = copy.deepcopy((self.parts["agent"], self.policies, self.encode))
-        checkpoint.unpack(agent, copy.deepcopy(beside["agent"]))
+        checkpoint.unpack(agent, beside["agent"])
+        self._begin(beside, policies, encode)
+
+    def _begin(self, beside: dict[str, Any], policies: Mapping[str, Policy], encode: Encode) -> None:
         self.evaluator.ask(self._work(policies, encode, beside["use"], beside["episodes"], ""))
         self.beside = self.parts["beside"] = beside
 
@@ -209,10 +212,6 @@ class Run(TrackedRun):
         for name, result in results.items():
             say(f"{label}, {POLICY_NAMES.get(name, name)}: {result}")
         return results
-
-    def _acting(self, name: str) -> Callable[[np.ndarray], np.ndarray]:
-        policy, rng = self.policies[name], Rng(self.eval_seed, self.device)
-        return lambda obs: act_on_arrays(policy, obs, rng)
 
     def show_progress(self, episodes: Episodes) -> None:
         """Refresh the progress line."""
@@ -258,7 +257,13 @@ class Run(TrackedRun):
             with suppress(checkpoint.Stopped), self.stop.at_once(), ExitStack() as stack:
                 env = make_env(self.task.name, horizon=self.horizon, render=True, pixels=self.pixels)
                 stack.callback(env.close)
-                record_video(env, self._acting(policy), self.folder / name, seeds, encode=self.encode)
+                record_video(
+                    env,
+                    acting(self.policies[policy], self.eval_seed, self.device),
+                    self.folder / name,
+                    seeds,
+                    encode=self.encode,
+                )
         except UserError as error:
             self._note_once("video", str(error))
         except Exception as error:  # of the environment: a run does without pictures

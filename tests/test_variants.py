@@ -113,14 +113,12 @@ def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps
 
     resume = [*script, "--resume", str(tmp_path / "broken")]
     if steps:
-        with subprocess.Popen(resume, stdout=subprocess.PIPE, text=True) as p:
-            for line in p.stdout:
-                if line.startswith("Cal-QL 40:"):
-                    break
-            p.terminate()
-            p.communicate(timeout=PATIENCE)
-            assert p.returncode == 0
-        assert checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]["calql_step"] >= 40
+        stopping = "import itertools, os, sys; from variants import ogpo_critic as m; "
+        stopping += "n, f = itertools.count(1), m.update_critic; m.update_critic = lambda *args, **more: "
+        stopping += "(next(n) == 40 and os.kill(os.getpid(), 15), f(*args, **more))[1]; m.main(sys.argv[1:])"
+        done = subprocess.run([sys.executable, "-c", stopping, *resume[2:]], capture_output=True, text=True, cwd=ROOT)
+        assert "--resume" in done.stdout and done.returncode == 0, done.stdout + done.stderr
+        assert 40 <= checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]["calql_step"] < steps
     done = subprocess.run(resume, capture_output=True, text=True, timeout=PATIENCE)
     assert done.returncode == 0, done.stdout + done.stderr
     whole, broken = (checkpoint.load(tmp_path / name / "checkpoint.pt")["agent"] for name in ("whole", "broken"))
