@@ -258,7 +258,6 @@ def test_make_vec_env_of_lift_equals_single(fast: RobosuiteEnv) -> None:
 
 @pytest.mark.parametrize("num_envs", [1, 3])
 def test_make_vec_env_resets_only_what_the_mask_says(num_envs: int) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell has it ignored
     single, envs = make_env("toy", horizon=3), make_vec_env("toy", num_envs, horizon=3)
     try:
         envs.reset(seed=list(range(num_envs)))
@@ -276,8 +275,7 @@ def test_make_vec_env_resets_only_what_the_mask_says(num_envs: int) -> None:
             assert envs.step(action)[0].shape == (num_envs, 6)
     finally:
         envs.close()
-        after = signal.signal(signal.SIGINT, before)
-    assert after is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 def test_resolve_unknown_task_lists_the_choices() -> None:

@@ -96,7 +96,6 @@ def assert_interruptions_change_nothing(
     todo = [*flags, "--run-name", "broken", "--total-steps", "100000"]
     for step, interrupt in breaks:
         how: dict[str, Any] = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
-        how["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup it is ignored
         with subprocess.Popen(command(tmp_path, *todo), **how) as p:
             wait_for(broken / "metrics.jsonl", p, f'"step": {step}')
             interrupt(p)
