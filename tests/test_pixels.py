@@ -1,7 +1,6 @@
 """ogpo_pixels.py and what it stands on: encoders, images once a chunk, chunk rows, demonstrations with images."""
 
 import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import MagicMock
@@ -25,11 +24,11 @@ from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.runlog import read_metrics
 from tests.helpers import definitions, differing
+from tests.warm import run_script
 from tools.recording import draw_images
 from variants import ogpo_pixels_reference, ogpo_reference
 
 TOP = Pixels(("top",), 32)
-PATIENCE = 3_600  # seconds after which a process that hangs is given up
 # What ogpo_pixels.py defines in its own words; all else is the text of ogpo_state.py.
 OWN = {
     *("PixelArgs", "Args", "default_args", "Encoder", "TwoTier", "VelocityNet", "CriticEnsemble", "random_shift"),
@@ -354,8 +353,7 @@ SMALL = [
 
 
 def command(tmp_path: Path, *flags: str) -> subprocess.CompletedProcess[str]:
-    script = [sys.executable, op.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path), *flags]
-    return subprocess.run(script, capture_output=True, text=True, timeout=PATIENCE)
+    return run_script([op.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path), *flags])
 
 
 def test_main_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
@@ -371,11 +369,8 @@ def test_main_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
     assert strip[0] == strip[1]
     states = [checkpoint.load(tmp_path / name / "checkpoint.pt") for name in ("whole", "parts")]
     assert torch.equal(states[0]["buffer"]["obs"], states[1]["buffer"]["obs"])
-    variant = [sys.executable, ogpo_pixels_reference.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path)]
-    done = subprocess.run(
-        [*variant, "--env", "toy", *SMALL, "--total-steps", "200"], capture_output=True, text=True, timeout=PATIENCE
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    variant = [ogpo_pixels_reference.__file__, "--run-dir", str(tmp_path), "--data-dir", str(tmp_path)]
+    run_script([*variant, "--env", "toy", *SMALL, "--total-steps", "200"], check=0)
     done = command(tmp_path, "--eval", str(tmp_path / "whole"))
     assert done.returncode == 0 and "best-of-N policy: success" in done.stdout
 

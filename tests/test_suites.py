@@ -3,8 +3,6 @@
 import copy
 import importlib
 import json
-import subprocess
-import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +16,7 @@ from common.demos import get_demos
 from common.envs import TASKS, make_env
 from common.errors import UserError
 from tests.test_bad_files import BROKEN
+from tests.warm import run_script
 from tools import doctor
 from tools.policy_file import load_policy
 
@@ -377,8 +376,5 @@ def test_read_dataset_without_network_names_the_command(
 
 
 def test_tasks_page_has_the_settings_that_are_used() -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "tasks.py"), "settings"], capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    done = run_script([str(ROOT / "benchmarks" / "tasks.py"), "settings"], check=0)
     assert done.stdout.count("\n") > 10 and done.stdout in (ROOT / "docs" / "tasks.md").read_text()

@@ -24,6 +24,7 @@ from common.runlog import read_metrics
 from common.text.corpora import austen_sentences
 from common.text_run import TextRun
 from tests.helpers import slow
+from tests.warm import run_script
 from variants import flm_ablations, fmlm_recipes, fmlm_two_stage
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,13 +35,11 @@ SMALL = [
 
 
 def run(folder: Path, script: str, *flags: str, check: int = 0, processes: int = 0) -> subprocess.CompletedProcess[str]:
-    launcher = [sys.executable]
-    if processes:
-        launcher += ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    places = ["--run-dir", str(folder), "--data-dir", str(folder)]
-    done = subprocess.run(
-        [*launcher, str(ROOT / script), *places, *flags], capture_output=True, text=True, timeout=3600, cwd=ROOT
-    )
+    argv = [str(ROOT / script), "--run-dir", str(folder), "--data-dir", str(folder), *flags]
+    if not processes:
+        return run_script(argv, check=check)
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    done = subprocess.run([*launcher, *argv], capture_output=True, text=True, timeout=3600, cwd=ROOT)
     assert done.returncode == check, done.stdout + done.stderr
     return done
 

@@ -26,6 +26,7 @@ from common.rng import Rng
 from common.run import Run
 from common.runlog import read_metrics
 from tests.helpers import slow
+from tests.warm import run_script
 from tools.recording import Episode, write_demos
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,9 +53,7 @@ def command(tmp_path: Path, *flags: str) -> list[str]:
 
 
 def train(tmp_path: Path, *flags: str, check: int | None = 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(tmp_path, *flags), capture_output=True, text=True, timeout=PATIENCE)
-    assert check is None or done.returncode == check, done.stdout + done.stderr
-    return done
+    return run_script(command(tmp_path, *flags)[1:], check=check)
 
 
 def same(a: object, b: object) -> bool:

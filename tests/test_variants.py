@@ -18,6 +18,7 @@ from common import checkpoint, cli
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
 from tests.helpers import differing, perturbed, slow, small_agent
+from tests.warm import run_script
 from variants import ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_released
 
 VARIANTS = (ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_released)
@@ -52,7 +53,6 @@ OWN = {
 
 
 ROOT = Path(__file__).resolve().parent.parent
-PATIENCE = 3_600  # seconds after which a process that hangs is given up
 TINY = [
     *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
     *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
@@ -76,7 +76,7 @@ def test_a_variant_is_a_short_diff_of_the_script(module: ModuleType) -> None:
 
 @pytest.mark.parametrize("module", VARIANTS)
 def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Path) -> None:
-    script = [sys.executable, module.__file__]
+    script = [module.__file__]
     flags = [
         *(*TINY, "--states", "8", "--start-training", "200"),
         *("--critic-successes", "0", "--critic-warmup", "5", "--success-min", "1", "--total-steps"),
@@ -88,8 +88,7 @@ def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Pa
         [*script, "--resume", str(tmp_path / "a"), "--total-steps", "600"],
         [*script, "--eval", str(tmp_path / "a")],
     ):
-        done = subprocess.run(command, capture_output=True, text=True, timeout=PATIENCE)
-        assert done.returncode == 0, done.stdout + done.stderr
+        done = run_script(command, check=0)
     assert "best-of-N policy: success" in done.stdout
     rows = read_metrics(tmp_path / "a")
     assert any("ogpo/actor_grad" in row and math.isfinite(row["ogpo/actor_grad"]) for row in rows)
@@ -99,11 +98,10 @@ def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Pa
 @pytest.mark.parametrize("steps", [slow(400), slow(0)])
 def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps: int) -> None:
     """Within Cal-QL, or between cloning and it (also where there is none)."""
-    script = [sys.executable, ogpo_critic.__file__]
+    script = [ogpo_critic.__file__]
     flags = [*TINY, "--calql-steps", str(steps), "--total-steps", "220", "--start-training", "220", "--log-every", "20"]
     flags += ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
-    done = subprocess.run([*script, *flags, "whole"], capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_script([*script, *flags, "whole"], check=0)
 
     stopping = "import sys; from variants import ogpo_critic as m; "
     stopping += "m.pretrain_critic = lambda run, *_: setattr(run.stop, 'requested', True); m.main(sys.argv[1:])"
@@ -116,11 +114,10 @@ def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps
         stopping = "import itertools, os, sys; from variants import ogpo_critic as m; "
         stopping += "n, f = itertools.count(1), m.update_critic; m.update_critic = lambda *args, **more: "
         stopping += "(next(n) == 40 and os.kill(os.getpid(), 15), f(*args, **more))[1]; m.main(sys.argv[1:])"
-        done = subprocess.run([sys.executable, "-c", stopping, *resume[2:]], capture_output=True, text=True, cwd=ROOT)
+        done = subprocess.run([sys.executable, "-c", stopping, *resume[1:]], capture_output=True, text=True, cwd=ROOT)
         assert "--resume" in done.stdout and done.returncode == 0, done.stdout + done.stderr
         assert 40 <= checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]["calql_step"] < steps
-    done = subprocess.run(resume, capture_output=True, text=True, timeout=PATIENCE)
-    assert done.returncode == 0, done.stdout + done.stderr
+    run_script(resume, check=0)
     whole, broken = (checkpoint.load(tmp_path / name / "checkpoint.pt")["agent"] for name in ("whole", "broken"))
     assert whole["calql_step"] == broken["calql_step"] == steps
     assert sum("eval/ode_success" in row and row["step"] == 0 for row in read_metrics(tmp_path / "broken")) == 1
@@ -596,11 +593,7 @@ def test_likelihood_of_diffusion_chains_is_that_of_their_gaussians(steps: int) -
 
 def test_too_many_diffusion_steps_are_refused_in_one_line(tmp_path: Path) -> None:
     flags = ["--env", "toy", "--preset", "laptop", "--flow-steps", "21", "--run-dir", str(tmp_path), "--no-video"]
-    done = subprocess.run(
-        [sys.executable, ogpo_diffusion.__file__, *flags, "--data-dir", str(tmp_path), "--bc-eval-episodes", "1"],
-        capture_output=True,
-        text=True,
-    )
+    done = run_script([ogpo_diffusion.__file__, *flags, "--data-dir", str(tmp_path), "--bc-eval-episodes", "1"])
     assert done.returncode == 2 and "--flow-steps 21: a chain has at most the 20 steps" in done.stderr
 
 
