@@ -63,7 +63,7 @@ def update_flops(args: og.Args, obs: int, act: int, kept: float, cloning: bool) 
     chains, rows, heads = args.actor.states * args.actor.group, args.critic.critic_batch, args.critic.heads
     total = chains * (k * mlp_flops(actor, False) + heads * mlp_flops(critic, False))
     total += kept * chains * k * mlp_flops(actor, True)
-    total += cloning * args.actor.success_batch * mlp_flops(actor, True)
+    total += cloning * args.critic.critic_batch * mlp_flops(actor, True)
     td = rows * (k * mlp_flops(actor, False) + heads * (mlp_flops(critic, False) + mlp_flops(critic, True)))
     return total + td
 

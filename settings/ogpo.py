@@ -19,16 +19,16 @@ T = TypeVar("T")
 PAPER = dict(
     chunk=4, flow_steps=10, actor_hidden=(512,) * 4, noise_std=0.05, best_of_n=8, best_of_n_heads=2,
     actor_ema=0.005, bc_steps=500_000, bc_lr=3e-4, bc_batch=256, bc_stop_success=0.45, bc_eval_every=5_000,
-    bc_eval_episodes=64, advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0,
-    success_batch=256, success_min=256, actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000,
-    actor_lr_period=50_000, gamma=0.99, heads=10, critic_hidden=(512,) * 4, critic_batch=256, critic_lr=4.5e-5,
-    critic_ema=0.05, total_steps=2_000_000, start_training=10_000, update_every=1, replay_size=2_000_000,
-    eval_every=10_000, eval_interval_episodes=64, reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
+    bc_eval_episodes=64, advantage="conservative", states=256, group=32, clip=0.01, bc_coef=1.0, success_min=256,
+    actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000, gamma=0.99, heads=10,
+    critic_hidden=(512,) * 4, critic_batch=256, critic_lr=4.5e-5, critic_ema=0.05, total_steps=2_000_000,
+    start_training=10_000, update_every=1, replay_size=2_000_000, eval_every=10_000, eval_interval_episodes=64,
+    reward_offset=-1.0, success_bonus=5.0, checkpoint_every=20_000,
 )  # fmt: skip
 TOY = dict(
     num_demos=40, demo_noise=0.3, eval_every=2_000, eval_interval_episodes=50, eval_envs=0,
     gamma=0.95, actor_hidden=(128, 128), critic_hidden=(128, 128), heads=3, critic_batch=128, states=32,
-    success_batch=128, bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=100,
+    bc_batch=128, bc_lr=5e-4, bc_steps=4_000, bc_stop_success=0.45, bc_eval_every=100,
     bc_eval_episodes=100, actor_lr=5e-4, critic_warmup=100, total_steps=4_500, start_training=1_000, update_every=3,
 )  # fmt: skip
 LONG = dict(
@@ -137,7 +137,10 @@ VARIANTS: dict[str, dict] = {
     "ogpo+ca": {},
 }
 # A checkpoint's weights and buffer fit only these settings.
-FIXED = ("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "heads", "num_envs", "replay_size")
+FIXED = (
+    *("env", "chunk", "flow_steps", "actor_hidden", "critic_hidden", "critic_scale", "heads", "num_envs"),
+    "replay_size",
+)
 FIXED_PIXELS = (*FIXED, "cameras", "image_size", "channels", "backbone", "prompt")
 
 

@@ -56,12 +56,13 @@ small_agent = partial(helpers.small_agent, og)
 # --- the stochastic chain ---------------------------------------------------------------------------------------------
 
 
-def test_sample_chain_marginals_follow_the_affine_recursion() -> None:
+def test_sample_chain_marginals_follow_the_affine_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a linear-Gaussian flow every step is affine, so mean and variance of each state are known exactly."""
+    monkeypatch.setattr(og, "NOISE_CLIP", 10.0)
     p = og.PolicyArgs(flow_steps=6, noise_std=0.2)
     n, net = 200_000, GaussianFlow()
     noise = torch.randn(n, p.flow_steps + 1, 1, generator=torch.Generator().manual_seed(0))
-    chain, _ = og.sample_chain(net, torch.zeros(n, 1), noise, replace(p, noise_clip=10.0))
+    chain, _ = og.sample_chain(net, torch.zeros(n, 1), noise, p)
     mean, var = 0.0, 1.0
     for k in range(p.flow_steps - 1):  # the last step clips its mean: not affine
         t = k / p.flow_steps
@@ -75,13 +76,59 @@ def test_sample_chain_marginals_follow_the_affine_recursion() -> None:
         assert x.var().item() == pytest.approx(var, rel=5 * math.sqrt(2 / n))
 
 
-def test_step_mean_correction_keeps_the_marginals() -> None:
-    """Per-step noise g sqrt(1-t) sqrt(dt) is a diffusion; with many steps the corrected drift ends at the data."""
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_sample_chain_with_eta_marginals_follow_the_affine_recursion(
+    eta: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a linear-Gaussian flow every step is affine, so mean and variance of each state are known exactly."""
+    monkeypatch.setattr(og, "NOISE_CLIP", 10.0)
+    p = og.PolicyArgs(flow_steps=6, noise_std=0.2, eta=eta)
+    n, net = 200_000, GaussianFlow()
+    noise = torch.randn(n, p.flow_steps + 1, 1, generator=torch.Generator().manual_seed(0))
+    chain, _ = og.sample_chain(net, torch.zeros(n, 1), noise, p)
+    mean, var = 0.0, 1.0
+    for k in range(p.flow_steps):
+        t, later = k / p.flow_steps, (k + 1) / p.flow_steps
+        ancestral = (1 - later) * math.sqrt(1 - (t * (1 - later) / (later * (1 - t))) ** 2)
+        sigma = max(0.2 * math.sqrt(1 - t), eta * ancestral)
+        slope_v = (t * DATA_STD**2 - (1 - t)) / ((1 - t) ** 2 + (t * DATA_STD) ** 2)
+        of_chunk = 1 + (1 - t) * slope_v  # slope of the predicted chunk in x, and its value at x = 0
+        at_zero = (1 - t) * DATA_MEAN * (1 - t * slope_v)
+        kept = math.sqrt(max((1 - later) ** 2 - sigma**2, 0))
+        slope = later * of_chunk + kept * (1 - t * of_chunk) / (1 - t)
+        mean, var = slope * mean + (later - kept * t / (1 - t)) * at_zero, slope**2 * var + sigma**2
+        x = chain[:, k + 1, 0]
+        assert x.mean().item() == pytest.approx(mean, abs=5 * math.sqrt(var / n))
+        assert x.var().item() == pytest.approx(var, rel=5 * math.sqrt(2 / n) + 2e-3)  # few predictions are clipped
+
+
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_step_mean_keeps_the_marginals(eta: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With many steps, and with noise that shrinks as their root, the chain ends at the data."""
+    monkeypatch.setattr(og, "NOISE_CLIP", 10.0)
     steps, n = 200, 20_000
     noise = torch.randn(n, steps + 1, 1, generator=torch.Generator().manual_seed(1))
-    p = og.PolicyArgs(flow_steps=steps, noise_std=1.5 / math.sqrt(steps), noise_clip=10.0)
+    p = og.PolicyArgs(flow_steps=steps, noise_std=1e-3 if eta else 1.5 / math.sqrt(steps), eta=eta)
     chain, _ = og.sample_chain(GaussianFlow(), torch.zeros(n, 1), noise, p)
+    for t in (0.25, 0.5, 0.9):
+        want = math.sqrt((1 - t) ** 2 + (t * DATA_STD) ** 2)
+        assert chain[:, round(t * steps)].std().item() == pytest.approx(want, rel=0.05)
     assert chain[:, -2].std().item() == pytest.approx(DATA_STD, rel=0.05)
+
+
+def test_step_mean_with_eta_1_is_the_posterior_of_the_path_s_noising() -> None:
+    """As DDPM's: x_t given the later x is a Markov step of more noise, conditioned on chunk and x_t by Bayes' rule."""
+    p = og.PolicyArgs(flow_steps=5, noise_std=1e-4, eta=1.0)
+    times, sigmas = og.flow_schedule(p, torch.device("cpu"))
+    chunk, noise = torch.tensor([0.3, -0.8]), torch.tensor([1.1, -0.4])
+    for t, sigma in zip(times[:-1], sigmas[:-1], strict=True):
+        x, later = t * chunk + (1 - t) * noise, t + 1 / p.flow_steps
+        shrink = t / later
+        added = (1 - t) ** 2 - (shrink * (1 - later)) ** 2
+        precision = 1 / (1 - later) ** 2 + shrink**2 / added
+        want = (later * chunk / (1 - later) ** 2 + shrink * x / added) / precision
+        assert sigma.item() == pytest.approx(precision.item() ** -0.5, rel=1e-4)
+        torch.testing.assert_close(og.step_mean(x, chunk - noise, t, sigma, p), want, rtol=1e-4, atol=1e-5)
 
 
 def test_sample_ode_transports_noise_to_the_data() -> None:
@@ -91,22 +138,20 @@ def test_sample_ode_transports_noise_to_the_data() -> None:
     assert torch.allclose(out, (DATA_MEAN + DATA_STD * x).clamp(-1, 1), atol=2e-3)
 
 
-def test_chain_log_prob_matches_torch_distributions() -> None:
-    agent, args = small_agent(noise_std=0.3)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_chain_log_prob_matches_torch_distributions(eta: float) -> None:
+    agent, args = small_agent(noise_std=0.3, eta=eta)
     p, n, dim = args.policy, 16, 8
     obs = torch.randn(n, 5)
     chain, _ = og.sample_chain(agent.actor_ema, obs, torch.randn(n, p.flow_steps + 1, dim), p)
     perturbed(agent.actor, 0.02)
     want = torch.zeros(n)
     constant = torch.zeros(())
+    times, sigmas = og.flow_schedule(p, torch.device("cpu"))
     for k in range(p.flow_steps):
-        t, sigma = torch.tensor(k / p.flow_steps), p.noise_std * math.sqrt(1 - k / p.flow_steps)
-        x = chain[:, k]
-        v = agent.actor(obs, x, agent.actor.embed(t))
-        drift = v + 0.5 * p.noise_std**2 * p.flow_steps * (t * v - x)
-        mean = x + drift / p.flow_steps
-        if k == p.flow_steps - 1:
-            mean = mean.clamp(-1, 1)
+        t, sigma = times[k], sigmas[k]
+        v = agent.actor(obs, chain[:, k], agent.actor.embed(t))
+        mean = og.step_mean(chain[:, k], v, t, sigma, p)
         want += Normal(mean, sigma).log_prob(chain[:, k + 1]).sum(-1)
         constant += dim * Normal(0.0, sigma).log_prob(torch.zeros(()))
     want += Normal(0.0, 1.0).log_prob(chain[:, 0]).sum(-1)
@@ -115,8 +160,9 @@ def test_chain_log_prob_matches_torch_distributions() -> None:
     assert torch.allclose(got, (want - constant) / ((p.flow_steps + 1) * dim), atol=1e-5)
 
 
-def test_chain_log_prob_equals_the_sampler_s_at_equal_parameters() -> None:
-    agent, args = small_agent(noise_std=0.3)
+@pytest.mark.parametrize("eta", [0.0, 1.0])
+def test_chain_log_prob_equals_the_sampler_s_at_equal_parameters(eta: float) -> None:
+    agent, args = small_agent(noise_std=0.3, eta=eta)
     perturbed(agent.actor, 0.3)
     agent.actor_ema.load_state_dict(agent.actor.state_dict())
     obs, noise = torch.randn(256, 5), torch.randn(256, args.policy.flow_steps + 1, 8)
@@ -126,16 +172,16 @@ def test_chain_log_prob_equals_the_sampler_s_at_equal_parameters() -> None:
     assert torch.allclose(ratio, torch.ones(256), atol=1e-5)
 
 
-def test_sample_chain_clips_the_noise_of_every_step() -> None:
+def test_sample_chain_clips_the_noise_of_every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     agent, args = small_agent()
-    p = replace(args.policy, noise_clip=0.5)
+    p = args.policy
+    monkeypatch.setattr(og, "NOISE_CLIP", 0.5)
     noise = torch.randn(64, p.flow_steps + 1, 8)
     chain, _ = og.sample_chain(agent.actor, torch.zeros(64, 5), noise, p)
     times, sigmas = og.flow_schedule(p, torch.device("cpu"))
     for k in range(p.flow_steps):
         v = agent.actor(torch.zeros(64, 5), chain[:, k], agent.actor.embed(times[k]))
-        mean = og.step_mean(chain[:, k], v, times[k], p)
-        step = chain[:, k + 1] - (mean.clamp(-1, 1) if k == p.flow_steps - 1 else mean)
+        step = chain[:, k + 1] - og.step_mean(chain[:, k], v, times[k], sigmas[k], p)
         assert step.abs().max() <= 0.5 * sigmas[k] + 1e-5
 
 
@@ -257,10 +303,10 @@ def test_critic_ensemble_heads_are_independent_and_equal_their_single_nets() -> 
             h = h @ w[m] + b[m, 0]
             h = torch.nn.functional.layer_norm(h, h.shape[-1:], g[m, 0], s[m, 0], eps=1e-6)
             h = torch.nn.functional.gelu(h)
-        h = h @ c.weights[-1][m] + c.biases[-1][m, 0]
-        assert torch.allclose(q[m], h[:, 0], atol=1e-5)
+        h = c.output_scale * (h @ c.weights[-1][m] + c.biases[-1][m, 0])
+        torch.testing.assert_close(q[m], h[:, 0], rtol=1e-5, atol=1e-4)
     with torch.no_grad():  # head by head, on a CPU
-        assert torch.allclose(agent.critic(obs, action), q, atol=1e-5)
+        torch.testing.assert_close(agent.critic(obs, action), q.detach(), rtol=1e-5, atol=1e-4)
     q[1].sum().backward()
     assert all(p.grad[0].abs().sum() == 0 and p.grad[2].abs().sum() == 0 for p in agent.critic.parameters())
 
@@ -434,7 +480,10 @@ def test_periodic_lr_warms_up_decays_and_repeats() -> None:
     assert og.periodic_lr(0, a) == 2e-5 and og.periodic_lr(2_000, a) == pytest.approx(4.5e-5)
     assert og.periodic_lr(1_000, a) == pytest.approx(3.25e-5) and og.periodic_lr(26_000, a) == pytest.approx(3.25e-5)
     assert og.periodic_lr(49_999, a) == pytest.approx(2e-5, rel=1e-4) and og.periodic_lr(50_000, a) == 2e-5
-    assert og.periodic_lr(123, replace(a, actor_lr_period=0)) == 4.5e-5
+    a = replace(a, actor_lr_period=0)  # warms up once, then constant
+    assert og.periodic_lr(0, a) == 2e-5 and og.periodic_lr(1_000, a) == pytest.approx(3.25e-5)
+    assert og.periodic_lr(2_000, a) == og.periodic_lr(123_456, a) == 4.5e-5
+    assert og.periodic_lr(0, replace(a, actor_lr_warmup=0)) == 4.5e-5
 
 
 def test_default_args_paper_preset_has_the_paper_s_sizes_and_schedule() -> None:
@@ -444,8 +493,8 @@ def test_default_args_paper_preset_has_the_paper_s_sizes_and_schedule() -> None:
         chunk=4, gamma=0.99, flow_steps=10, critic_ema=0.05, actor_ema=0.005, noise_std=0.05, bc_coef=1.0,
         advantage="conservative", actor_hidden=(512,) * 4, critic_hidden=(512,) * 4,
         bc_steps=500_000, bc_stop_success=0.45, start_training=10_000, total_steps=2_000_000, eval_every=10_000,
-        critic_batch=256, states=256, success_batch=256, group=32, clip=0.01, heads=10, update_every=1,
-        replay_size=2_000_000, best_of_n=8, best_of_n_heads=2, noise_clip=3.0,
+        critic_batch=256, states=256, eta=0.0, critic_scale=1.0, group=32, clip=0.01, heads=10, update_every=1,
+        replay_size=2_000_000, best_of_n=8, best_of_n_heads=2,
         actor_lr=4.5e-5, actor_lr_min=2e-5, actor_lr_warmup=2_000, actor_lr_period=50_000,
         critic_lr=4.5e-5, bc_lr=3e-4, bc_batch=256, reward_offset=-1.0, success_bonus=5.0,
         eval_interval_episodes=64, bc_eval_episodes=64, horizon=300,

@@ -348,7 +348,7 @@ SMALL = [
     *("--bc-eval-episodes", "2", "--eval-episodes", "2", "--eval-interval-episodes", "2", "--eval-every", "200"),
     *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--states", "8", "--start-training", "120"),
     *("--critic-successes", "0", "--critic-warmup", "3", "--success-min", "1", "--critic-batch", "32"),
-    *("--image-size", "24", "--channels", "4", "--success-batch", "8", "--checkpoint-every", "100"),
+    *("--image-size", "24", "--channels", "4", "--checkpoint-every", "100"),
 ]  # fmt: skip
 
 

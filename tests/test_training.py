@@ -36,7 +36,7 @@ SMALL = [
     *("--eval-envs", "0", "--bc-eval-every", "20", "--critic-successes", "0"),
     *("--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4", "--eval-every", "500"),
     *("--log-every", "100", "--checkpoint-every", "200", "--start-training", "200", "--actor-hidden", "16", "16"),
-    *("--critic-hidden", "16", "16", "--states", "8", "--success-batch", "4", "--critic-warmup", "5"),
+    *("--critic-hidden", "16", "16", "--states", "8", "--critic-warmup", "5"),
 ]  # fmt: skip
 
 

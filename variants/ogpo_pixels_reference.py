@@ -65,6 +65,7 @@ from settings import ogpo as settings
 Info = dict[str, Tensor]  # scalars to log
 COMPILED = ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss")  # by --compile
 RECORDED = ()
+NOISE_CLIP = 3.0  # a chain's normal draws are clipped to this many deviations [C]
 
 # --- Arguments. Values are the `laptop` preset's; settings/ogpo.py holds what other presets and tasks change. ---------
 
@@ -135,8 +136,8 @@ class PolicyArgs:
     chunk: Size = 4  # H, environment steps per action chunk, all executed
     flow_steps: Size = 4  # K, denoising steps
     actor_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of the velocity network
-    noise_std: Positive = 0.1  # c: step k of the chain has noise c * sqrt(1 - t_k) [C]
-    noise_clip: Positive = 3.0  # standard normal draws are clipped to this many deviations [C]
+    noise_std: Positive = 0.1  # c: step k of the chain has at least the noise c * sqrt(1 - t_k) [C]
+    eta: Unit = 0.0  # and this share of ancestral sampling's noise, DDPM's on a flow [S 1.3]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
     best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
@@ -178,12 +179,11 @@ class ActorArgs:
     group: Several = 8  # G, chains per state
     clip: NonNegative = 0.01  # epsilon of the clipped objective, on the normalised ratio
     bc_coef: NonNegative = 1.0  # lambda, weight of the flow-matching loss on successful episodes; 0 turns it off
-    success_batch: Size = 256  # chunks per success batch, drawn with replacement
     success_min: Natural = 64  # none before this many chunk starts have succeeded; paper: 256
     actor_lr: NonNegative = 3e-4  # peak learning rate
-    actor_lr_min: NonNegative = 3e-4  # learning rate at the start and end of each period
+    actor_lr_min: NonNegative = 0.0  # learning rate at the start and end of each period
     actor_lr_warmup: Natural = 0  # updates of the actor in the linear warm-up at the start of each period
-    actor_lr_period: Natural = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: constant
+    actor_lr_period: Natural = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: one, without decay
 
 
 @dataclass
@@ -196,7 +196,8 @@ class CriticArgs:
     heads: Size = 4  # M, independent critics
     critic_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of each critic
     critic_batch: Size = 256  # chunks per update
-    critic_lr: NonNegative = 1e-3  # learning rate; Adam moves a value by about this much an update, over a range of 100
+    critic_scale: Positive = 1.0  # a value is this times a head's output
+    critic_lr: NonNegative = 1e-3  # learning rate; Adam moves an output by about this much, values have a range of 100
     critic_ema: Unit = 0.05  # step size of the target critics
     next_samples: Size = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
     critic_warmup: Natural = 250  # updates of the critics alone
@@ -309,21 +310,20 @@ class VelocityNet(nn.Module):
 class CriticEnsemble(nn.Module):
     """M independent heads Q_m(s, chunk), linear -> layer norm -> GELU, as batched matrix products [C]."""
 
-    def __init__(
-        self, heads: int, chunk_dim: int, hidden: tuple[int, ...], features: int, mean: Tensor, std: Tensor
-    ) -> None:
+    def __init__(self, chunk_dim: int, c: CriticArgs, features: int, mean: Tensor, std: Tensor) -> None:
         super().__init__()
-        self.tier = TwoTier(heads, features, len(mean) - features, hidden[0])
+        self.output_scale = c.critic_scale
+        self.tier = TwoTier(c.heads, features, len(mean) - features, c.critic_hidden[0])
         self.register_buffer("obs_mean", mean.clone())
         self.register_buffer("obs_std", std.clone())
-        sizes = (hidden[0] + chunk_dim, *hidden, 1)
-        bounds = [math.sqrt(6 / (i + o)) for i, o in pairwise(sizes)]
+        sizes, heads = (c.critic_hidden[0] + chunk_dim, *c.critic_hidden, 1), c.heads
+        bounds = [math.sqrt(6 / (i + o)) / (1 if o > 1 else self.output_scale) for i, o in pairwise(sizes)]
         self.weights = nn.ParameterList(
             torch.empty(heads, i, o).uniform_(-b, b) for (i, o), b in zip(pairwise(sizes), bounds, strict=True)
         )
         self.biases = nn.ParameterList(torch.zeros(heads, 1, o) for o in sizes[1:])
-        self.scales = nn.ParameterList(torch.ones(heads, 1, o) for o in hidden)
-        self.shifts = nn.ParameterList(torch.zeros(heads, 1, o) for o in hidden)
+        self.scales = nn.ParameterList(torch.ones(heads, 1, o) for o in c.critic_hidden)
+        self.shifts = nn.ParameterList(torch.zeros(heads, 1, o) for o in c.critic_hidden)
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         """obs (n, O), action (n, D) -> (M, n)"""
@@ -339,7 +339,7 @@ class CriticEnsemble(nn.Module):
             x = torch.baddbmm(self.biases[i][part], x, self.weights[i][part])
             x = F.layer_norm(x, x.shape[-1:], eps=1e-6)
             x = F.gelu(torch.addcmul(self.shifts[i][part], x, self.scales[i][part]))
-        return torch.baddbmm(self.biases[-1][part], x, self.weights[-1][part]).squeeze(-1)
+        return self.output_scale * torch.baddbmm(self.biases[-1][part], x, self.weights[-1][part]).squeeze(-1)
 
 
 # --- Losses and samplers. Randomness comes in as tensors, so that each is a pure function. ---------------------------
@@ -361,36 +361,39 @@ def random_shift(images: Tensor, offset: Tensor) -> Tensor:
 
 
 def flow_schedule(p: PolicyArgs, device: torch.device) -> tuple[Tensor, Tensor]:
-    """times t_k = k/K and sigmas c * sqrt(1 - t_k), each (K,) [C: tapered noise]"""
+    """times t_k = k/K and sigmas, each (K,): c * sqrt(1 - t_k) [C], or eta of ancestral sampling's if more [S 1.3]."""
     times = torch.arange(p.flow_steps, device=device) / p.flow_steps
-    return times, p.noise_std * (1 - times).sqrt()
+    later = times + 1 / p.flow_steps
+    kept = times * (1 - later) / (later * (1 - times))  # share of the old noise that eta 1 keeps
+    return times, torch.maximum(p.noise_std * (1 - times).sqrt(), p.eta * (1 - later) * (1 - kept.square()).sqrt())
 
 
-def step_mean(x: Tensor, v: Tensor, t: Tensor, p: PolicyArgs) -> Tensor:
-    """Mean of the next chain state: an Euler step along v plus the score correction [S 1.3].
+def step_mean(x: Tensor, v: Tensor, t: Tensor, sigma: Tensor, p: PolicyArgs) -> Tensor:
+    """Mean of the next chain state, which gets noise sigma [S 1.3]: x, v (..., D), t and sigma broadcastable.
 
-    On the linear path the score is (t v - x) / (1 - t). Noise c sqrt(1-t) a step is a diffusion with g^2 = c^2 (1-t) K,
-    which keeps the flow's marginals if its drift gains g^2 / 2 times the score [deviation: released without the K].
+    With eta: v splits x into chunk and noise of a straight path; the next state is later on it, with fresh noise for as
+    much variance of the old. Else an Euler step plus the score's part [deviation: released adds a K-th of that].
     """
-    gain = 0.5 * p.noise_std**2 * p.flow_steps
-    return x + (v + gain * (t * v - x)) / p.flow_steps
+    later = t + 1 / p.flow_steps
+    if p.eta == 0:
+        mean = x + (v + 0.5 * p.noise_std**2 * p.flow_steps * (t * v - x)) / p.flow_steps
+        return torch.where(later > 1 - 1e-6, mean.clamp(-1, 1), mean)
+    chunk = (x + (1 - t) * v).clamp(-1, 1)
+    return later * chunk + ((1 - later).square() - sigma.square()).clamp(min=0).sqrt() * (x - t * chunk) / (1 - t)
 
 
 def sample_chain(net: VelocityNet, obs: Tensor, noise: Tensor, p: PolicyArgs) -> tuple[Tensor, Tensor]:
     """Stochastic denoising chain and its log-probability per Gaussian coordinate, up to a constant [S 1.3, 1.4].
 
-    obs (n, O), noise (n, K+1, D) standard normal -> chain (n, K+1, D), log_prob (n,). The last mean is clipped to the
-    range of actions. The action is the clipped last state; the last state itself is kept unclipped, so that old and new
-    policy score the same number [deviation: the released code clips it under one of them, which biases the ratio].
+    obs (n, O), noise (n, K+1, D) standard normal -> chain (n, K+1, D), log_prob (n,). The action is the clipped last
+    state, which is kept unclipped here: both policies score the same number [deviation: released clips it under one].
     """
     times, sigmas = flow_schedule(p, obs.device)
     t_emb = net.embed(times)  # (K, 32)
-    z = noise[:, 1:].clamp(-p.noise_clip, p.noise_clip)  # (n, K, D)
+    z = noise[:, 1:].clamp(-NOISE_CLIP, NOISE_CLIP)  # (n, K, D)
     chain = [noise[:, 0]]
     for k in range(p.flow_steps):
-        mean = step_mean(chain[k], net(obs, chain[k], t_emb[k]), times[k], p)
-        if k == p.flow_steps - 1:
-            mean = mean.clamp(-1, 1)
+        mean = step_mean(chain[k], net(obs, chain[k], t_emb[k]), times[k], sigmas[k], p)
         chain.append(mean + sigmas[k] * z[:, k])
     log_prob = -0.5 * (noise[:, 0].square().sum(-1) + z.square().sum((1, 2)))
     return torch.stack(chain, 1), log_prob / noise[0].numel()
@@ -400,8 +403,7 @@ def chain_log_prob(net: VelocityNet, obs: Tensor, chain: Tensor, p: PolicyArgs) 
     """The same of stored chains: obs (n, O), chain (n, K+1, D) -> (n,). One pass over all n K states [S 1.4]."""
     times, sigmas = (s[:, None] for s in flow_schedule(p, obs.device))  # (K, 1)
     x, x_next = chain[:, :-1], chain[:, 1:]  # (n, K, D)
-    mean = step_mean(x, net(obs[:, None], x, net.embed(times[:, 0])), times, p)
-    mean = torch.cat([mean[:, :-1], mean[:, -1:].clamp(-1, 1)], 1)
+    mean = step_mean(x, net(obs[:, None], x, net.embed(times[:, 0])), times, sigmas, p)
     z = (x_next - mean) / sigmas
     return -0.5 * (chain[:, 0].square().sum(-1) + z.square().sum((1, 2))) / chain[0].numel()
 
@@ -485,13 +487,11 @@ def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Ten
 
 
 def periodic_lr(step: int, a: ActorArgs) -> float:
-    """Linear warm-up from the least rate to the peak, cosine back, repeated every period; constant if that is 0 [C]."""
-    if a.actor_lr_period == 0:
-        return a.actor_lr
-    step, warmup = step % a.actor_lr_period, a.actor_lr_warmup
+    """Linear warm-up from the least rate to the peak, cosine back, repeated every period [C]; 0: constant after it."""
+    step, warmup = step % (a.actor_lr_period or step + 1), a.actor_lr_warmup
     if step < warmup:
         return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * step / warmup
-    phase = math.pi * (step - warmup) / (a.actor_lr_period - warmup)
+    phase = math.pi * (step - warmup) / (a.actor_lr_period - warmup) if a.actor_lr_period else 0.0
     return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
 
 
@@ -516,9 +516,9 @@ class Agent:
             std[features:] += 1e-2  # keeps nearly constant entries from exploding
         self.actor = VelocityNet(dim, p.actor_hidden, features, mean, std).to(device)
         self.actor_ema = copy.deepcopy(self.actor).requires_grad_(False)
-        self.critic = CriticEnsemble(c.heads, dim, c.critic_hidden, features, mean, std).to(device)
+        self.critic = CriticEnsemble(dim, c, features, mean, std).to(device)
         # The value of never succeeding [deviation: released critics start near 0, above every value of a poor policy].
-        nn.init.constant_(self.critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3))
+        nn.init.constant_(self.critic.biases[-1], c.reward_offset / max(1 - c.gamma, 1e-3) / c.critic_scale)
         self.critic_ema = copy.deepcopy(self.critic).requires_grad_(False)
         self.actor_opt = adam(self.actor.parameters(), args.pretrain.bc_lr, device)
         learns = None if frozen else self.encoder.parameters()  # while cloning
@@ -556,8 +556,7 @@ def act_best_of_n(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
     p, dim = args.policy, agent.actor.out.out_features
     n = p.best_of_n if agent.best_of_n_on else 1
     rows = obs.repeat_interleave(n, 0)  # (B N, O)
-    noise = rng.randn(len(rows), p.flow_steps + 1, dim)
-    action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)  # (B N, D)
+    action = sample_chain(agent.actor_ema, rows, rng.randn(len(rows), p.flow_steps + 1, dim), p)[0][:, -1].clamp(-1, 1)
     if n > 1:
         q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
         best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads)
@@ -648,7 +647,7 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
     agent.policy_gradient_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
     if agent.policy_gradient_on:
         if buffer.success_starts.size >= a.success_min:
-            success = buffer.sample(a.success_batch, rng, device, success=True)
+            success = buffer.sample(c.critic_batch, rng, device, success=True)
         set_rate(agent.actor_opt, periodic_lr(agent.actor_updates, a))
         info = update_actor(agent, batch.obs[: a.states], success if a.bc_coef > 0 else None, args)
         agent.actor_updates += 1
