@@ -385,10 +385,10 @@ def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Ten
 
 def periodic_lr(step: int, a: ActorArgs) -> float:
     """Linear warm-up from the least rate to the peak, cosine back, repeated every period [C]; 0: constant after it."""
-    step, warmup = step % (a.actor_lr_period or step + 1), a.actor_lr_warmup
+    step, warmup = step % (a.actor_lr_period or math.inf), a.actor_lr_warmup
     if step < warmup:
         return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * step / warmup
-    phase = math.pi * (step - warmup) / (a.actor_lr_period - warmup) if a.actor_lr_period else 0.0
+    phase = math.pi * (step - warmup) / ((a.actor_lr_period or math.inf) - warmup)
     return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
 
 

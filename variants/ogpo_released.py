@@ -298,8 +298,7 @@ def step_mean(x: Tensor, v: Tensor, t: Tensor, sigma: Tensor, p: PolicyArgs) -> 
     later = t + 1 / p.flow_steps
     if p.eta == 0:
         gain = 0.5 * p.noise_std**2 * (p.flow_steps if p.score_correction == "matched" else 1)
-        mean = x + (v + gain * (t * v - x)) / p.flow_steps
-        return torch.where(later > 1 - 1e-6, mean.clamp(-1, 1), mean)
+        return x + (v + gain * (t * v - x)) / p.flow_steps  # clipped below, as clip_mean says
     chunk = (x + (1 - t) * v).clamp(-1, 1)
     return later * chunk + ((1 - later).square() - sigma.square()).clamp(min=0).sqrt() * (x - t * chunk) / (1 - t)
 
@@ -391,10 +390,10 @@ def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Ten
 
 def periodic_lr(step: int, a: ActorArgs) -> float:
     """Linear warm-up from the least rate to the peak, cosine back, repeated every period [C]; 0: constant after it."""
-    step, warmup = step % (a.actor_lr_period or step + 1), a.actor_lr_warmup
+    step, warmup = step % (a.actor_lr_period or math.inf), a.actor_lr_warmup
     if step < warmup:
         return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * step / warmup
-    phase = math.pi * (step - warmup) / (a.actor_lr_period - warmup) if a.actor_lr_period else 0.0
+    phase = math.pi * (step - warmup) / ((a.actor_lr_period or math.inf) - warmup)
     return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
 
 
