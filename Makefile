@@ -5,7 +5,8 @@
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
-PIP = $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-warn-conflicts
+PIP = $(VENV)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --no-warn-conflicts
+COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true # on every core, where pip uses one
 
 .PHONY: lift test test-all doctor
 
@@ -27,8 +28,10 @@ $(VENV)/.installed: requirements.txt requirements-nodeps.txt
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) --only-binary :all: -r requirements.txt
 	$(PIP) --only-binary :all: --no-deps -r requirements-nodeps.txt
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	$(PIP) --only-binary :all: -r requirements-dev.txt
+	$(COMPILE)
 	touch $@
