@@ -36,7 +36,7 @@ STEPS = {"lift": (0, 3_000, 4_000, 6_000, 8_000, 12_000), "can": (0, 4_000, 8_00
 
 def run_flags(env: str, config: str, seed: int) -> list[str]:
     start = str(cloned(env, seed).relative_to(ROOT))
-    return [*common_flags(env, seed), *CONFIGS[config].flags, "--eval-episodes", "20", "--cloned", start]
+    return [*common_flags(env, config, seed), *CONFIGS[config].flags, "--eval-episodes", "20", "--cloned", start]
 
 
 def run(env: str, config: str, seed: int) -> int:

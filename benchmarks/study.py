@@ -23,7 +23,7 @@ import plots
 import runs
 import study_stats as stats
 from runs import ROOT, RUNS
-from study_configs import ALONE, CLAIMS, CONFIGS, EARLIER, EVERY, FIGURES, SAME, SEEDS, STEPS, Figure, Panel
+from study_configs import ALONE, CLAIMS, CONFIGS, EARLIER, EVERY, FIGURES, SAME, SEEDS, STEPS, Figure, Panel, settings
 
 
 def cloned(task: str, seed: int) -> Path:
@@ -32,13 +32,14 @@ def cloned(task: str, seed: int) -> Path:
     return kept if (kept / "cloned.pt").exists() else RUNS / f"study_{task}_clone_s{seed}"
 
 
-def common_flags(task: str, seed: int) -> list[str]:
-    return ["--env", task, "--preset", "laptop", "--seed", str(seed), "--no-video"]
+def common_flags(task: str, config: str, seed: int) -> list[str]:
+    script = CONFIGS[config].script if config in CONFIGS else "ogpo_state.py"
+    return ["--env", task, "--preset", "laptop", "--seed", str(seed), "--no-video", *settings(task, script)]
 
 
 def run_flags(task: str, config: str, seed: int) -> list[str]:
     """Flags of a run; `clone` makes the policy from which the others of the task and seed start."""
-    flags = common_flags(task, seed)
+    flags = common_flags(task, config, seed)
     if config == "clone":
         return [*flags, "--total-steps", "0"]
     flags += ["--total-steps", str(STEPS[task]), "--eval-every", str(EVERY[task]), *CONFIGS[config].flags]
