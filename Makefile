@@ -6,7 +6,8 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 PIP = $(VENV)/bin/python -m pip install --no-compile --quiet --disable-pip-version-check --no-warn-conflicts
-COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true # on every core, where pip uses one
+# On every core, where pip uses one. As with pip, a file of a package that does not compile stops nothing.
+COMPILE = $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
 .PHONY: lift test test-all doctor
 

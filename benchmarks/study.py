@@ -32,9 +32,13 @@ def cloned(task: str, seed: int) -> Path:
     return kept if (kept / "cloned.pt").exists() else RUNS / f"study_{task}_clone_s{seed}"
 
 
+def script_of(config: str) -> str:
+    return "ogpo_state.py" if config == "clone" else CONFIGS[config].script
+
+
 def common_flags(task: str, config: str, seed: int) -> list[str]:
-    script = CONFIGS[config].script if config in CONFIGS else "ogpo_state.py"
-    return ["--env", task, "--preset", "laptop", "--seed", str(seed), "--no-video", *settings(task, script)]
+    shared = settings(task, script_of(config))
+    return ["--env", task, "--preset", "laptop", "--seed", str(seed), "--no-video", *shared]
 
 
 def run_flags(task: str, config: str, seed: int) -> list[str]:
@@ -52,8 +56,7 @@ def run_one(task: str, config: str, seed: int) -> int:
     """Exit code of one run; the stored cloned policies are not made again."""
     if config == "clone" and cloned(task, seed).parent == stats.STORE:
         return 0
-    script = "ogpo_state.py" if config == "clone" else CONFIGS[config].script
-    return runs.execute(script, f"study_{task}_{config}_s{seed}", run_flags(task, config, seed))
+    return runs.execute(script_of(config), f"study_{task}_{config}_s{seed}", run_flags(task, config, seed))
 
 
 def run(

@@ -5,13 +5,6 @@ from dataclasses import dataclass
 SEEDS = (1, 2, 3)
 STEPS = {"lift": 12_000, "can": 20_000, "peg-insert-side": 12_000}
 EVERY = {"lift": 2_000, "can": 4_000, "peg-insert-side": 2_000}  # steps between evaluations
-# What all runs have, whatever the scripts' defaults become; a configuration's own flags come later and win.
-_SETTINGS = ("--critic-scale", "1", "--actor-lr-warmup", "0", "--critic-successes", "10")
-_LIFT = (
-    *("--bc-stop-success", "0.5", "--bc-eval-every", "100", "--bc-eval-episodes", "32", "--collect-horizon", "150"),
-    *("--start-training", "2000", "--update-every", "4"),
-)
-_FLOW = ("--eta", "0")
 
 
 @dataclass(frozen=True)
@@ -23,17 +16,26 @@ class Config:
     script: str = "ogpo_state.py"
 
 
-def settings(task: str, script: str) -> tuple[str, ...]:
-    """Flags of the settings that all runs of a task and a script share."""
-    return (*_SETTINGS, *(_FLOW if script != DIFFUSION else ()), *(_LIFT if task == "lift" else ()))
-
-
 EARLIER = "\N{DAGGER}"  # behind the title: the stored runs predate a correction of the method (docs/log.md, 2026-11-29)
 
 
 EXTRACTION, CRITIC, REFERENCE, RELEASED, DIFFUSION = (
     f"variants/ogpo_{name}.py" for name in ("extraction", "critic", "reference", "released", "diffusion")
 )
+
+# What all runs have, whatever the scripts' defaults become; a configuration's own flags come later and win.
+_SETTINGS = ("--critic-scale", "1", "--actor-lr-warmup", "0", "--critic-successes", "10")
+_LIFT = (
+    *("--bc-stop-success", "0.5", "--bc-eval-every", "100", "--bc-eval-episodes", "32", "--collect-horizon", "150"),
+    *("--start-training", "2000", "--update-every", "4"),
+)
+_FLOW = ("--eta", "0")
+
+
+def settings(task: str, script: str) -> tuple[str, ...]:
+    """Flags of the settings that all runs of a task and a script share."""
+    return (*_SETTINGS, *(_FLOW if script != DIFFUSION else ()), *(_LIFT if task == "lift" else ()))
+
 
 # Habits of the released code on our settings, all others off: critics from around 0 that act, and an actor that moves,
 # from the first update on, with replay cloning until there are successes; a second critic step on successes.
