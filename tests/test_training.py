@@ -107,7 +107,8 @@ def assert_interruptions_change_nothing(
     assert_same_run(tmp_path / "whole", broken)
 
 
-@pytest.mark.parametrize("envs", [slow("1"), "3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("envs", ["1", "3"])
 def test_main_killed_and_resumed_runs_end_bitwise_equal(tmp_path: Path, envs: str) -> None:
     """In mid-training by SIGKILL, and in mid-episode by SIGTERM."""
     flags = [*SMALL, "--num-envs", envs]
