@@ -24,7 +24,7 @@ EXTRACTION, CRITIC, REFERENCE, RELEASED, DIFFUSION = (
 )
 
 # What all runs have, whatever the scripts' defaults become; a configuration's own flags come later and win.
-_SETTINGS = ("--critic-scale", "1", "--actor-lr-warmup", "0", "--critic-successes", "10")
+_SETTINGS = ("--critic-scale", "1", "--actor-lr-warmup", "0", "--n-step", "1", "--critic-successes", "10")
 _LIFT = (
     *("--bc-stop-success", "0.5", "--bc-eval-every", "100", "--bc-eval-episodes", "32", "--collect-horizon", "150"),
     *("--start-training", "2000", "--update-every", "4"),
@@ -45,11 +45,11 @@ CORRECTED = (
     *("--bc-stop-policy", "ode", "--no-ema-lag"),
 )
 _START = (
-    *(*CORRECTED, "--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0"),
+    *(*CORRECTED, "--critic-warmup", "0", "--critic-successes", "0"),
     *("--no-pessimistic-init", "--bc-fallback", "--no-success-critic"),
 )
 _SUCCESS_CRITIC = (
-    *(*CORRECTED, "--critic-warmup", "250", "--critic-successes", "10", "--choose-successes", "2"),
+    *(*CORRECTED, "--critic-warmup", "250", "--critic-successes", "10"),
     *("--pessimistic-init", "--no-bc-fallback", "--success-critic"),
 )
 RELEASED_START: dict[str, Config] = {
@@ -88,7 +88,7 @@ CONFIGS: dict[str, Config] = {
     **RELEASED_START,
     "wsrl": Config(
         "OGPO+CA, WSRL warm-up",
-        ("--start-training", "4000", "--critic-warmup", "1000", "--critic-successes", "0", "--choose-successes", "0"),
+        ("--start-training", "4000", "--critic-warmup", "1000", "--critic-successes", "0"),
     ),
     "lr_warmup": Config(
         "OGPO+CA, learning-rate warm-up",
@@ -96,7 +96,7 @@ CONFIGS: dict[str, Config] = {
     ),
     "calql": Config(
         "OGPO+CA, Cal-QL start",
-        ("--calql-steps", "2000", "--critic-warmup", "0", "--critic-successes", "0", "--choose-successes", "0"),
+        ("--calql-steps", "2000", "--critic-warmup", "0", "--critic-successes", "0"),
         CRITIC,
     ),
     "mc": Config("OGPO+CA, MC regression", ("--calql-steps", "0", "--mc-coef", "1"), CRITIC),

@@ -12,13 +12,14 @@ Arrays = Sequence[np.ndarray]  # one for every step of an episode
 
 @dataclass
 class Batch:
-    """n action chunks of H steps, each from inside one episode."""
+    """n action chunks of H steps, each from inside one episode, with what T steps from its first one on gave."""
 
     obs: torch.Tensor  # (n, O) observation at the chunk's first step
     actions: torch.Tensor  # (n, H, A)
-    rewards: torch.Tensor  # (n, H)
-    next_obs: torch.Tensor  # (n, O) observation after the chunk's last step
-    terminated: torch.Tensor  # (n,) 1.0 where the episode ended for good with the chunk's last step
+    rewards: torch.Tensor  # (n, T), 0 after the episode's end
+    steps: torch.Tensor  # (n,) T, or as many as there are to the episode's end; of a row with several rewards, those
+    next_obs: torch.Tensor  # (n, O) observation after them
+    terminated: torch.Tensor  # (n,) 1.0 where the episode ended for good with the last of them
     rows: np.ndarray  # (n,) the buffer's row of the chunk's first step
 
 
@@ -109,11 +110,18 @@ class ReplayBuffer:
             if success:
                 self.success_starts.drop(n)
 
-    def sample(self, n: int, rng: np.random.Generator, device: torch.device, success: bool = False) -> Batch:
-        """n chunk starts, uniform with replacement, over all episodes or over the successful ones."""
+    def sample(
+        self, n: int, rng: np.random.Generator, device: torch.device, success: bool = False, chunks: int = 1
+    ) -> Batch:
+        """n chunk starts, uniform with replacement, over all episodes or over the successful ones.
+
+        chunks: the rewards of so many, as far as the episode has them, and what comes after those.
+        """
         start = (self.success_starts if success else self.starts).sample(n, rng)  # (n,)
         rows = start[:, None] + np.arange(self.horizon)  # (n, H)
-        last = start + self.horizon
+        ahead = start[:, None] + np.arange(chunks * self.horizon)  # (n, T)
+        last = np.minimum(ahead[:, -1] + 1, self.ends[start])  # (n,)
+        inside = (ahead < last[:, None]).reshape(*ahead.shape, *[1] * (self.rewards.ndim - 1))
 
         def tensor(x: np.ndarray) -> torch.Tensor:
             return torch.from_numpy(x).to(device)
@@ -121,7 +129,8 @@ class ReplayBuffer:
         return Batch(
             obs=tensor(self.obs[start]),
             actions=tensor(self.actions[rows]),
-            rewards=tensor(self.rewards[rows]).flatten(1),
+            rewards=tensor(self.rewards[np.minimum(ahead, last[:, None])] * inside).flatten(1),
+            steps=tensor(((last - start) * self.rewards[0].size).astype(np.float32)),
             next_obs=tensor(self.obs[last]),
             terminated=tensor(self.terminated[last - 1]),
             rows=start,

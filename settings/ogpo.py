@@ -68,7 +68,7 @@ SETTINGS: dict[tuple[str, str], dict] = {
     ("laptop", "kitchen-*"): dict(demos="minari", reward_offset=-7.0, success_bonus=3.0),
     ("laptop", "mt10"): dict(
         num_demos=200, bc_steps=3_000, bc_eval_every=100, bc_eval_episodes=100, start_training=5_000,
-        choose_successes=50, critic_successes=200, success_min=640, update_every=16,
+        critic_successes=200, success_min=640, update_every=16,
         eval_every=50_000, eval_interval_episodes=50, total_steps=200_000,
     ),
     **{("laptop", f"{name}*"): HAND | dict(demo_noise=noise) for name, noise in HANDS.items()},
@@ -99,7 +99,7 @@ PIXELS: dict[tuple[str, str], dict] = {
 # script sets the conservative advantage and does not pass it on; cloning has a cosine rate where that is passed on.
 NO_SUCCESS_CRITIC = dict(success_critic=False)
 RELEASED: dict[tuple[str, str], dict] = {
-    ("*", "*"): dict(critic_warmup=0, choose_successes=0, critic_successes=0, success_min=256),
+    ("*", "*"): dict(critic_warmup=0, critic_successes=0, success_min=256),
     ("*", "tool_hang"): NO_SUCCESS_CRITIC,
     ("*", "kitchen-*"): NO_SUCCESS_CRITIC,
     **{("*", f"{name}*"): NO_SUCCESS_CRITIC | dict(advantage="vanilla") for name in HANDS},

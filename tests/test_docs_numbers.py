@@ -276,7 +276,7 @@ ALLOWED = {  # kind -> what it looks like
     "setting of a benchmark": r"starts 1e-15 faster|below 0\.9 it trades .* 0\.7 to 0\.8 reads best",
     "interval of actions": r"\[\u22121, 1\]",
     "reward as trained": r"\u22121 a step",
-    "part of a thing": r"half the width|two half jumps|by quarters",
+    "part of a thing": r"half the width|two half jumps|by quarters|a quarter of # episodes",
 }
 UNIT = r"(?:minutes?|min|seconds|hours?|days?|ms|GiB|GB|MB|%|times|tokens/s|steps/s)(?!\w)"
 MEASURED = re.compile(  # a decimal, a negative number, a number with a unit, k of n, a part of a thing, a perplexity

@@ -26,7 +26,7 @@ def test_update_actor_of_fixed_shapes_is_the_eager_one(advantage: str, cloning: 
         perturbed(agent.actor, 0.1)
         g = torch.Generator().manual_seed(3)
         obs, actions = torch.randn(8, 5, generator=g), torch.rand(8, 4, 2, generator=g)
-        batch = Batch(obs, actions, torch.zeros(8, 4), obs, torch.zeros(8), np.arange(8))
+        batch = Batch(obs, actions, torch.zeros(8, 4), torch.full((8,), 4.0), obs, torch.zeros(8), np.arange(8))
         infos = [og.update_actor(agent, obs, batch if cloning else None, args) for _ in range(3)]
         steps.append((torch.nn.utils.parameters_to_vector(agent.actor.parameters()), infos))
     (eager, told), (fixed, said) = steps
@@ -76,7 +76,7 @@ def test_recorded_copies_arguments_replays_and_keeps_kinds_apart(monkeypatch: py
     for i in range(1, 8):
         for whole in (False, True):
             x, obs = torch.full((2,), float(i)), torch.full((3,), 10.0 * i)
-            batch = Batch(obs, *[torch.zeros(1)] * 4, np.zeros(1)) if whole else None
+            batch = Batch(obs, *[torch.zeros(1)] * 5, np.zeros(1)) if whole else None
             said = fn(scale, x, batch)
             total += 2.0 * i
             assert state == said["state"] == total  # the call that is recorded counts once, too

@@ -260,11 +260,12 @@ def test_update_actor_leaves_out_chains_without_advantage_exactly() -> None:
 
 def test_td_target_on_a_hand_solved_chain() -> None:
     """Three-step corridor, reward -1, +4 at the end, gamma 0.5, chunks of 2; Q-bar of the next state is known."""
-    rewards = torch.tensor([[-1.0, -1.0], [-1.0, 4.0], [-1.0, -1.0]])
-    terminated = torch.tensor([0.0, 1.0, 0.0])  # the third ends by the time limit: it bootstraps
-    q_next = torch.tensor([[8.0, 99.0, 4.0], [4.0, -99.0, 0.0]])  # heads: mean 6, ignored, 2
-    want = [-1 - 0.5 + 0.25 * 6, -1 + 0.5 * 4, -1 - 0.5 + 0.25 * 2]
-    assert og.td_target(rewards, terminated, q_next, 0.5).tolist() == pytest.approx(want)
+    rewards = torch.tensor([[-1.0, -1.0], [-1.0, 4.0], [-1.0, -1.0], [-1.0, 0.0]])
+    steps = torch.tensor([2.0, 2.0, 2.0, 1.0])
+    terminated = torch.tensor([0.0, 1.0, 0.0, 0.0])  # the last two end by the time limit: they bootstrap
+    q_next = torch.tensor([[8.0, 99.0, 4.0, 8.0], [4.0, -99.0, 0.0, 4.0]])  # heads: mean 6, ignored, 2, 6
+    want = [-1 - 0.5 + 0.25 * 6, -1 + 0.5 * 4, -1 - 0.5 + 0.25 * 2, -1 + 0.5 * 6]
+    assert og.td_target(rewards, steps, terminated, q_next, 0.5).tolist() == pytest.approx(want)
 
 
 def test_update_critic_averages_next_actions_without_moving_the_target(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,6 +274,7 @@ def test_update_critic_averages_next_actions_without_moving_the_target(monkeypat
         obs=torch.zeros(64, 5),
         actions=torch.zeros(64, 4, 2),
         rewards=torch.zeros(64, 4),
+        steps=torch.full((64,), 4.0),
         next_obs=torch.ones(64, 5),
         terminated=torch.zeros(64),
         rows=np.zeros(64, np.int64),
@@ -324,7 +326,7 @@ def test_agent_critics_start_at_the_value_of_never_succeeding() -> None:
     agent, args = small_agent(gamma=0.98, reward_offset=-1.0)
     assert agent.critic_ema(obs, action).mean(1) == pytest.approx(-50.0, abs=1.5)
     failing = torch.full((500, 4), args.critic.reward_offset)
-    fixed = og.td_target(failing, torch.zeros(500), torch.full((4, 500), -50.0), 0.98)
+    fixed = og.td_target(failing, torch.full((500,), 4.0), torch.zeros(500), torch.full((4, 500), -50.0), 0.98)
     torch.testing.assert_close(fixed, torch.full((500,), -50.0))
 
 
@@ -336,6 +338,7 @@ def test_update_critic_learns_the_values_of_a_two_state_mdp() -> None:
         obs=states.repeat(32, 1),
         actions=torch.rand(64, 1, 2, generator=torch.Generator().manual_seed(0)) * 2 - 1,
         rewards=-torch.ones(64, 1),
+        steps=torch.ones(64),
         next_obs=states.flip(0).repeat(32, 1),
         terminated=torch.tensor([0.0, 1.0]).repeat(32),
         rows=np.zeros(64, np.int64),
@@ -409,7 +412,7 @@ def test_update_best_of_n_waits_for_a_success_and_the_actor_for_more() -> None:
     obs = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
     buffer = ReplayBuffer(500, 5, 2, 4)
     rng = np.random.default_rng(0)
-    agent, args = small_agent(critic_warmup=3, choose_successes=1, critic_successes=2, success_min=8)
+    agent, args = small_agent(critic_warmup=3, critic_successes=4, success_min=8)
 
     def episode(success: bool) -> None:
         actions = rng.uniform(-1, 1, (20, 2)).astype(np.float32)
@@ -432,7 +435,7 @@ def test_update_best_of_n_waits_for_a_success_and_the_actor_for_more() -> None:
         assert "nonzero" not in info and "bc_loss" not in info and "td_loss" in info
     assert all(torch.equal(p, q) for p, q in zip(before, agent.actor.parameters(), strict=True))
     assert not agent.policy_gradient_on
-    episode(True)
+    episode(True), episode(True), episode(True)
     info = og.update(agent, buffer, args, rng)
     assert agent.policy_gradient_on and "nonzero" in info and "bc_loss" in info
     assert not acts_by_single_samples()
@@ -501,7 +504,7 @@ def test_default_args_paper_preset_has_the_paper_s_sizes_and_schedule() -> None:
     )  # fmt: skip
     assert {k: a[k] for k in want} == want
     ours = cli.flatten(og.Args())
-    for name in ("critic_warmup", "choose_successes", "critic_successes"):
+    for name in ("critic_warmup", "critic_successes"):
         assert a[name] == ours[name] > 0
 
 
@@ -572,6 +575,36 @@ def test_replay_buffer_chunks_never_cross_an_episode_end() -> None:
     assert set(good.obs[:, 0].tolist()) == {0, 1, 2}
 
 
+def test_replay_buffer_rewards_of_several_chunks_stop_at_the_end_of_an_episode() -> None:
+    buffer = ReplayBuffer(100, 1, 1, 2)
+    fill(buffer, 9, 0, True, True)
+    fill(buffer, 7, 50, False, False)
+    batch = buffer.sample(2_000, np.random.default_rng(0), torch.device("cpu"), chunks=3)
+    starts, last = batch.obs[:, 0], torch.where(batch.obs[:, 0] < 50, 9.0, 57.0)
+    after = torch.minimum(starts + 6, last)
+    assert set(starts.tolist()) == {*range(8), *range(50, 56)}
+    assert torch.equal(batch.next_obs[:, 0], after) and torch.equal(batch.steps, after - starts)
+    assert torch.equal(batch.terminated, (after == 9).float())  # the second episode is cut: it bootstraps
+    seen = starts[:, None] + torch.arange(6)
+    rewards = torch.where(seen < after[:, None], seen - 50.0 * (starts[:, None] >= 50), 0.0)
+    assert torch.equal(batch.rewards, rewards)
+    assert torch.equal(batch.actions[:, :, 0], 10 * (starts[:, None] + torch.arange(2)))
+
+
+@pytest.mark.parametrize("chunks", [1, 2])
+def test_replay_buffer_rows_of_whole_chunks_count_steps(chunks: int) -> None:
+    """A row with two rewards, as from pixels, is two steps."""
+    buffer = ReplayBuffer(100, 1, 1, 1, rewards=2)
+    t = np.arange(4, dtype=np.float32)
+    buffer.add_episode(t[:, None], t[:-1, None], np.stack([2 * t[:-1], 2 * t[:-1] + 1], 1), True, True)
+    batch = buffer.sample(200, np.random.default_rng(0), torch.device("cpu"), chunks=chunks)
+    starts = batch.obs[:, 0]
+    after = torch.minimum(starts + chunks, torch.tensor(3.0))
+    assert torch.equal(batch.next_obs[:, 0], after) and torch.equal(batch.steps, 2 * (after - starts))
+    steps = 2 * starts[:, None] + torch.arange(2 * chunks)
+    assert torch.equal(batch.rewards, torch.where(steps < 6, steps, 0.0))
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3])
 def test_replay_buffer_an_end_before_the_chunk_is_full_keeps_its_return(steps: int) -> None:
     """One chunk, whose target is the discounted reward up to the end whatever the critics say of what follows."""
@@ -581,7 +614,7 @@ def test_replay_buffer_an_end_before_the_chunk_is_full_keeps_its_return(steps: i
     batch = buffer.sample(3, np.random.default_rng(0), torch.device("cpu"), success=True)
     assert (batch.obs == 10).all() and (batch.next_obs == 10 + steps).all() and (batch.terminated == 1).all()
     assert batch.actions[0, :, 0].tolist() == [10.0 * (10 + min(i, steps - 1)) for i in range(4)]
-    target = og.td_target(batch.rewards, batch.terminated, torch.full((2, 3), 1e6), 0.5)
+    target = og.td_target(batch.rewards, batch.steps, batch.terminated, torch.full((2, 3), 1e6), 0.5)
     assert torch.allclose(target, torch.full((3,), sum(t * 0.5**t for t in range(steps))))
 
 

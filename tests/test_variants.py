@@ -651,7 +651,7 @@ def test_ogpo_released_without_its_habits_is_the_script(eta: float) -> None:
     for success in (True, False, True):
         actions = rng.uniform(-1, 1, (20, 2)).astype(np.float32)
         buffer.add_episode(rng.normal(size=(21, 5)).astype(np.float32), actions, -np.ones(20), success, success)
-    shared = dict(critic_warmup=2, critic_successes=1, choose_successes=1, success_min=8, best_of_n=8)
+    shared = dict(critic_warmup=2, critic_successes=1, success_min=8, best_of_n=8)
     ends = []
     for module, more in ((og, {}), (ogpo_released, CORRECTED)):
         agent, args = small_agent(module, **shared, eta=eta, critic_scale=10.0, actor_lr_warmup=100, **more)
@@ -679,7 +679,7 @@ def test_default_args_released_paper_preset_is_the_released_table() -> None:
         critic_lr=4.5e-5, actor_weight_decay=0.0, critic_weight_decay=1e-5, bc_lr=3e-4, bc_batch=256,
         reward_offset=-1.0, success_bonus=5.0, eval_interval_episodes=64, bc_eval_episodes=64,
         score_correction="released", clip_mean="all", clip_chain_end=True, bc_fallback=True, horizon=300,
-        critic_warmup=0, choose_successes=0, critic_successes=0, pessimistic_init=False, success_min=256,
+        critic_warmup=0, critic_successes=0, n_step=1, pessimistic_init=False, success_min=256,
     )  # fmt: skip
     assert {k: a[k] for k in want} == want
     assert not ogpo_released.default_args("lift", "paper", "ogpo").critic.success_critic

@@ -171,10 +171,10 @@ class CriticArgs:
     critic_scale: Positive = 1.0  # a value is this times a head's output
     critic_lr: NonNegative = 1e-3  # learning rate; Adam moves an output by about this much, values have a range of 100
     critic_ema: Unit = 0.05  # step size of the target critics
+    n_step: Size = 1  # chunks whose rewards a target sums before it bootstraps [S 1.7]
     next_samples: Size = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
     critic_warmup: Natural = 250  # updates of the critics alone
-    choose_successes: Natural = 2  # successful episodes, and critic_warmup, before best-of-N acts
-    critic_successes: Natural = 10  # successful episodes, and critic_warmup, before the actor moves
+    critic_successes: Natural = 10  # successes, and critic_warmup, before the actor moves; a quarter: before best-of-N
     next_reduce: Literal["mean", "median", "trimmed"] = "mean"  # of next actions, per head; trimmed: the middle half
     calql_steps: Natural = 2_000  # critic updates on the demonstrations before RL [S 1.9]
     calql_coef: NonNegative = 5.0  # weight of their conservative term [C]
@@ -361,13 +361,13 @@ def ppo_loss(log_prob: Tensor, old: Tensor, advantage: Tensor, clip: float, chai
     return loss, {"ratio_off": off.sum() / chains, "clipped": (off > clip).float().sum() / chains}
 
 
-def td_target(rewards: Tensor, terminated: Tensor, q_next: Tensor, gamma: float) -> Tensor:
-    """Chunked target [S 1.7]: rewards (n, H), terminated (n,), q_next (M, n) of target heads -> (n,).
+def td_target(rewards: Tensor, steps: Tensor, terminated: Tensor, q_next: Tensor, gamma: float) -> Tensor:
+    """Chunked target [S 1.7]: rewards (n, T), steps (n,) they took, terminated (n,), q_next (M, n) of target heads.
 
-    sum_i gamma^i r_i + gamma^H (1 - terminated) mean_m Q_m. A truncated episode bootstraps, a terminated one does not.
+    sum_i gamma^i r_i + gamma^steps (1 - terminated) mean_m Q_m. A truncated episode bootstraps, a terminated does not.
     """
-    powers = gamma ** torch.arange(rewards.shape[1], device=rewards.device)  # (H,)
-    return (rewards * powers).sum(-1) + gamma ** rewards.shape[1] * (1 - terminated) * q_next.mean(0)
+    powers = gamma ** torch.arange(rewards.shape[1], device=rewards.device)  # (T,)
+    return (rewards * powers).sum(-1) + gamma**steps * (1 - terminated) * q_next.mean(0)
 
 
 def reduce_samples(q: Tensor, how: str) -> Tensor:
@@ -451,7 +451,7 @@ class Agent:
         self.calql_step = 0
         self.updates = 0  # online updates so far
         self.actor_updates = 0  # those of them that moved the actor along the critics
-        self.best_of_n_on = c.critic_warmup == 0 and c.choose_successes == 0  # the critics can tell candidates apart
+        self.best_of_n_on = c.critic_warmup == c.critic_successes == 0  # the critics can tell candidates apart
         self.policy_gradient_on = False  # and may move the actor
 
 
@@ -540,7 +540,7 @@ def update_critic(agent: Agent, batch: Batch, args: Args, buffer: ReplayBuffer, 
         next_action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)
         q_next = agent.critic_ema(rows, next_action).unflatten(1, (-1, c.next_samples))  # (M, n, G')
         q_next = reduce_samples(q_next, c.next_reduce)
-        target = td_target(batch.rewards, batch.terminated, q_next, c.gamma)
+        target = td_target(batch.rewards, batch.steps, batch.terminated, q_next, c.gamma)
     loss, info = critic_loss(agent.critic, batch.obs, action, target)
     info["td_loss"] = loss.detach()
     if calql or c.mc_coef > 0:
@@ -565,7 +565,7 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
     turn the noise of their first opinions into full-sized steps [deviation: the released code trusts them untrained].
     """
     a, c, device = args.actor, args.critic, agent.rng.device
-    batch, success, info = buffer.sample(max(c.critic_batch, a.states), rng, device), None, {}
+    batch, success, info = buffer.sample(max(c.critic_batch, a.states), rng, device, chunks=c.n_step), None, {}
     agent.policy_gradient_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes
     if agent.policy_gradient_on:
         if buffer.success_starts.size >= a.success_min:
@@ -575,7 +575,7 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
         agent.actor_updates += 1
     info |= update_critic(agent, batch, args, buffer)
     agent.updates += 1
-    agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.choose_successes
+    agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes // 4
     return info
 
 
