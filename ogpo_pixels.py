@@ -10,8 +10,6 @@ what the robot feels are the observation, and the policy is improved online as f
 
     python ogpo_pixels.py --env lift                   # two cameras of 84 x 84 pixels: from 0.32-0.40 to 0.94-1.00
     python ogpo_pixels.py --env toy                    # a drawn image, no simulator, two minutes of one core
-    python ogpo_pixels.py --env lift --render-check    # writes what the cameras see, and stops
-    python ogpo_pixels.py --env lift --backbone MODEL  # frozen pretrained encoder: folder or hub name
     python ogpo_pixels.py --env square --preset paper  # the paper's sizes and schedule, for a GPU
     python ogpo_pixels.py --eval runs/NAME             # evaluate a checkpoint; --resume runs/NAME continues it exactly
 
@@ -213,10 +211,7 @@ def default_args(env: str = "lift", preset: str = "laptop", variant: str = "ogpo
 
 
 class Encoder(nn.Module):
-    """A convolutional network per camera and a spatial softmax: at which row and column each learned pattern is.
-
-    [Finn et al. 2016; the released code has a small vision transformer or a frozen PaliGemma.]
-    """
+    """Convolutions per camera, spatial softmax [Finn et al. 2016]: where each pattern is. Released: ViT, PaliGemma."""
 
     def __init__(self, p: PixelArgs) -> None:
         super().__init__()
@@ -252,10 +247,8 @@ class TwoTier(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """obs (n, F + P) -> (M, n, width)"""
-        parts = []
-        for x, w, b, scale, shift in zip(
-            obs.split(self.sizes, -1), self.weights, self.biases, self.scales, self.shifts, strict=True
-        ):
+        parts, both = [], (self.weights, self.biases, self.scales, self.shifts)
+        for x, w, b, scale, shift in zip(obs.split(self.sizes, -1), *both, strict=True):
             h = F.layer_norm(x @ w + b, w.shape[-1:], eps=1e-6)  # (M, n, width / 2)
             parts.append(F.gelu(torch.addcmul(shift, h, scale)))
         return torch.cat(parts, -1)

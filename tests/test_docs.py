@@ -55,6 +55,15 @@ def test_script_tags_are_headings_of_its_page(script: Path) -> None:
     assert not re.findall(r"\bdocs \d\S*", text), "a section is named by its tag, as [P 1.6]"
 
 
+@pytest.mark.parametrize(
+    ("script", "lines"), [("ogpo_state", 600), ("ogpo_pixels", 750), ("flm_train", 640), ("fmlm_distill", 660)]
+)
+def test_script_is_short_and_its_losses_stand_in_its_first_half(script: str, lines: int) -> None:
+    text = (ROOT / f"{script}.py").read_text()
+    first = next(node.lineno for node in ast.parse(text).body if getattr(node, "name", "").endswith("_loss"))
+    assert len(text.splitlines()) <= lines and first < 330
+
+
 # --- Links ------------------------------------------------------------------------------------------------------------
 
 

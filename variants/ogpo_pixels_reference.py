@@ -226,10 +226,7 @@ def default_args(env: str = "lift", preset: str = "laptop", variant: str = "ogpo
 
 
 class Encoder(nn.Module):
-    """A convolutional network per camera and a spatial softmax: at which row and column each learned pattern is.
-
-    [Finn et al. 2016; the released code has a small vision transformer or a frozen PaliGemma.]
-    """
+    """Convolutions per camera, spatial softmax [Finn et al. 2016]: where each pattern is. Released: ViT, PaliGemma."""
 
     def __init__(self, p: PixelArgs) -> None:
         super().__init__()
@@ -265,10 +262,8 @@ class TwoTier(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """obs (n, F + P) -> (M, n, width)"""
-        parts = []
-        for x, w, b, scale, shift in zip(
-            obs.split(self.sizes, -1), self.weights, self.biases, self.scales, self.shifts, strict=True
-        ):
+        parts, both = [], (self.weights, self.biases, self.scales, self.shifts)
+        for x, w, b, scale, shift in zip(obs.split(self.sizes, -1), *both, strict=True):
             h = F.layer_norm(x @ w + b, w.shape[-1:], eps=1e-6)  # (M, n, width / 2)
             parts.append(F.gelu(torch.addcmul(shift, h, scale)))
         return torch.cat(parts, -1)
