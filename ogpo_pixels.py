@@ -247,8 +247,8 @@ class TwoTier(nn.Module):
 
     def forward(self, obs: Tensor) -> Tensor:
         """obs (n, F + P) -> (M, n, width)"""
-        parts, both = [], (self.weights, self.biases, self.scales, self.shifts)
-        for x, w, b, scale, shift in zip(obs.split(self.sizes, -1), *both, strict=True):
+        parts, layers = [], (self.weights, self.biases, self.scales, self.shifts)
+        for x, w, b, scale, shift in zip(obs.split(self.sizes, -1), *layers, strict=True):
             h = F.layer_norm(x @ w + b, w.shape[-1:], eps=1e-6)  # (M, n, width / 2)
             parts.append(F.gelu(torch.addcmul(shift, h, scale)))
         return torch.cat(parts, -1)

@@ -118,7 +118,6 @@ class ReplayBuffer:
         chunks: the rewards of so many, as far as the episode has them, and what comes after those.
         """
         start = (self.success_starts if success else self.starts).sample(n, rng)  # (n,)
-        rows = start[:, None] + np.arange(self.horizon)  # (n, H)
         ahead = start[:, None] + np.arange(chunks * self.horizon)  # (n, T)
         last = np.minimum(ahead[:, -1] + 1, self.ends[start])  # (n,)
         inside = (ahead < last[:, None]).reshape(*ahead.shape, *[1] * (self.rewards.ndim - 1))
@@ -128,7 +127,7 @@ class ReplayBuffer:
 
         return Batch(
             obs=tensor(self.obs[start]),
-            actions=tensor(self.actions[rows]),
+            actions=tensor(self.actions[ahead[:, : self.horizon]]),
             rewards=tensor(self.rewards[np.minimum(ahead, last[:, None])] * inside).flatten(1),
             steps=tensor(((last - start) * self.rewards[0].size).astype(np.float32)),
             next_obs=tensor(self.obs[last]),
