@@ -113,7 +113,6 @@ class TaskArgs:
     eval_interval_episodes: Count = 20  # episodes of each evaluation during training
     eval_episodes: Count = 100  # episodes of the first and last evaluation and of --eval
     eval_envs: Helpers = 2  # processes that evaluate beside the training, other noise for each number; 0: it waits
-    eval_seed: Seed = 0  # number of the first evaluation episode; no training episode is among them
 
 
 @dataclass
@@ -685,11 +684,11 @@ def main(argv: list[str]) -> None:
     r, t, device = args.run, args.task, pick_device(args.run.device, args.run.threads)
     pixels = Pixels(args.pixels.cameras, args.pixels.image_size)
     if args.pixels.render_check:
-        write_views(make_env(r.env, pixels=pixels), folder, t.eval_seed)
+        write_views(make_env(r.env, pixels=pixels), folder)
         return
     flat = cli.flatten(args)
     with checkpoint.StopSignal() as stop, Run(folder, saved, stop, flat, r.env, t.horizon, device, pixels) as run:
-        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
+        run.open_evaluation(t.eval_envs, args.policy.chunk)
         if not r.eval:
             run.check_disk(0)  # before the work of demonstrations; for the buffer when the encoder is there
         cloning = not (r.eval or (saved and saved["agent"]["bc_done"]))

@@ -19,20 +19,20 @@ from common.rng import Rng
 Work = Callable[[VectorEnv[Any, Any, Any]], Any]
 
 
-def acting(policy: Policy, noise_seed: int, device: torch.device) -> Act:
-    """The policy between arrays, with a new source of noise."""
-    rng = Rng(noise_seed, device)
+def acting(policy: Policy, device: torch.device) -> Act:
+    """The policy between arrays, with the same noise each time."""
+    rng = Rng(0, device)
     return lambda obs: act_on_arrays(policy, obs, rng)
 
 
 def evaluate_all(
-    policies: Mapping[str, Policy], encode: Encode, seeds: Sequence[int], tasks: Sequence[str], noise_seed: int,
+    policies: Mapping[str, Policy], encode: Encode, seeds: Sequence[int], tasks: Sequence[str],
     device: torch.device, envs: VectorEnv[Any, Any, Any],
 ) -> dict[str, EvalResult]:  # fmt: skip
-    """{name: result} of every policy, each with a new source of noise; tasks: several under one policy, or none."""
+    """{name: result} of every policy, each with the same noise; tasks: several under one policy, or none."""
     results, parts = {}, tuple(tasks[seed % len(tasks)] for seed in seeds) if tasks else ()
     for name, policy in policies.items():
-        results[name] = replace(evaluate(envs, acting(policy, noise_seed, device), seeds, encode), parts=parts)
+        results[name] = replace(evaluate(envs, acting(policy, device), seeds, encode), parts=parts)
     return results
 
 

@@ -106,15 +106,14 @@ class Run(TrackedRun):
         if beside := saved.pop("beside", None):
             self._begin_again(beside)
 
-    def open_evaluation(self, processes: int, chunk: int, seed: int) -> None:
+    def open_evaluation(self, processes: int, chunk: int) -> None:
         """Environments of the evaluations; what they show and take gives obs_dim and act_dim.
 
         processes: with an environment each, driven by another one, for which training need not wait; 0: one environment
-        here. seed: of the first episode and the noise. With pixels obs_dim is what the robot feels, without features.
+        here. With pixels obs_dim is what the robot feels, without features.
         """
         number = max(processes, 1)
         make = partial(make_vec_env, self.task.name, number, horizon=self.horizon, chunk=chunk, pixels=self.pixels)
-        self.eval_seed = seed
         if processes and not self.args["eval"]:
             envs = self.evaluator = Evaluator(make)
             self.callback(envs.close)
@@ -197,8 +196,8 @@ class Run(TrackedRun):
 
     def _work(self, policies: Mapping[str, Policy], encode: Encode, use: str, episodes: int, only: str) -> Work:
         chosen = {only: policies[only]} if only else dict(policies)
-        seeds = eval_seeds(use, self.eval_seed, episodes)
-        return partial(evaluate_all, chosen, encode, seeds, self.task.tasks, self.eval_seed, self.device)
+        seeds = eval_seeds(use, episodes)
+        return partial(evaluate_all, chosen, encode, seeds, self.task.tasks, self.device)
 
     def _report(self, step: int, label: str, log: str, results: dict[str, EvalResult]) -> dict[str, EvalResult]:
         if log:
@@ -252,14 +251,14 @@ class Run(TrackedRun):
         """If wanted, write three episodes of a policy as mp4, or a one-line note on why there is no video."""
         if not wanted:
             return
-        seeds = eval_seeds("final", self.eval_seed, 3)
+        seeds = eval_seeds("final", 3)
         try:
             with suppress(checkpoint.Stopped), self.stop.at_once(), ExitStack() as stack:
                 env = make_env(self.task.name, horizon=self.horizon, render=True, pixels=self.pixels)
                 stack.callback(env.close)
                 record_video(
                     env,
-                    acting(self.policies[policy], self.eval_seed, self.device),
+                    acting(self.policies[policy], self.device),
                     self.folder / name,
                     seeds,
                     encode=self.encode,

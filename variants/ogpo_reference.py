@@ -110,7 +110,6 @@ class TaskArgs:
     eval_interval_episodes: Count = 20  # episodes of each evaluation during training
     eval_episodes: Count = 100  # episodes of the first and last evaluation and of --eval
     eval_envs: Helpers = 2  # processes that evaluate beside the training, other noise for each number; 0: it waits
-    eval_seed: Seed = 0  # number of the first evaluation episode; no training episode is among them
 
 
 @dataclass
@@ -637,7 +636,7 @@ def main(argv: list[str]) -> None:
     )  # fmt: skip
     r, t, device = args.run, args.task, pick_device(args.run.device, args.run.threads)
     with checkpoint.StopSignal() as stop, Run(folder, saved, stop, cli.flatten(args), r.env, t.horizon, device) as run:
-        run.open_evaluation(t.eval_envs, args.policy.chunk, t.eval_seed)
+        run.open_evaluation(t.eval_envs, args.policy.chunk)
         if not r.eval:
             buffer = ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
             run.check_disk(min(r.replay_size, 2 * r.total_steps) * buffer.row_bytes)  # an episode of one step has two
