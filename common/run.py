@@ -218,7 +218,11 @@ class Run(TrackedRun):
         self.log.progress(self.step, {"success": f"{recent['success']:.2f}" if recent else "-"})
 
     def log_training(self, updates: Mapping[str, float], episodes: Episodes) -> None:
-        """A line of metrics.jsonl: means over the updates and over the last episodes, number of finished episodes."""
+        """A line of metrics.jsonl: means over the updates and over the last episodes, number of finished episodes.
+
+        Stops the run if one of the updates' is not finite.
+        """
+        self.stop_if_not_finite(updates)
         buffer, need = self.parts["buffer"], self.args["critic_batch"]
         if self.step >= self.args["start_training"] and buffer.starts.size < need:
             self.log.say(

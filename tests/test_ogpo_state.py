@@ -7,6 +7,7 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import ModuleType
+from unittest.mock import MagicMock
 
 import numpy as np
 import pytest
@@ -476,6 +477,78 @@ def test_demos_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> 
 
 
 # --- schedules, presets, flags ----------------------------------------------------------------------------------------
+
+
+# --- critics that start on demonstrations ----------------------------------------------------------------------------
+
+
+def demonstrations(chunk: int = 4) -> Demos:
+    """Two of 6 and 3 steps; the second is shorter than a chunk of 4."""
+    rng = np.random.default_rng(0)
+    obs, actions = rng.standard_normal((9, 5)), rng.uniform(-1, 1, (9, 2))
+    return Demos(obs.astype(np.float32), actions.astype(np.float32), np.array([6, 9]), "made here")
+
+
+def test_calql_term_by_hand() -> None:
+    """One head, one state: of four other chunks one is below the return of 1 and counts as much as that."""
+    q_demo, q_other, returns = torch.tensor([[2.0]]), torch.tensor([[[3.0, -5.0, 4.0, 1.5]]]), torch.tensor([1.0])
+    want = math.log(math.exp(3) + math.exp(1) + math.exp(4) + math.exp(1.5)) - 2
+    assert og.calql_term(q_demo, q_other, returns).item() == pytest.approx(want, rel=1e-6)
+    below = q_other.clone().requires_grad_()
+    og.calql_term(q_demo, below, returns).backward()
+    assert below.grad[0, 0, 1] == 0 and (below.grad[0, 0, [0, 2, 3]] > 0).all()
+
+
+def test_demos_episodes_repeat_the_last_observation() -> None:
+    demos = demonstrations()
+    (obs, actions), (obs2, actions2) = demos.episodes()
+    assert obs.shape == (7, 5) and actions.shape == (6, 2) and obs2.shape == (4, 5) and actions2.shape == (3, 2)
+    assert (obs[:6] == demos.obs[:6]).all() and (obs[6] == demos.obs[5]).all() and (obs2[:3] == demos.obs[6:]).all()
+
+
+def test_pretrain_critic_gives_each_chunk_the_return_that_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """-1 a step, 4 at the end (offset -1, success 1, bonus 4), gamma 0.5; as many updates as asked, then best-of-N."""
+    changes = dict(gamma=0.5, success_bonus=4.0, calql_steps=5, critic_warmup=0, critic_successes=0, critic_batch=32)
+    agent, args = small_agent(**changes)
+    seen: dict[int, set[float]] = {}
+
+    def spy(agent: og.Agent, batch: Batch, args: og.Args, returns: torch.Tensor) -> og.Info:
+        for row, value in zip(batch.rows.tolist(), returns.tolist(), strict=True):
+            seen.setdefault(row, set()).add(round(value, 6))
+        assert batch.actions.shape == (32, 4, 2)
+        return {"calql": torch.zeros(()), "td_loss": torch.zeros(())}
+
+    monkeypatch.setattr(og, "update_critic", spy)
+    run = MagicMock(obs_dim=5, act_dim=2)
+    run.stop.requested = False
+    assert not agent.best_of_n_on
+    og.pretrain_critic(run, agent, demonstrations(), args)
+    assert agent.calql_step == 5 and agent.best_of_n_on and run.save.called
+    total = [-sum(0.5**i for i in range(left)) + 5 * 0.5 ** (left - 1) for left in (6, 5, 4)]
+    # The second demonstration is one chunk, in rows 7 to 11: its end is repeated once, which pays nothing.
+    assert {row: seen[row] for row in (0, 1, 2)} == {
+        row: {round(x, 6)} for row, x in zip((0, 1, 2), total, strict=True)
+    }
+    assert seen.keys() == {0, 1, 2, 7}
+
+
+def test_update_critic_with_returns_puts_demonstrated_chunks_above_others() -> None:
+    buffer, rng = ReplayBuffer(1_000, 5, 2, 4), np.random.default_rng(0)
+    for _ in range(10):
+        actions = np.full((20, 2), 0.5) + 0.05 * rng.standard_normal((20, 2))
+        buffer.add_episode(rng.standard_normal((21, 5)), actions, np.append(-np.ones(19), 4.0), True, True)
+    gaps = []
+    for returns in (None, torch.zeros(64)):
+        agent, args = small_agent(critic_lr=3e-3, reward_offset=0.0)
+        for _ in range(150):
+            batch = buffer.sample(64, rng, torch.device("cpu"))
+            info = og.update_critic(agent, batch, args, returns)
+        with torch.no_grad():
+            other = agent.critic(batch.obs, torch.rand(64, 8) * 2 - 1).mean()
+            gaps.append((agent.critic(batch.obs, batch.actions.flatten(1)).mean() - other).item())
+        assert all(math.isfinite(v.item()) and not v.requires_grad for v in info.values())
+        assert ("calql" in info) == (returns is not None)
+    assert gaps[1] > gaps[0] + 0.5
 
 
 def test_periodic_lr_warms_up_decays_and_repeats() -> None:

@@ -27,11 +27,11 @@ OWN = {
     ogpo_critic: {
         *("RECORDED",),
         *("CriticArgs", "reduce_samples", "returns_to_go", "calql_term", "conservative", "update_critic", "update"),
-        *("pretrain_critic", "Agent", "pretrain", "train"),
+        *("CALQL_COEF", "CALQL_ACTIONS", "pretrain_critic"),
     },
     ogpo_diffusion: {
         *("PolicyArgs", "VelocityNet", "DDPM_STEPS", "signal_level", "chain_schedule", "chain_step"),
-        *("sample_chain", "chain_log_prob", "sample_ode", "bc_loss", "flow_schedule", "step_mean"),
+        *("sample_chain", "chain_log_prob", "sample_ode", "bc_loss", "flow_schedule", "step_mean", "default_args"),
     },
     ogpo_extraction: {
         *("RECORDED",),
@@ -97,20 +97,20 @@ def test_a_variant_trains_evaluates_and_resumes(module: ModuleType, tmp_path: Pa
 @pytest.mark.parametrize("steps", [slow(400), slow(0)])
 def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps: int) -> None:
     """Within Cal-QL, or between cloning and it (also where there is none)."""
-    script = [ogpo_critic.__file__]
     flags = [*TINY, "--calql-steps", str(steps), "--total-steps", "220", "--start-training", "220", "--log-every", "20"]
     flags += ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
-    run_script([*script, *flags, "whole"], check=0)
+    run_script([og.__file__, *flags, "whole"], check=0)
 
-    stopping = "import sys; from variants import ogpo_critic as m; "
+    stopping = "import sys; import ogpo_state as m; "
     stopping += "m.pretrain_critic = lambda run, *_: setattr(run.stop, 'requested', True); m.main(sys.argv[1:])"
     done = subprocess.run([sys.executable, "-c", stopping, *flags, "broken"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert not checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]["bc_done"]
+    agent = checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]
+    assert agent["bc_done"] and agent["calql_step"] == 0
 
-    resume = [*script, "--resume", str(tmp_path / "broken")]
+    resume = [og.__file__, "--resume", str(tmp_path / "broken")]
     if steps:
-        stopping = "import itertools, os, sys; from variants import ogpo_critic as m; "
+        stopping = "import itertools, os, sys; import ogpo_state as m; "
         stopping += "n, f = itertools.count(1), m.update_critic; m.update_critic = lambda *args, **more: "
         stopping += "(next(n) == 40 and os.kill(os.getpid(), 15), f(*args, **more))[1]; m.main(sys.argv[1:])"
         done = subprocess.run([sys.executable, "-c", stopping, *resume[1:]], capture_output=True, text=True, cwd=ROOT)
@@ -466,7 +466,8 @@ def test_calql_puts_demonstrated_actions_above_random_ones() -> None:
     buffer, rng = demonstrated(), np.random.default_rng(1)
     for _ in range(150):
         batch = buffer.sample(64, rng, torch.device("cpu"))
-        info = ogpo_critic.update_critic(agent, batch, args, buffer, calql=True)
+        returns = torch.from_numpy(ogpo_critic.returns_to_go(buffer, batch.rows, args.critic.gamma, 0.0))
+        info = ogpo_critic.update_critic(agent, batch, args, returns, calql=True)
     with torch.no_grad():
         data = agent.critic(batch.obs, batch.actions.flatten(1)).mean()
         other = agent.critic(batch.obs, torch.rand(64, 8) * 2 - 1).mean()
@@ -482,8 +483,8 @@ def test_monte_carlo_regression_moves_critics_to_the_returns() -> None:
         buffer, rng = demonstrated(), np.random.default_rng(1)
         for _ in range(200):
             batch = buffer.sample(64, rng, torch.device("cpu"))
-            ogpo_critic.update_critic(agent, batch, args, buffer)
-        returns = ogpo_critic.returns_to_go(buffer, batch.rows, 0.9, -10.0)
+            returns = ogpo_critic.returns_to_go(buffer, batch.rows, 0.9, -10.0)
+            ogpo_critic.update_critic(agent, batch, args, torch.from_numpy(returns))
         q = agent.critic(batch.obs, batch.actions.flatten(1)).mean(0).detach().numpy()
         errors.append(np.abs(q - returns).mean())
     assert errors[1] < 0.5 * errors[0]

@@ -1,13 +1,13 @@
-"""OGPO with warm starts of the critics: Cal-QL on the demonstrations, Monte-Carlo regression, warm-up as in WSRL.
+"""OGPO with other critics: the whole of Cal-QL's term, Monte-Carlo regression, medians of targets, warm-up as in WSRL.
 
 Paper: "OGPO: Sample Efficient Full-Finetuning of Generative Control Policies", arXiv 2605.03065 v4 (ICML 2026). Tags
 name the source of a line: [S n.m] a section of docs/ogpo_state.md, [C] the released code where only it says so;
 [deviation: why] marks where we differ.
 
 A variant of ogpo_state.py: `diff ogpo_state.py variants/ogpo_critic.py` shows all of it. --calql-steps trains the
-critics on the demonstrations before the first environment step; --mc-coef adds a regression on the return-to-go;
---next-reduce takes another mean of several next actions; a warm-up with the cloned policy, as WSRL has it, needs no
-variant: --start-training and --critic-warmup [S 1.9].
+critics on the demonstrations with a term that also has chunks of the next state, for two heads at a time; --mc-coef
+adds a regression on the return-to-go; --next-reduce takes another mean of several next actions; a warm-up with the
+cloned policy, as WSRL has it, needs no variant: --start-training and --critic-warmup [S 1.9].
 
     python variants/ogpo_critic.py --env lift --calql-steps 2000
     python variants/ogpo_critic.py --env lift --calql-steps 0 --mc-coef 1
@@ -89,8 +89,8 @@ class RunArgs:
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
     total_steps: Natural = 20_000  # environment steps
     stop_success: Unit = 0.0  # end when the acting policy reaches it in two evaluations in a row; 0: never
-    start_training: Natural = 2_000  # environment steps collected before the first update
-    update_every: Count = 4  # environment steps per update (one actor and one critic step)
+    start_training: Natural = 1_000  # environment steps collected before the first update
+    update_every: Count = 2  # environment steps per update (one actor and one critic step)
     replay_size: Count = 1_000_000  # replay rows
     log_every: Count = 500  # environment steps between lines of metrics.jsonl
     checkpoint_every: Count = 5_000  # environment steps between checkpoints; the last two are kept
@@ -122,7 +122,7 @@ class PolicyArgs:
     flow_steps: Size = 4  # K, denoising steps
     actor_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of the velocity network
     noise_std: Positive = 0.1  # c: step k of the chain has at least the noise c * sqrt(1 - t_k) [C]
-    eta: Unit = 0.0  # and this share of ancestral sampling's noise, DDPM's on a flow [S 1.3]
+    eta: Unit = 1.0  # and this share of ancestral sampling's noise, DDPM's on a flow [S 1.3]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
     best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
@@ -153,7 +153,7 @@ class ActorArgs:
     success_min: Natural = 64  # none before this many chunk starts have succeeded; paper: 256
     actor_lr: NonNegative = 3e-4  # peak learning rate
     actor_lr_min: NonNegative = 0.0  # learning rate at the start and end of each period
-    actor_lr_warmup: Natural = 0  # updates of the actor in the linear warm-up at the start of each period
+    actor_lr_warmup: Natural = 100  # updates of the actor in the linear warm-up at the start of each period
     actor_lr_period: Natural = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: one, without decay
 
 
@@ -167,20 +167,20 @@ class CriticArgs:
     heads: Size = 4  # M, independent critics
     critic_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of each critic
     critic_batch: Size = 256  # chunks per update
-    critic_scale: Positive = 1.0  # a value is this times a head's output
+    critic_scale: Positive = 10.0  # a value is this times a head's output
     critic_lr: NonNegative = 1e-3  # learning rate; Adam moves an output by about this much, values have a range of 100
     critic_ema: Unit = 0.05  # step size of the target critics
-    n_step: Size = 1  # chunks whose rewards a target sums before it bootstraps [S 1.7]
+    n_step: Size = 3  # chunks whose rewards a target sums before it bootstraps [S 1.7]
     next_samples: Size = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
-    critic_warmup: Natural = 250  # updates of the critics alone
-    critic_successes: Natural = 10  # successes, and critic_warmup, before the actor moves; a quarter: before best-of-N
-    next_reduce: Literal["mean", "median", "trimmed"] = "mean"  # of next actions, per head; trimmed: the middle half
-    calql_steps: Natural = 2_000  # critic updates on the demonstrations before RL [S 1.9]
+    calql_steps: Natural = 0  # updates of the critics on the demonstrations before RL, with Cal-QL's term [S 1.9]
     calql_coef: NonNegative = 5.0  # weight of their conservative term [C]
     calql_actions: Size = 10  # random, present and next actions each in that term [C]
     calql_heads: Size = 2  # heads drawn for it at each update [C]
     calql_released: bool = False  # bound random actions too, and count the demonstrated one among all, as released
     mc_coef: NonNegative = 0.0  # weight of the regression on the return-to-go; released: 1 when used [S 1.9]
+    next_reduce: Literal["mean", "median", "trimmed"] = "mean"  # of next actions, per head; trimmed: the middle half
+    critic_warmup: Natural = 250  # updates of the critics alone
+    critic_successes: Natural = 10  # successes, and critic_warmup, before the actor moves; a quarter: before best-of-N
 
 
 @dataclass
@@ -333,10 +333,8 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
     """q, draws (M, n, N) -> best (n,): least of `heads` heads [deviation: released with replacement]; 0: their mean."""
-    if heads == 0:
-        return q.mean(0).argmax(-1)
-    picked = draws.argsort(0)[:heads]
-    return q.gather(0, picked).amin(0).argmax(-1)
+    score = q.gather(0, draws.argsort(0)[:heads]).amin(0) if heads else q.mean(0)  # (n, N)
+    return score.argmax(-1)
 
 
 def group_advantage(q: Tensor, kind: str) -> Tensor:
@@ -367,6 +365,13 @@ def td_target(rewards: Tensor, steps: Tensor, terminated: Tensor, q_next: Tensor
     """
     powers = gamma ** torch.arange(rewards.shape[1], device=rewards.device)  # (T,)
     return (rewards * powers).sum(-1) + gamma**steps * (1 - terminated) * q_next.mean(0)
+
+
+def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Info]:
+    """Every head regresses to the same target [S 1.7]: obs (n, O), action (n, D), target (n,)."""
+    q = critic(obs, action)
+    spread = q.detach().std(0, correction=min(1, len(q) - 1))  # (n,) 0 of a single head
+    return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": spread.mean()}
 
 
 def reduce_samples(q: Tensor, how: str) -> Tensor:
@@ -406,20 +411,12 @@ def calql_term(q_data: Tensor, q_random: Tensor, q_policy: Tensor, returns: Tens
     return (torch.cat([q_random, q_policy], -1).logsumexp(-1) - q_data).mean()
 
 
-def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Tensor) -> tuple[Tensor, Info]:
-    """Every head regresses to the same target [S 1.7]: obs (n, O), action (n, D), target (n,)."""
-    q = critic(obs, action)
-    spread = q.detach().std(0, correction=min(1, len(q) - 1))  # (n,) 0 of a single head
-    return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": spread.mean()}
-
-
 def periodic_lr(step: int, a: ActorArgs) -> float:
     """Linear warm-up from the least rate to the peak, cosine back, repeated every period [C]; 0: constant after it."""
-    step, warmup = step % (a.actor_lr_period or math.inf), a.actor_lr_warmup
-    if step < warmup:
-        return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * step / warmup
-    phase = math.pi * (step - warmup) / ((a.actor_lr_period or math.inf) - warmup)
-    return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
+    period, warmup = a.actor_lr_period or math.inf, a.actor_lr_warmup
+    step = step % period
+    share = step / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (period - warmup))
+    return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * share
 
 
 # --- Agent and training ----------------------------------------------------------------------------------------------
@@ -445,12 +442,11 @@ class Agent:
         self.rng = Rng(args.run.seed, device)  # of training; evaluation has its own
         self.bc_step = 0  # gradient steps of cloning so far
         self.bc_below: dict[str, Tensor] | None = None  # newest weights at or below --bc-stop-success
-        self.bc_done = False  # Cal-QL is over too
-        self.cloned = False
-        self.calql_step = 0
+        self.bc_done = False
+        self.calql_step = 0  # updates of the critics on demonstrations so far
         self.updates = 0  # online updates so far
         self.actor_updates = 0  # those of them that moved the actor along the critics
-        self.best_of_n_on = c.critic_warmup == c.critic_successes == 0  # the critics can tell candidates apart
+        self.best_of_n_on = c.calql_steps == c.critic_warmup == c.critic_successes == 0  # critics tell candidates apart
         self.policy_gradient_on = False  # and may move the actor
 
 
@@ -462,12 +458,19 @@ def act_ode(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
 
 
 @torch.no_grad()
+def draw_chains(agent: Agent, args: Args, obs: Tensor, n: int, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
+    """n chains of the target actor at each obs (B, O): rows (B n, O), chain (B n, K+1, D), log_prob (B n,)."""
+    rows = obs.repeat_interleave(n, 0)
+    noise = rng.randn(len(rows), args.policy.flow_steps + 1, agent.actor.out.out_features)
+    return rows, *sample_chain(agent.actor_ema, rows, noise, args.policy)
+
+
+@torch.no_grad()
 def act_best_of_n(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
     """The acting policy: the target critics pick one of N chains of the target actor, once they can tell [S 1.8]."""
-    p, dim = args.policy, agent.actor.out.out_features
-    n = p.best_of_n if agent.best_of_n_on else 1
-    rows = obs.repeat_interleave(n, 0)  # (B N, O)
-    action = sample_chain(agent.actor_ema, rows, rng.randn(len(rows), p.flow_steps + 1, dim), p)[0][:, -1].clamp(-1, 1)
+    p, n = args.policy, args.policy.best_of_n if agent.best_of_n_on else 1
+    rows, chain, _ = draw_chains(agent, args, obs, n, rng)
+    action = chain[:, -1].clamp(-1, 1)  # (B N, D)
     if n > 1:
         q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
         best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads)
@@ -482,11 +485,10 @@ def update_ema(target: nn.Module, source: nn.Module, rate: float) -> None:
 
 def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -> Info:
     """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
-    p, a, dim = args.policy, args.actor, agent.actor.out.out_features
+    p, a = args.policy, args.actor
     agent.actor_opt.zero_grad()
+    rows, chain, old = draw_chains(agent, args, obs, a.group, agent.rng)  # chains of one state side by side
     with torch.no_grad():
-        rows = obs.repeat_interleave(a.group, 0)  # (B G, O), chains of one state side by side
-        chain, old = sample_chain(agent.actor_ema, rows, agent.rng.randn(len(rows), p.flow_steps + 1, dim), p)
         q = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1))  # (M, B G)
         advantage = group_advantage(q.unflatten(1, (-1, a.group)), a.advantage).flatten()  # (B G,)
         # A chain without advantage has no gradient; a recorded step keeps it: its shapes must not depend on numbers.
@@ -526,25 +528,20 @@ def conservative(agent: Agent, batch: Batch, returns: Tensor, args: Args) -> Ten
     return calql_term(q_data, q[..., : c.calql_actions], q[..., c.calql_actions :], returns, c.calql_released)
 
 
-def update_critic(agent: Agent, batch: Batch, args: Args, buffer: ReplayBuffer, calql: bool = False) -> Info:
+def update_critic(agent: Agent, batch: Batch, args: Args, returns: Tensor | None = None, calql: bool = False) -> Info:
     """One critic step [S 1.7]: chains of the target actor at the next state, no best-of-N in the target.
 
-    calql adds the conservative term.
+    returns (n,), if they are needed: for the regression on them, and for Cal-QL's term on demonstrations [S 1.9].
     """
-    p, c = args.policy, args.critic
-    action = batch.actions.flatten(1)  # (n, D)
+    c, action = args.critic, batch.actions.flatten(1)  # (n, D)
+    rows, chain, _ = draw_chains(agent, args, batch.next_obs, c.next_samples, agent.rng)  # (n G', ...)
     with torch.no_grad():
-        rows = batch.next_obs.repeat_interleave(c.next_samples, 0)  # (n G', O)
-        noise = agent.rng.randn(len(rows), p.flow_steps + 1, action.shape[1])
-        next_action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)
-        q_next = agent.critic_ema(rows, next_action).unflatten(1, (-1, c.next_samples))  # (M, n, G')
+        q_next = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1)).unflatten(1, (-1, c.next_samples))  # (M, n, G')
         q_next = reduce_samples(q_next, c.next_reduce)
         target = td_target(batch.rewards, batch.steps, batch.terminated, q_next, c.gamma)
     loss, info = critic_loss(agent.critic, batch.obs, action, target)
-    info["td_loss"] = loss.detach()
-    if calql or c.mc_coef > 0:
-        floor = c.reward_offset / max(1 - c.gamma, 1e-3)
-        returns = torch.from_numpy(returns_to_go(buffer, batch.rows, c.gamma, floor)).to(target.device)
+    info["td_loss"] = loss
+    if returns is not None:
         info["return"] = returns.mean()
         if c.mc_coef > 0:
             loss = loss + c.mc_coef * critic_loss(agent.critic, batch.obs, action, returns)[0]
@@ -556,7 +553,7 @@ def update_critic(agent: Agent, batch: Batch, args: Args, buffer: ReplayBuffer, 
     info["critic_grad"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), math.inf)
     agent.critic_opt.step()
     update_ema(agent.critic_ema, agent.critic, c.critic_ema)
-    return {k: value.detach() for k, value in info.items()}
+    return {name: value.detach() for name, value in info.items()}
 
 
 def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator) -> Info:
@@ -572,7 +569,11 @@ def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Genera
         set_rate(agent.actor_opt, periodic_lr(agent.actor_updates, a))
         info = update_actor(agent, batch.obs[: a.states], success if a.bc_coef > 0 else None, args)
         agent.actor_updates += 1
-    info |= update_critic(agent, batch, args, buffer)
+    returns = None
+    if c.mc_coef > 0:
+        floor = c.reward_offset / max(1 - c.gamma, 1e-3)
+        returns = torch.from_numpy(returns_to_go(buffer, batch.rows, c.gamma, floor)).to(device)
+    info |= update_critic(agent, batch, args, returns)
     agent.updates += 1
     agent.best_of_n_on |= agent.updates >= c.critic_warmup and buffer.successes >= c.critic_successes // 4
     return info
@@ -582,7 +583,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     """Clone until the first evaluation above bc_stop_success, then go back to the last policy at or below it."""
     c, success = args.pretrain, 0.0
     obs, action = (torch.from_numpy(x).to(agent.rng.device) for x in demos.chunks(args.policy.chunk))  # (n, O), (n, D)
-    while not (c.cloned or agent.cloned) and agent.bc_step < c.bc_steps and success <= c.bc_stop_success:
+    while not c.cloned and agent.bc_step < c.bc_steps and success <= c.bc_stop_success:
         if run.stop.requested:
             return
         rows = agent.rng.randint(0, len(obs), c.bc_batch)
@@ -600,39 +601,40 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
             if success <= c.bc_stop_success:
                 agent.bc_below = copy.deepcopy(agent.actor.state_dict())
                 run.save()
-    if new := not agent.cloned:
-        cloned = load_clone(Path(c.cloned), agent.actor, run.args) if c.cloned else agent.bc_below
-        agent.actor.load_state_dict(cloned or agent.actor.state_dict())
+    cloned = load_clone(Path(c.cloned), agent.actor, run.args) if c.cloned else agent.bc_below
+    agent.actor.load_state_dict(cloned or agent.actor.state_dict())
     agent.actor_ema.load_state_dict(agent.actor.state_dict())  # [deviation: the released one lags behind]
     agent.actor_opt = adam(agent.actor.parameters(), args.actor.actor_lr, agent.rng.device)  # afresh [C]
-    agent.cloned, agent.bc_below = True, None
+    agent.bc_done, agent.bc_below = True, None
     checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())
-    if new:
-        run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
-        run.record_video("ode", "before.mp4", args.run.video)
-    pretrain_critic(run, agent, demos, args)  # a run stopped from here on comes here again with the same actor
-    agent.bc_done = not run.stop.requested
+    run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
+    run.record_video("ode", "before.mp4", args.run.video)
     run.save()
 
 
 def pretrain_critic(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
-    """Cal-QL on the demonstrations, which end in success and have the sparse reward; they are dropped afterwards."""
-    c, h, rng = args.critic, args.policy.chunk, np.random.default_rng(args.run.seed)
-    run.track(rng=rng)
-    buffer = ReplayBuffer(len(demos.obs) + len(demos.ends), run.obs_dim, run.act_dim, h)
-    for first, end in pairwise([0, *demos.ends.tolist()]):
-        rewards = np.full(end - first, c.reward_offset)
-        rewards[-1] += 1 + c.success_bonus
-        obs = np.concatenate([demos.obs[first:end], demos.obs[end - 1 : end]])  # the final state is not recorded
-        buffer.add_episode(obs, demos.actions[first:end], rewards, terminated=True, success=True)
+    """Cal-QL on the demonstrations [S 1.9], so that the first episodes meet critics that know what success is worth."""
+    c, h, device = args.critic, args.policy.chunk, agent.rng.device
+    buffer = ReplayBuffer(len(demos.obs) + len(demos.ends) * (h + 1), run.obs_dim, run.act_dim, h)
+    returns = torch.zeros(len(buffer.obs))
+    for obs, actions in demos.episodes():
+        powers = c.gamma ** torch.arange(len(actions))  # (T,)
+        value = c.reward_offset * powers.cumsum(0) + (1 + c.success_bonus) * powers  # (T,) by steps before the last
+        returns[buffer.row :][: len(actions)] = value.flip(0)
+        rewards = np.full(len(actions), c.reward_offset)
+        rewards[-1] += 1 + c.success_bonus  # success is the only reward
+        buffer.add_episode(obs, actions, rewards, terminated=True, success=True)
     while agent.calql_step < c.calql_steps and not run.stop.requested:
-        info = update_critic(agent, buffer.sample(c.critic_batch, rng, agent.rng.device), args, buffer, calql=True)
+        batch = buffer.sample(c.critic_batch, np.random.default_rng([args.run.seed, agent.calql_step]), device)
+        info = update_critic(agent, batch, args, returns[batch.rows].to(device), calql=True)
         agent.calql_step += 1
-        if agent.calql_step % args.run.log_every == 0 or agent.calql_step == c.calql_steps:
-            metrics = {k: v.item() for k, v in info.items()}
+        if agent.calql_step % 100 == 0 or agent.calql_step == c.calql_steps:
+            metrics = {f"calql/{name}": value.item() for name, value in info.items()}
             run.stop_if_not_finite(metrics)
-            run.log.say(f"Cal-QL {agent.calql_step}: " + ", ".join(f"{k} {v:.3f}" for k, v in metrics.items()))
-            run.save()
+            run.log.log(0, metrics)
+            run.log.say(f"Cal-QL step {agent.calql_step}: its term {info['calql']:.2f}, TD loss {info['td_loss']:.2f}")
+    agent.best_of_n_on |= c.critic_warmup == c.critic_successes == 0
+    run.save()
 
 
 def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
@@ -640,8 +642,7 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
     r, t, c = args.run, args.task, args.critic
     envs = run.closing(make_vec_env(r.env, t.num_envs, horizon=t.collect_horizon or t.horizon))
     episodes = Episodes(envs, r.seed)
-    averages = Averages()  # metrics since the last log line
-    rng = run.parts.get("rng", np.random.default_rng(r.seed))  # rows of the buffer, after those of Cal-QL
+    averages, rng = Averages(), np.random.default_rng(r.seed)  # metrics since the last log line; rows of the buffer
     run.track(buffer=buffer, episodes=episodes, averages=averages, rng=rng)
     while run.step < r.total_steps and not (run.stop.requested or run.good_enough(r.stop_success)):
         if (over := episodes.over()).any():
@@ -660,9 +661,7 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
                 averages.add(update(agent, buffer, args, rng))
         run.show_progress(episodes)
         if due(before, run.step, r.log_every):
-            metrics = averages.take()
-            run.stop_if_not_finite(metrics)
-            run.log_training(metrics, episodes)
+            run.log_training(averages.take(), episodes)
         if due(before, run.step, t.eval_every):
             run.begin_evaluation("interval", t.eval_interval_episodes, f"step {run.step}", log="eval")
         if due(before, run.step, r.checkpoint_every):
@@ -680,8 +679,10 @@ def main(argv: list[str]) -> None:
         if not r.eval:
             buffer = ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
             run.check_disk(min(r.replay_size, 2 * r.total_steps) * buffer.row_bytes)  # an episode of one step has two
-        cloning = not (r.eval or (saved and saved["agent"]["bc_done"]))
-        demos = run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key) if cloning else None
+        done = r.eval or (
+            saved and saved["agent"]["bc_done"] and saved["agent"]["calql_step"] == args.critic.calql_steps
+        )
+        demos = None if done else run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key)
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.track(agent=agent)
         if r.compile:
@@ -691,6 +692,8 @@ def main(argv: list[str]) -> None:
             run.open_log(r.total_steps, r.wandb_project, r.tensorboard)
             if not agent.bc_done:
                 pretrain(run, agent, demos, args)
+            if agent.bc_done and demos:
+                pretrain_critic(run, agent, demos, args)
             if agent.bc_done:
                 train(run, agent, buffer, args)
             run.save()

@@ -62,6 +62,8 @@ Info = dict[str, Tensor]  # scalars to log
 COMPILED = ("sample_chain", "chain_log_prob", "bc_loss", "critic_loss")  # by --compile
 RECORDED = ("update_critic",)
 NOISE_CLIP = 3.0  # a chain's normal draws are clipped to this many deviations [C]
+CALQL_COEF = 5.0  # weight of Cal-QL's term [C]
+CALQL_ACTIONS = 4  # chunks of the policy in it, and as many random ones
 Extraction = Literal["ogpo", "bptt", "awr_fm", "aw_ogpo", "aw_ogpo_nn", "aw_ogpo_asymmetric", "ofpo", "ofpo++"]
 
 # --- Arguments. Values are the `laptop` preset's; settings/ogpo.py holds what other presets and tasks change. ---------
@@ -87,8 +89,8 @@ class RunArgs:
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
     total_steps: Natural = 20_000  # environment steps
     stop_success: Unit = 0.0  # end when the acting policy reaches it in two evaluations in a row; 0: never
-    start_training: Natural = 2_000  # environment steps collected before the first update
-    update_every: Count = 4  # environment steps per update (one actor and one critic step)
+    start_training: Natural = 1_000  # environment steps collected before the first update
+    update_every: Count = 2  # environment steps per update (one actor and one critic step)
     replay_size: Count = 1_000_000  # replay rows
     log_every: Count = 500  # environment steps between lines of metrics.jsonl
     checkpoint_every: Count = 5_000  # environment steps between checkpoints; the last two are kept
@@ -120,7 +122,7 @@ class PolicyArgs:
     flow_steps: Size = 4  # K, denoising steps
     actor_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of the velocity network
     noise_std: Positive = 0.1  # c: step k of the chain has at least the noise c * sqrt(1 - t_k) [C]
-    eta: Unit = 0.0  # and this share of ancestral sampling's noise, DDPM's on a flow [S 1.3]
+    eta: Unit = 1.0  # and this share of ancestral sampling's noise, DDPM's on a flow [S 1.3]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
     best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
@@ -155,7 +157,7 @@ class ActorArgs:
     success_min: Natural = 64  # none before this many chunk starts have succeeded; paper: 256
     actor_lr: NonNegative = 3e-4  # peak learning rate
     actor_lr_min: NonNegative = 0.0  # learning rate at the start and end of each period
-    actor_lr_warmup: Natural = 0  # updates of the actor in the linear warm-up at the start of each period
+    actor_lr_warmup: Natural = 100  # updates of the actor in the linear warm-up at the start of each period
     actor_lr_period: Natural = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: one, without decay
 
 
@@ -169,11 +171,12 @@ class CriticArgs:
     heads: Size = 4  # M, independent critics
     critic_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of each critic
     critic_batch: Size = 256  # chunks per update
-    critic_scale: Positive = 1.0  # a value is this times a head's output
+    critic_scale: Positive = 10.0  # a value is this times a head's output
     critic_lr: NonNegative = 1e-3  # learning rate; Adam moves an output by about this much, values have a range of 100
     critic_ema: Unit = 0.05  # step size of the target critics
-    n_step: Size = 1  # chunks whose rewards a target sums before it bootstraps [S 1.7]
+    n_step: Size = 3  # chunks whose rewards a target sums before it bootstraps [S 1.7]
     next_samples: Size = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
+    calql_steps: Natural = 0  # updates of the critics on the demonstrations before RL, with Cal-QL's term [S 1.9]
     critic_warmup: Natural = 250  # updates of the critics alone
     critic_successes: Natural = 10  # successes, and critic_warmup, before the actor moves; a quarter: before best-of-N
 
@@ -328,10 +331,8 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
     """q, draws (M, n, N) -> best (n,): least of `heads` heads [deviation: released with replacement]; 0: their mean."""
-    if heads == 0:
-        return q.mean(0).argmax(-1)
-    picked = draws.argsort(0)[:heads]
-    return q.gather(0, picked).amin(0).argmax(-1)
+    score = q.gather(0, draws.argsort(0)[:heads]).amin(0) if heads else q.mean(0)  # (n, N)
+    return score.argmax(-1)
 
 
 def group_advantage(q: Tensor, kind: str) -> Tensor:
@@ -428,13 +429,20 @@ def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Ten
     return (q - target).square().mean(), {"q": q.detach().mean(), "q_heads_std": spread.mean()}
 
 
+def calql_term(q_demo: Tensor, q_other: Tensor, returns: Tensor) -> Tensor:
+    """Cal-QL's conservative term [S 1.9]: q_demo (M, n), q_other (M, n, C) of chunks at the same states, returns (n,).
+
+    Pushes other chunks below the demonstrated one, but not below the return that followed it.
+    """
+    return (torch.maximum(q_other, returns[:, None]).logsumexp(-1) - q_demo).mean()
+
+
 def periodic_lr(step: int, a: ActorArgs) -> float:
     """Linear warm-up from the least rate to the peak, cosine back, repeated every period [C]; 0: constant after it."""
-    step, warmup = step % (a.actor_lr_period or math.inf), a.actor_lr_warmup
-    if step < warmup:
-        return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * step / warmup
-    phase = math.pi * (step - warmup) / ((a.actor_lr_period or math.inf) - warmup)
-    return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
+    period, warmup = a.actor_lr_period or math.inf, a.actor_lr_warmup
+    step = step % period
+    share = step / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (period - warmup))
+    return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * share
 
 
 # --- Agent and training ----------------------------------------------------------------------------------------------
@@ -461,9 +469,10 @@ class Agent:
         self.bc_step = 0  # gradient steps of cloning so far
         self.bc_below: dict[str, Tensor] | None = None  # newest weights at or below --bc-stop-success
         self.bc_done = False
+        self.calql_step = 0  # updates of the critics on demonstrations so far
         self.updates = 0  # online updates so far
         self.actor_updates = 0  # those of them that moved the actor along the critics
-        self.best_of_n_on = c.critic_warmup == c.critic_successes == 0  # the critics can tell candidates apart
+        self.best_of_n_on = c.calql_steps == c.critic_warmup == c.critic_successes == 0  # critics tell candidates apart
         self.policy_gradient_on = False  # and may move the actor
 
 
@@ -475,12 +484,19 @@ def act_ode(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
 
 
 @torch.no_grad()
+def draw_chains(agent: Agent, args: Args, obs: Tensor, n: int, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
+    """n chains of the target actor at each obs (B, O): rows (B n, O), chain (B n, K+1, D), log_prob (B n,)."""
+    rows = obs.repeat_interleave(n, 0)
+    noise = rng.randn(len(rows), args.policy.flow_steps + 1, agent.actor.out.out_features)
+    return rows, *sample_chain(agent.actor_ema, rows, noise, args.policy)
+
+
+@torch.no_grad()
 def act_best_of_n(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
     """The acting policy: the target critics pick one of N chains of the target actor, once they can tell [S 1.8]."""
-    p, dim = args.policy, agent.actor.out.out_features
-    n = p.best_of_n if agent.best_of_n_on else 1
-    rows = obs.repeat_interleave(n, 0)  # (B N, O)
-    action = sample_chain(agent.actor_ema, rows, rng.randn(len(rows), p.flow_steps + 1, dim), p)[0][:, -1].clamp(-1, 1)
+    p, n = args.policy, args.policy.best_of_n if agent.best_of_n_on else 1
+    rows, chain, _ = draw_chains(agent, args, obs, n, rng)
+    action = chain[:, -1].clamp(-1, 1)  # (B N, D)
     if n > 1:
         q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
         best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads)
@@ -495,17 +511,15 @@ def update_ema(target: nn.Module, source: nn.Module, rate: float) -> None:
 
 def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -> Info:
     """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
-    p, a, dim = args.policy, args.actor, agent.actor.out.out_features
+    p, a = args.policy, args.actor
     agent.actor_opt.zero_grad()
-    rows = obs.repeat_interleave(a.group, 0)  # (B G, O), chains of one state side by side
-    noise = agent.rng.randn(len(rows), p.flow_steps + 1, dim)
+    rows, chain, old = draw_chains(agent, args, obs, a.group, agent.rng)  # chains of one state side by side
+    first = chain[:, 0]  # (B G, D) noise
     with torch.no_grad():
         noise_free = ("bptt", "ofpo", "ofpo++", *(("awr_fm",) if a.released_losses else ()))
         if a.extraction in noise_free:  # actions of the noise-free target policy
-            chain = sample_ode(agent.actor_ema, rows, noise[:, 0], p.flow_steps)[:, None]  # (B G, 1, D)
-            old = noise.new_zeros(len(rows))
-        else:
-            chain, old = sample_chain(agent.actor_ema, rows, noise, p)
+            chain = sample_ode(agent.actor_ema, rows, first, p.flow_steps)[:, None]  # (B G, 1, D)
+            old = torch.zeros_like(old)
         q = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1))  # (M, B G)
         advantage = group_advantage(q.unflatten(1, (-1, a.group)), a.advantage).flatten()  # (B G,)
         advantage = advantage_weights(advantage, a.extraction, a.temperature)
@@ -515,7 +529,7 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
             keep = torch.arange(len(rows), device=rows.device)
     info = {"nonzero": (advantage != 0).float().mean(), "advantage": advantage.abs().mean()}
     if a.extraction == "bptt":  # -mean Q through all denoising steps; as many actions as there are chains
-        loss = -agent.critic_ema(rows, sample_ode(agent.actor, rows, noise[:, 0], p.flow_steps)).mean(0).sum()
+        loss = -agent.critic_ema(rows, sample_ode(agent.actor, rows, first, p.flow_steps)).mean(0).sum()
         loss = loss / len(rows)
         loss.backward()
         info = {"pg_loss": loss.detach()}
@@ -554,23 +568,30 @@ def extraction_loss(
     return ofpo_loss(new, before, advantage, a.clip, by_draw=a.extraction == "ofpo++") / chains, {}
 
 
-def update_critic(agent: Agent, batch: Batch, args: Args) -> Info:
-    """One critic step [S 1.7]: chains of the target actor at the next state, no best-of-N in the target."""
-    p, c = args.policy, args.critic
-    action = batch.actions.flatten(1)  # (n, D)
+def update_critic(agent: Agent, batch: Batch, args: Args, returns: Tensor | None = None) -> Info:
+    """One critic step [S 1.7]: chains of the target actor at the next state, no best-of-N in the target.
+
+    returns (n,) of a batch of demonstrations: with Cal-QL's term [S 1.9].
+    """
+    c, action = args.critic, batch.actions.flatten(1)  # (n, D)
+    rows, chain, _ = draw_chains(agent, args, batch.next_obs, c.next_samples, agent.rng)  # (n G', ...)
     with torch.no_grad():
-        rows = batch.next_obs.repeat_interleave(c.next_samples, 0)  # (n G', O)
-        noise = agent.rng.randn(len(rows), p.flow_steps + 1, action.shape[1])
-        next_action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)
-        q_next = agent.critic_ema(rows, next_action).unflatten(1, (-1, c.next_samples)).mean(-1)  # (M, n)
+        q_next = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1)).unflatten(1, (-1, c.next_samples)).mean(-1)  # (M, n)
         target = td_target(batch.rewards, batch.steps, batch.terminated, q_next, c.gamma)
     loss, info = critic_loss(agent.critic, batch.obs, action, target)
+    info["td_loss"] = loss
+    if returns is not None:
+        rows, chain, _ = draw_chains(agent, args, batch.obs, CALQL_ACTIONS, agent.rng)  # (n C, ...)
+        others = (chain[:, -1].clamp(-1, 1), 2 * agent.rng.rand(len(rows), action.shape[1]) - 1)
+        q = [agent.critic(rows, other).unflatten(1, (-1, CALQL_ACTIONS)) for other in others]  # (M, n, C) each
+        info["calql"] = calql_term(agent.critic(batch.obs, action), torch.cat(q, -1), returns)
+        loss = loss + CALQL_COEF * info["calql"]
     agent.critic_opt.zero_grad()
     loss.backward()
     info["critic_grad"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), math.inf)
     agent.critic_opt.step()
     update_ema(agent.critic_ema, agent.critic, c.critic_ema)
-    return info | {"td_loss": loss.detach()}
+    return {name: value.detach() for name, value in info.items()}
 
 
 def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator) -> Info:
@@ -625,6 +646,31 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     run.save()
 
 
+def pretrain_critic(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
+    """Cal-QL on the demonstrations [S 1.9], so that the first episodes meet critics that know what success is worth."""
+    c, h, device = args.critic, args.policy.chunk, agent.rng.device
+    buffer = ReplayBuffer(len(demos.obs) + len(demos.ends) * (h + 1), run.obs_dim, run.act_dim, h)
+    returns = torch.zeros(len(buffer.obs))
+    for obs, actions in demos.episodes():
+        powers = c.gamma ** torch.arange(len(actions))  # (T,)
+        value = c.reward_offset * powers.cumsum(0) + (1 + c.success_bonus) * powers  # (T,) by steps before the last
+        returns[buffer.row :][: len(actions)] = value.flip(0)
+        rewards = np.full(len(actions), c.reward_offset)
+        rewards[-1] += 1 + c.success_bonus  # success is the only reward
+        buffer.add_episode(obs, actions, rewards, terminated=True, success=True)
+    while agent.calql_step < c.calql_steps and not run.stop.requested:
+        batch = buffer.sample(c.critic_batch, np.random.default_rng([args.run.seed, agent.calql_step]), device)
+        info = update_critic(agent, batch, args, returns[batch.rows].to(device))
+        agent.calql_step += 1
+        if agent.calql_step % 100 == 0 or agent.calql_step == c.calql_steps:
+            metrics = {f"calql/{name}": value.item() for name, value in info.items()}
+            run.stop_if_not_finite(metrics)
+            run.log.log(0, metrics)
+            run.log.say(f"Cal-QL step {agent.calql_step}: its term {info['calql']:.2f}, TD loss {info['td_loss']:.2f}")
+    agent.best_of_n_on |= c.critic_warmup == c.critic_successes == 0
+    run.save()
+
+
 def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
     """Collect with the best-of-N policy into a buffer that starts empty; update; log, evaluate and save when due."""
     r, t, c = args.run, args.task, args.critic
@@ -649,9 +695,7 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
                 averages.add(update(agent, buffer, args, rng))
         run.show_progress(episodes)
         if due(before, run.step, r.log_every):
-            metrics = averages.take()
-            run.stop_if_not_finite(metrics)
-            run.log_training(metrics, episodes)
+            run.log_training(averages.take(), episodes)
         if due(before, run.step, t.eval_every):
             run.begin_evaluation("interval", t.eval_interval_episodes, f"step {run.step}", log="eval")
         if due(before, run.step, r.checkpoint_every):
@@ -669,8 +713,10 @@ def main(argv: list[str]) -> None:
         if not r.eval:
             buffer = ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
             run.check_disk(min(r.replay_size, 2 * r.total_steps) * buffer.row_bytes)  # an episode of one step has two
-        cloning = not (r.eval or (saved and saved["agent"]["bc_done"]))
-        demos = run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key) if cloning else None
+        done = r.eval or (
+            saved and saved["agent"]["bc_done"] and saved["agent"]["calql_step"] == args.critic.calql_steps
+        )
+        demos = None if done else run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key)
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.track(agent=agent)
         if r.compile:
@@ -680,6 +726,8 @@ def main(argv: list[str]) -> None:
             run.open_log(r.total_steps, r.wandb_project, r.tensorboard)
             if not agent.bc_done:
                 pretrain(run, agent, demos, args)
+            if agent.bc_done and demos:
+                pretrain_critic(run, agent, demos, args)
             if agent.bc_done:
                 train(run, agent, buffer, args)
             run.save()

@@ -90,8 +90,8 @@ class RunArgs:
     tensorboard: bool = False  # also log to TensorBoard files in the run folder
     total_steps: Natural = 20_000  # environment steps
     stop_success: Unit = 0.0  # end when the acting policy reaches it in two evaluations in a row; 0: never
-    start_training: Natural = 2_000  # environment steps collected before the first update
-    update_every: Count = 4  # environment steps per update (one actor and one critic step)
+    start_training: Natural = 1_000  # environment steps collected before the first update
+    update_every: Count = 2  # environment steps per update (one actor and one critic step)
     replay_size: Count = 1_000_000  # replay rows
     log_every: Count = 500  # environment steps between lines of metrics.jsonl
     checkpoint_every: Count = 5_000  # environment steps between checkpoints; the last two are kept
@@ -136,7 +136,7 @@ class PolicyArgs:
     flow_steps: Size = 4  # K, denoising steps
     actor_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of the velocity network
     noise_std: Positive = 0.1  # c: step k of the chain has at least the noise c * sqrt(1 - t_k) [C]
-    eta: Unit = 0.0  # and this share of ancestral sampling's noise, DDPM's on a flow [S 1.3]
+    eta: Unit = 1.0  # and this share of ancestral sampling's noise, DDPM's on a flow [S 1.3]
     best_of_n: Size = 8  # N, candidates per decision, the target critics pick one; 1 turns it off [S 1.8]
     best_of_n_heads: Natural = 2  # a candidate scores the minimum of this many random heads [C]; 0: mean of all
     actor_ema: Unit = 0.02  # step size of the target actor towards the actor
@@ -181,7 +181,7 @@ class ActorArgs:
     success_min: Natural = 64  # none before this many chunk starts have succeeded; paper: 256
     actor_lr: NonNegative = 3e-4  # peak learning rate
     actor_lr_min: NonNegative = 0.0  # learning rate at the start and end of each period
-    actor_lr_warmup: Natural = 0  # updates of the actor in the linear warm-up at the start of each period
+    actor_lr_warmup: Natural = 100  # updates of the actor in the linear warm-up at the start of each period
     actor_lr_period: Natural = 0  # updates of the actor per warm-up and cosine decay, repeated; 0: one, without decay
 
 
@@ -195,10 +195,10 @@ class CriticArgs:
     heads: Size = 4  # M, independent critics
     critic_hidden: tuple[Size, ...] = (256, 256, 256)  # widths of each critic
     critic_batch: Size = 256  # chunks per update
-    critic_scale: Positive = 1.0  # a value is this times a head's output
+    critic_scale: Positive = 10.0  # a value is this times a head's output
     critic_lr: NonNegative = 1e-3  # learning rate; Adam moves an output by about this much, values have a range of 100
     critic_ema: Unit = 0.05  # step size of the target critics
-    n_step: Size = 1  # chunks whose rewards a target sums before it bootstraps [S 1.7]
+    n_step: Size = 3  # chunks whose rewards a target sums before it bootstraps [S 1.7]
     next_samples: Size = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
     critic_warmup: Natural = 250  # updates of the critics alone
     critic_successes: Natural = 10  # successes, and critic_warmup, before the actor moves; a quarter: before best-of-N
@@ -218,7 +218,8 @@ class Args:
 
 def default_args(env: str = "lift", preset: str = "laptop", variant: str = "ogpo+ca") -> Args:
     """Defaults for an environment: dataclass < preset < task < variant. Raises UserError on an unknown name."""
-    return settings.apply(Args(), env, preset, variant, tables=(settings.SETTINGS, settings.PIXELS))
+    tables = (settings.SETTINGS, settings.PIXELS)
+    return settings.apply(Args(), env, preset, variant, without=("calql_steps",), tables=tables)
 
 
 # --- Networks --------------------------------------------------------------------------------------------------------
@@ -412,10 +413,8 @@ def sample_ode(net: VelocityNet, obs: Tensor, x: Tensor, flow_steps: int) -> Ten
 
 def best_of_n(q: Tensor, draws: Tensor, heads: int) -> Tensor:
     """q, draws (M, n, N) -> best (n,): least of `heads` heads [deviation: released with replacement]; 0: their mean."""
-    if heads == 0:
-        return q.mean(0).argmax(-1)
-    picked = draws.argsort(0)[:heads]
-    return q.gather(0, picked).amin(0).argmax(-1)
+    score = q.gather(0, draws.argsort(0)[:heads]).amin(0) if heads else q.mean(0)  # (n, N)
+    return score.argmax(-1)
 
 
 def group_advantage(q: Tensor, kind: str) -> Tensor:
@@ -482,11 +481,10 @@ def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Ten
 
 def periodic_lr(step: int, a: ActorArgs) -> float:
     """Linear warm-up from the least rate to the peak, cosine back, repeated every period [C]; 0: constant after it."""
-    step, warmup = step % (a.actor_lr_period or math.inf), a.actor_lr_warmup
-    if step < warmup:
-        return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * step / warmup
-    phase = math.pi * (step - warmup) / ((a.actor_lr_period or math.inf) - warmup)
-    return a.actor_lr_min + 0.5 * (a.actor_lr - a.actor_lr_min) * (1 + math.cos(phase))
+    period, warmup = a.actor_lr_period or math.inf, a.actor_lr_warmup
+    step = step % period
+    share = step / warmup if step < warmup else 0.5 + 0.5 * math.cos(math.pi * (step - warmup) / (period - warmup))
+    return a.actor_lr_min + (a.actor_lr - a.actor_lr_min) * share
 
 
 # --- Agent and training ----------------------------------------------------------------------------------------------
@@ -545,12 +543,19 @@ def act_ode(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
 
 
 @torch.no_grad()
+def draw_chains(agent: Agent, args: Args, obs: Tensor, n: int, rng: Rng) -> tuple[Tensor, Tensor, Tensor]:
+    """n chains of the target actor at each obs (B, O): rows (B n, O), chain (B n, K+1, D), log_prob (B n,)."""
+    rows = obs.repeat_interleave(n, 0)
+    noise = rng.randn(len(rows), args.policy.flow_steps + 1, agent.actor.out.out_features)
+    return rows, *sample_chain(agent.actor_ema, rows, noise, args.policy)
+
+
+@torch.no_grad()
 def act_best_of_n(agent: Agent, args: Args, obs: Tensor, rng: Rng) -> Tensor:
     """The acting policy: the target critics pick one of N chains of the target actor, once they can tell [S 1.8]."""
-    p, dim = args.policy, agent.actor.out.out_features
-    n = p.best_of_n if agent.best_of_n_on else 1
-    rows = obs.repeat_interleave(n, 0)  # (B N, O)
-    action = sample_chain(agent.actor_ema, rows, rng.randn(len(rows), p.flow_steps + 1, dim), p)[0][:, -1].clamp(-1, 1)
+    p, n = args.policy, args.policy.best_of_n if agent.best_of_n_on else 1
+    rows, chain, _ = draw_chains(agent, args, obs, n, rng)
+    action = chain[:, -1].clamp(-1, 1)  # (B N, D)
     if n > 1:
         q = agent.critic_ema(rows, action).unflatten(1, (-1, n))  # (M, B, N)
         best = best_of_n(q, rng.rand(*q.shape), p.best_of_n_heads)
@@ -565,12 +570,11 @@ def update_ema(target: nn.Module, source: nn.Module, rate: float) -> None:
 
 def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -> Info:
     """One policy-extraction step [S 1.6] on states obs (B, O), with the BC floor on a success batch [S 1.8]."""
-    p, a, r, dim = args.policy, args.actor, args.reference, agent.actor.out.out_features
+    p, a, r = args.policy, args.actor, args.reference
     high: float | Tensor = math.inf
     agent.actor_opt.zero_grad()
+    rows, chain, old = draw_chains(agent, args, obs, a.group, agent.rng)  # chains of one state side by side
     with torch.no_grad():
-        rows = obs.repeat_interleave(a.group, 0)  # (B G, O), chains of one state side by side
-        chain, old = sample_chain(agent.actor_ema, rows, agent.rng.randn(len(rows), p.flow_steps + 1, dim), p)
         q = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1))  # (M, B G)
         q = q.unflatten(1, (-1, a.group))  # (M, B, G)
         if r.regularize == "none":
@@ -592,11 +596,11 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
         info |= {"pg_loss": loss.detach()} | ppo_info
     if r.forward_kl > 0:
         if r.forward_kl_noise:
-            noise = agent.rng.randn(len(obs), p.flow_steps + 1, dim)
+            noise = agent.rng.randn(len(obs), *chain.shape[1:])
             with torch.no_grad():
                 action = sample_chain(agent.actor_slow, obs, noise, p)[0][:, -1].clamp(-1, 1)
         else:
-            action = sample_ode(agent.actor_slow, obs, agent.rng.randn(len(obs), dim), p.flow_steps)
+            action = sample_ode(agent.actor_slow, obs, agent.rng.randn(len(obs), chain.shape[-1]), p.flow_steps)
         loss = bc_loss(agent.actor, obs, action, agent.rng.randn(*action.shape), agent.rng.rand(len(action)))
         (r.forward_kl * loss).backward()
         info["forward_kl"] = loss.detach()
@@ -614,22 +618,20 @@ def update_actor(agent: Agent, obs: Tensor, success: Batch | None, args: Args) -
 
 def update_critic(agent: Agent, batch: Batch, args: Args) -> Info:
     """One critic step [S 1.7]: chains of the target actor at the next state, no best-of-N in the target."""
-    p, c = args.policy, args.critic
-    action = batch.actions.flatten(1)  # (n, D)
+    c, action = args.critic, batch.actions.flatten(1)  # (n, D)
+    rows, chain, _ = draw_chains(agent, args, batch.next_obs, c.next_samples, agent.rng)  # (n G', ...)
     with torch.no_grad():
-        rows = batch.next_obs.repeat_interleave(c.next_samples, 0)  # (n G', O)
-        noise = agent.rng.randn(len(rows), p.flow_steps + 1, action.shape[1])
-        next_action = sample_chain(agent.actor_ema, rows, noise, p)[0][:, -1].clamp(-1, 1)
-        q_next = agent.critic_ema(rows, next_action).unflatten(1, (-1, c.next_samples)).mean(-1)  # (M, n)
+        q_next = agent.critic_ema(rows, chain[:, -1].clamp(-1, 1)).unflatten(1, (-1, c.next_samples)).mean(-1)  # (M, n)
         q_next = blend(q_next, agent.log_rho, args.reference)[None]  # (1, n)
         target = td_target(batch.rewards, batch.steps, batch.terminated, q_next, c.gamma)
     loss, info = critic_loss(agent.critic, batch.obs, action, target)
+    info["td_loss"] = loss
     agent.critic_opt.zero_grad()
     loss.backward()
     info["critic_grad"] = nn.utils.clip_grad_norm_(agent.critic.parameters(), math.inf)
     agent.critic_opt.step()
     update_ema(agent.critic_ema, agent.critic, c.critic_ema)
-    return info | {"td_loss": loss.detach()}
+    return {name: value.detach() for name, value in info.items()}
 
 
 def update(agent: Agent, buffer: ReplayBuffer, args: Args, rng: np.random.Generator) -> Info:
@@ -732,9 +734,7 @@ def train(run: Run, agent: Agent, buffer: ReplayBuffer, args: Args) -> None:
                 averages.add(update(agent, buffer, args, rng))
         run.show_progress(episodes)
         if due(before, run.step, r.log_every):
-            metrics = averages.take()
-            run.stop_if_not_finite(metrics)
-            run.log_training(metrics, episodes)
+            run.log_training(averages.take(), episodes)
         if due(before, run.step, t.eval_every):
             run.begin_evaluation("interval", t.eval_interval_episodes, f"step {run.step}", log="eval")
         if due(before, run.step, r.checkpoint_every):

@@ -1,7 +1,9 @@
 """Demonstrations by source: scripted experts, published data sets, or a file in robomimic's format."""
 
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -62,6 +64,11 @@ class Demos:
                 f"{long} of the {len(lengths)} demonstrations are longer than an episode may be, {lengths.max()} steps "
                 f"of {horizon}: raise --horizon if the task takes as long"
             )
+
+    def episodes(self) -> Iterator[tuple[NDArray[np.float32], NDArray[np.float32]]]:
+        """Each episode: obs (T+1, O), the last one twice as the final one is not recorded, and actions (T, A)."""
+        for first, end in pairwise([0, *self.ends.tolist()]):
+            yield np.concatenate([self.obs[first:end], self.obs[end - 1 : end]]), self.actions[first:end]
 
     def chunks(self, horizon: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Every step of every episode as a chunk start: obs (N, O), actions (N, horizon * A).
