@@ -18,28 +18,37 @@ from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "lift"
 SEEDS = (1, 2, 3, 4, 5)
+# The defaults of 0.2.
+EARLIER = [
+    *("--eta", "0", "--critic-scale", "1", "--n-step", "1", "--actor-lr-warmup", "0", "--start-training", "2000"),
+    *("--update-every", "4", "--calql-steps", "0", "--critic-warmup", "250", "--critic-successes", "10"),
+    *("--collect-horizon", "150", "--eval-every", "4000", "--total-steps", "20000"),
+]
+EARLIER_CLONING = ["--bc-lr", "3e-4", "--bc-steps", "20000", "--bc-eval-every", "100", "--bc-eval-episodes", "32"]
+WEAK = ["--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"]
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": [],
-    "hard": [
-        *("--horizon", "150", "--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"),
-        *("--total-steps", "30000", "--no-video"),
-    ],
-    "ogpo": ["--variant", "ogpo", "--no-video"],
-    "ogpo+": ["--variant", "ogpo+", "--no-video"],
+    "before": [*EARLIER, "--no-video"],
+    "ogpo+ca_0.2": [*EARLIER, *EARLIER_CLONING],
+    "hard_0.2": [*EARLIER, *EARLIER_CLONING, *WEAK, "--horizon", "150", "--total-steps", "30000", "--no-video"],
+    "ogpo_0.2": ["--variant", "ogpo", *EARLIER, *EARLIER_CLONING, "--no-video"],
+    "ogpo+_0.2": ["--variant", "ogpo+", *EARLIER, *EARLIER_CLONING, "--no-video"],
 }
 TITLES = {  # in the order of the report
-    "ogpo": "OGPO",
-    "ogpo+": "OGPO+",
     "ogpo+ca": "OGPO+CA (default)",
-    "hard": "OGPO+CA, bc_stop_success 0.15, cap 150",
+    "before": "settings of 0.2, same cloned policies",
+    "ogpo_0.2": "OGPO, settings of 0.2",
+    "ogpo+_0.2": "OGPO+, settings of 0.2",
+    "ogpo+ca_0.2": "OGPO+CA, settings of 0.2",
+    "hard_0.2": "OGPO+CA, settings of 0.2, bc_stop_success 0.15, cap 150",
 }
-COLOURS = {**plots.VARIANTS, "hard": plots.OTHERS[0]}
+START = {"before": "ogpo+ca", "ogpo_0.2": "ogpo+ca_0.2", "ogpo+_0.2": "ogpo+ca_0.2"}  # whose cloned policies it takes
 
 
 def run_flags(config: str, seed: int) -> list[str]:
     flags = ["--env", "lift", "--preset", "laptop", "--seed", str(seed), *CONFIGS[config]]
-    if config in ("ogpo", "ogpo+"):  # all variants start from the same cloned policy
-        flags += ["--cloned", f"runs/lift_ogpo+ca_s{seed}"]
+    if config in START:
+        flags += ["--cloned", f"runs/lift_{START[config]}_s{seed}"]
     return flags
 
 
@@ -123,13 +132,14 @@ def report() -> None:
 
 
 def plot_variants() -> None:
-    """Success of the three variants over environment steps."""
+    """Success of the three variants over environment steps, with the settings of 0.2."""
     figure, axes = plots.panels(1, 2, 5, 4, sharey=True)
     panels = (("eval/ode_success", "ODE policy"), ("eval/bon_success", "acting policy"))
-    cloned = [run.first("eval/ode_success") for config in plots.VARIANTS for run in stored(config).values()]
+    configs = {f"{variant}_0.2": colour for variant, colour in plots.VARIANTS.items()}
+    cloned = [run.first("eval/ode_success") for config in configs for run in stored(config).values()]
     for axis, (key, title) in zip(axes[0], panels, strict=True):
-        for config in plots.VARIANTS:
-            plots.draw_seeds(axis, stored(config).values(), key, COLOURS[config], TITLES[config])
+        for config, colour in configs.items():
+            plots.draw_seeds(axis, stored(config).values(), key, colour, TITLES[config].split(",")[0])
         axis.axhline(np.mean(cloned), color="black", linestyle=":", label="no RL update")
         axis.set(xlabel="environment steps", title=title)
     plots.success_axes(axes[0])
@@ -139,18 +149,30 @@ def plot_variants() -> None:
 
 
 def plot_main() -> None:
-    """Success and length of the training episodes, from a usual and from a weak cloned policy."""
-    figure, axes = plots.panels(1, 2, 5, 3.6)
-    success, length = axes[0]
-    for config in ("ogpo+ca", "hard"):
-        plots.draw_seeds(success, stored(config).values(), "train/success", COLOURS[config], TITLES[config])
-        plots.draw_seeds(length, stored(config).values(), "train/length", COLOURS[config], TITLES[config])
-    plots.success_axes([success])
-    plots.step_axes([length])
-    success.set(xlabel="environment steps", ylabel="success of the last 20 episodes")
-    length.set(xlabel="environment steps", ylabel="episode length (steps)")
-    figure.legend(*success.get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    """Success of the acting policy over environment steps and over minutes, now and before, same cloned policies."""
+    figure, axes = plots.panels(1, 2, 5, 3.6, sharey=True)
+    steps, minutes = axes[0]
+    for config, colour in (("ogpo+ca", plots.VARIANTS["ogpo+ca"]), ("before", "tab:gray")):
+        found = stored(config).values()
+        plots.draw_seeds(steps, found, "eval/bon_success", colour, TITLES[config])
+        for run in found:
+            minutes.plot(*evaluations_by_minute(run), color=colour, alpha=0.5)
+    plots.success_axes([steps])
+    minutes.set_xlim(0)
+    minutes.grid(alpha=0.3)
+    steps.set(xlabel="environment steps", ylabel="success of the acting policy, 20 episodes")
+    minutes.set(xlabel="minutes since the policy was cloned")
+    figure.legend(*steps.get_legend_handles_labels(), loc="outside upper center", ncols=2)
     figure.savefig(STORE / "main.png", dpi=130)
+
+
+def evaluations_by_minute(run: Run) -> tuple[np.ndarray, np.ndarray]:
+    """Minutes since the cloned policy's evaluation and success of the acting policy, from its first evaluation on."""
+    rows = [row for row in run.metrics if "eval/ode_success" in row]
+    start, acting = rows[0]["time/wall"], [row for row in rows if "eval/bon_success" in row]
+    return np.array([(row["time/wall"] - start) / 60 for row in acting]), np.array(
+        [row["eval/bon_success"] for row in acting]
+    )
 
 
 def main() -> None:

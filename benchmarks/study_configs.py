@@ -24,10 +24,13 @@ EXTRACTION, CRITIC, REFERENCE, RELEASED, DIFFUSION = (
 )
 
 # What all runs have, whatever the scripts' defaults become; a configuration's own flags come later and win.
-_SETTINGS = ("--critic-scale", "1", "--actor-lr-warmup", "0", "--n-step", "1", "--critic-successes", "10")
+_SETTINGS = (
+    *("--critic-scale", "1", "--actor-lr-warmup", "0", "--n-step", "1", "--calql-steps", "0", "--critic-warmup", "250"),
+    *("--critic-successes", "10", "--start-training", "2000", "--update-every", "4"),
+)
 _LIFT = (
-    *("--bc-stop-success", "0.5", "--bc-eval-every", "100", "--bc-eval-episodes", "32", "--collect-horizon", "150"),
-    *("--start-training", "2000", "--update-every", "4"),
+    *("--bc-stop-success", "0.5", "--bc-lr", "3e-4", "--bc-steps", "20000", "--bc-eval-every", "100"),
+    *("--bc-eval-episodes", "32", "--collect-horizon", "150"),
 )
 _FLOW = ("--eta", "0")
 

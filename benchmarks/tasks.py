@@ -228,11 +228,13 @@ def settings_tables() -> str:
             reward = f"{c.reward_offset:+g}, {c.success_bonus:+g}"
             best = f"{p.best_of_n}, {f'least of {n}' if (n := p.best_of_n_heads) else 'mean'}"
             lr, every, steps = f"{args.actor.actor_lr:g}", f"{args.run.update_every}", f"{args.run.total_steps:,}"
+            start = f"Cal-QL {c.calql_steps}" if c.calql_steps else f"{c.critic_successes} successes"
+            chains = "ancestral" if p.eta == 1 else f"{p.noise_std:g}"
             source = next(text for (s, task), text in SOURCES.items() if s == preset and fnmatch(name, task))
             rows = (
                 (preset, cap, reward, demos, f"{args.pretrain.bc_stop_success:g}"),
                 (preset, f"{p.chunk}", f"{p.flow_steps}", f"{c.gamma:g}", best, lr, every, steps),
-                (preset, source),
+                (preset, chains, f"{c.n_step}", f"{c.critic_scale:g}", start, source),
             )
             for group, cells in zip(groups, rows, strict=True):
                 group.setdefault(cells, []).append(name)
@@ -242,7 +244,7 @@ def settings_tables() -> str:
             "| task | preset | H | K | gamma | best of | actor lr | steps an update | steps |",
             "|---|---|---:|---:|---:|---|---:|---:|---:|",
         ),
-        ("| task | preset | source |", "|---|---|---|"),
+        ("| task | preset | chains | n | scale | start | source |", "|---|---|---|---:|---:|---|---|"),
     )
     return "\n\n".join(
         runs.table(

@@ -204,6 +204,7 @@ class Run(TrackedRun):
             rates = {f"{log}/{k}_success": r.rate for k, r in results.items()}
             rates |= {f"{log}/{k}_length": r.mean_length for k, r in results.items()}
             rates |= {f"{log}/{k}_success/{part}": x for k, r in results.items() for part, x in r.by_part.items()}
+            rates["time/wall"] = time.perf_counter() - self.started
             self.log.log(step, rates)
         if log == "eval" and "bon" in results:
             self.rates.append((step, results["bon"].rate))
