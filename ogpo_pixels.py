@@ -633,7 +633,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     agent.actor_opt = adam(agent.actor.parameters(), args.actor.actor_lr, agent.rng.device)  # afresh [C]
     agent.bc_done, agent.bc_below = True, None
     checkpoint.save(run.folder / "cloned.pt", both.state_dict())
-    run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
+    run.begin_evaluation("final", args.task.eval_episodes, "cloned policy", log="eval", only="ode")
     run.record_video("ode", "before.mp4", args.run.video)
     run.save()
 

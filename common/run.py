@@ -153,13 +153,13 @@ class Run(TrackedRun):
         self.evaluation = None
         return self._report(self.step, label, log, results)
 
-    def begin_evaluation(self, use: str, episodes: int, label: str, log: str) -> None:
+    def begin_evaluation(self, use: str, episodes: int, label: str, log: str, only: str = "") -> None:
         """Like `evaluate`, of the policies as they are now, but training goes on while it lasts (`good_enough`)."""
         if not self.evaluator:
-            self.evaluate(use, episodes, label, log=log)
+            self.evaluate(use, episodes, label, only, log)
             return
         agent = copy.deepcopy(checkpoint.pack(self.parts["agent"]))
-        beside = dict(use=use, episodes=episodes, label=label, log=log, step=self.step, agent=agent)
+        beside = dict(use=use, episodes=episodes, label=label, log=log, only=only, step=self.step, agent=agent)
         self._begin(beside, self.policies, self.encode)
 
     def _begin_again(self, beside: dict[str, Any]) -> None:
@@ -169,7 +169,7 @@ class Run(TrackedRun):
         self._begin(beside, policies, encode)
 
     def _begin(self, beside: dict[str, Any], policies: Mapping[str, Policy], encode: Encode) -> None:
-        self.evaluator.ask(self._work(policies, encode, beside["use"], beside["episodes"], ""))
+        self.evaluator.ask(self._work(policies, encode, beside["use"], beside["episodes"], beside["only"]))
         self.beside = self.parts["beside"] = beside
 
     def good_enough(self, rate: float) -> bool:

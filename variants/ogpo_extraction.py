@@ -641,7 +641,7 @@ def pretrain(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
     agent.actor_opt = adam(agent.actor.parameters(), args.actor.actor_lr, agent.rng.device)  # afresh [C]
     agent.bc_done, agent.bc_below = True, None
     checkpoint.save(run.folder / "cloned.pt", agent.actor.state_dict())
-    run.evaluate("final", args.task.eval_episodes, "cloned policy", only="ode", log="eval")
+    run.begin_evaluation("final", args.task.eval_episodes, "cloned policy", log="eval", only="ode")
     run.record_video("ode", "before.mp4", args.run.video)
     run.save()
 
@@ -663,9 +663,7 @@ def pretrain_critic(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
         info = update_critic(agent, batch, args, returns[batch.rows].to(device))
         agent.calql_step += 1
         if agent.calql_step % 100 == 0 or agent.calql_step == c.calql_steps:
-            metrics = {f"calql/{name}": value.item() for name, value in info.items()}
-            run.stop_if_not_finite(metrics)
-            run.log.log(0, metrics)
+            run.stop_if_not_finite({name: value.item() for name, value in info.items()})
             run.log.say(f"Cal-QL step {agent.calql_step}: its term {info['calql']:.2f}, TD loss {info['td_loss']:.2f}")
     agent.best_of_n_on |= c.critic_warmup == c.critic_successes == 0
     run.save()
