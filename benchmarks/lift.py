@@ -28,7 +28,7 @@ EARLIER_CLONING = ["--bc-lr", "3e-4", "--bc-steps", "20000", "--bc-eval-every", 
 WEAK = ["--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"]
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": [],
-    "before": [*EARLIER, "--no-video"],
+    "before": [*EARLIER, "--total-steps", "12000", "--no-video"],
     "ogpo+ca_0.2": [*EARLIER, *EARLIER_CLONING],
     "hard_0.2": [*EARLIER, *EARLIER_CLONING, *WEAK, "--horizon", "150", "--total-steps", "30000", "--no-video"],
     "ogpo_0.2": ["--variant", "ogpo", *EARLIER, *EARLIER_CLONING, "--no-video"],

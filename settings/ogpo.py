@@ -15,8 +15,8 @@ from settings.tasks import TASKS
 T = TypeVar("T")
 
 # The defaults of 0.2, with which every task was tuned that has not been run with the present ones.
-METHOD = dict(eta=0.0, critic_scale=1.0, n_step=1, actor_lr_warmup=0)
-EARLIER = METHOD | dict(start_training=2_000, update_every=4)
+EARLIER_METHOD = dict(eta=0.0, critic_scale=1.0, n_step=1, actor_lr_warmup=0)
+EARLIER = EARLIER_METHOD | dict(start_training=2_000, update_every=4)
 WAITS = dict(critic_warmup=250, critic_successes=10)
 # Critics that start on demonstrations act and teach at once.
 CALQL = dict(calql_steps=500, critic_warmup=0, critic_successes=0)
@@ -103,7 +103,7 @@ PIXELS: dict[tuple[str, str], dict] = {
     ("*", "toy"): dict(cameras=("top",), image_size=48),
     ("*", "tool_hang"): dict(cameras=("sideview",), image_size=240),
     ("*", "transport"): dict(cameras=("shouldercamera0", "shouldercamera1"), image_size=96),
-    ("laptop", "*"): METHOD | dict(
+    ("laptop", "*"): EARLIER_METHOD | dict(
         bc_batch=64, bc_eval_every=200, bc_eval_episodes=20, eval_every=8_000, eval_episodes=50, total_steps=40_000
     ),
     **{("laptop", name): EARLIER | WAITS for name in METAWORLD},

@@ -117,16 +117,13 @@ def hermite_error(vocab: int) -> float:
 
 
 def readme() -> Said:
-    cloned, final = (numbers("lift/summary", head)[2:] for head in ("BC (no RL update)", "ODE policy"))
+    cloned, final = (numbers("lift/summary", head)[0] for head in ("BC (no RL update)", "ODE policy"))
     minutes, steps = numbers("lift/ogpo+ca", "minutes"), lift.stored("ogpo+ca")[1].args["total_steps"]
-    percent = f"{100 * cloned[0]:.0f}", f"{100 * final[0]:.0f}"
     yield (
-        "Lift goes from {} % to {} % success in {:,} steps: {:.0f} minutes on two",
-        (*percent, steps, np.mean(minutes)),
+        "Lift goes from {:.0f} % to {:.0f} % success in {:,} steps: {:.0f} minutes on two",
+        (100 * cloned, 100 * final, steps, np.mean(minutes)),
     )
-    learn = sum(rate >= 0.9 for rate in numbers("lift/hard", "ODE"))
-    weak = WORDS[round(1 / cloned[1])], WORDS[learn], WORDS[5 - learn]
-    yield "succeeds one time in {}; {} of five seeds learn, {} fails", weak
+    yield "at 0.9 after {} to {} steps", ends(numbers("lift/ogpo+ca", "steps to 0.9"))
     flow, jumps = texts("flm", "perplexity"), texts("fmlm", "perplexity")
     beaten = max(int(n) for n, x in list(flow.items())[:-1] if x.mean() > jumps["1"].mean())
     yield "in one network call a lower perplexity than FLM (blue) in {}", [beaten]
@@ -214,7 +211,7 @@ def state_page() -> Said:
     x = torch.linspace(-6, 6, 10_001, dtype=torch.float64)
     gelu = torch.nn.functional.gelu
     yield "differs by < {}", [short((gelu(x) - gelu(x, approximate="tanh")).abs().max().item())]
-    default, hard = (lift.stored(config)[1].args for config in ("ogpo+ca", "hard"))
+    default, hard = (lift.stored(config)[1].args for config in ("ogpo+ca", "hard_0.2"))
     yield "{} on Lift, evaluation {} (2)", (default["collect_horizon"], default["horizon"])
     yield "Lift, {:,} environment steps, success over {} episodes", (default["total_steps"], default["eval_episodes"])
     yield "is the hard start, {:,} steps", [hard["total_steps"]]
