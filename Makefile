@@ -1,4 +1,4 @@
-# make lift   train OGPO on robosuite Lift until it succeeds in 0.98 of two evaluations in a row
+# make lift   train OGPO on robosuite Lift until two evaluations in a row are at 0.98 or above
 # make test   lint, format check and tests; `make test-all` with the slow ones
 # make doctor which simulators and renderers work here, and what mends the others
 # Both first install into $(VENV), again only when a requirements file changes. Only wheels: no compiler needed.

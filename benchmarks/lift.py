@@ -1,13 +1,16 @@
 """OGPO on Lift: runs every variant and seed, stores their metrics, makes the table and the figures of the docs.
 
-python benchmarks/lift.py run --jobs 2        # resumable: finished runs are skipped; about 12 minutes a run
+python benchmarks/lift.py run --jobs 2        # resumable: finished runs are skipped; about 15 minutes a run
 python benchmarks/lift.py store               # keep the finished runs in lift/runs.jsonl.gz
 python benchmarks/lift.py report              # lift/results.md, lift/variants.png, lift/main.png from lift/ alone
 """
 
 import argparse
+import json
 import os
 import sys
+from datetime import datetime
+from pathlib import Path
 
 import numpy as np
 
@@ -28,7 +31,7 @@ EARLIER_CLONING = ["--bc-lr", "3e-4", "--bc-steps", "20000", "--bc-eval-every", 
 WEAK = ["--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"]
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": [],
-    "before": [*EARLIER, "--total-steps", "12000", "--no-video"],
+    "before": [*EARLIER, "--eval-every", "1000", "--total-steps", "12000", "--no-video"],
     "ogpo+ca_0.2": [*EARLIER, *EARLIER_CLONING],
     "hard_0.2": [*EARLIER, *EARLIER_CLONING, *WEAK, "--horizon", "150", "--total-steps", "30000", "--no-video"],
     "ogpo_0.2": ["--variant", "ogpo", *EARLIER, *EARLIER_CLONING, "--no-video"],
@@ -58,7 +61,14 @@ def run_one(config: str, seed: int) -> int:
 
 
 def store() -> None:
-    runs.keep(STORE, {f"{config}_s{seed}": RUNS / f"lift_{config}_s{seed}" for config in CONFIGS for seed in SEEDS})
+    names = {f"{config}_s{seed}": RUNS / f"lift_{config}_s{seed}" for config in CONFIGS for seed in SEEDS}
+    runs.keep(STORE, names, lambda folder: {"cloned": cloned_after(folder)})
+
+
+def cloned_after(folder: Path) -> float:
+    """Seconds from the start of a run to its cloned policy."""
+    started = datetime.fromisoformat(json.loads((folder / "args.json").read_text())["started"])
+    return round((folder / "cloned.pt").stat().st_mtime - started.timestamp(), 1)
 
 
 def stored(config: str) -> dict[int, Run]:
@@ -112,9 +122,8 @@ def report() -> None:
         "# OGPO on Lift: stored results",
         "",
         "Made by `python benchmarks/lift.py report`. Success over 100 evaluation episodes with fixed seeds, before "
-        "the first update (BC) and at the end. *Steps to 0.9*: first of the evaluations during training (every "
-        "4,000 steps, 20 episodes, best-of-N policy) at 0.9 or above. Wall time: the whole command, two runs at a "
-        "time on two cores.",
+        "the first update (BC) and at the end. *Steps to 0.9*: first of the evaluations during training (20 episodes, "
+        "best-of-N policy) at 0.9 or above. Wall time: the whole command, two runs at a time on two cores.",
         "",
         "Mean over seeds; Wilson 95 % interval over all their episodes pooled (it does not cover seed-to-seed spread).",
         "",
@@ -124,8 +133,10 @@ def report() -> None:
     for config, title in TITLES.items():
         args = next(iter(stored(config).values())).args
         command = " ".join(["python ogpo_state.py --env lift", *CONFIGS[config], "--seed N"])
-        start = ", from the default run's cloned policy" if args["cloned"] else ""
-        text += [f"## {title}", "", f"`{command}`, {args['total_steps']:,} steps{start}", "", seeds_table(config), ""]
+        start = f", from the cloned policies of: {TITLES[START[config]]}" if args["cloned"] else ""
+        every = f", evaluated every {args['eval_every']:,}"
+        about = f"`{command}`, {args['total_steps']:,} steps{every}{start}"
+        text += [f"## {title}", "", about, "", seeds_table(config), ""]
     (STORE / "results.md").write_text("\n".join(text))
     plot_variants()
     plot_main()
@@ -167,12 +178,10 @@ def plot_main() -> None:
 
 
 def evaluations_by_minute(run: Run) -> tuple[np.ndarray, np.ndarray]:
-    """Minutes since the cloned policy's evaluation and success of the acting policy, from its first evaluation on."""
-    rows = [row for row in run.metrics if "eval/ode_success" in row]
-    start, acting = rows[0]["time/wall"], [row for row in rows if "eval/bon_success" in row]
-    return np.array([(row["time/wall"] - start) / 60 for row in acting]), np.array(
-        [row["eval/bon_success"] for row in acting]
-    )
+    """Minutes from the cloned policy to an evaluation's end, and success of the acting policy in it."""
+    rows = [row for row in run.metrics if "eval/bon_success" in row]
+    minutes = [(row["time/wall"] - run.files["cloned"]) / 60 for row in rows]
+    return np.array(minutes), np.array([row["eval/bon_success"] for row in rows])
 
 
 def main() -> None:

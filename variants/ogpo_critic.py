@@ -172,14 +172,14 @@ class CriticArgs:
     critic_ema: Unit = 0.05  # step size of the target critics
     n_step: Size = 3  # chunks whose rewards a target sums before it bootstraps [S 1.7]
     next_samples: Size = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
-    calql_steps: Natural = 0  # updates of the critics on the demonstrations before RL, with Cal-QL's term [S 1.9]
+    calql_steps: Natural = 0  # critics' updates on the demonstrations before RL; success is their only reward [S 1.9]
     calql_coef: NonNegative = 5.0  # weight of their conservative term [C]
     calql_actions: Size = 10  # random, present and next actions each in that term [C]
     calql_heads: Size = 2  # heads drawn for it at each update [C]
     calql_released: bool = False  # bound random actions too, and count the demonstrated one among all, as released
     mc_coef: NonNegative = 0.0  # weight of the regression on the return-to-go; released: 1 when used [S 1.9]
     next_reduce: Literal["mean", "median", "trimmed"] = "mean"  # of next actions, per head; trimmed: the middle half
-    critic_warmup: Natural = 250  # updates of the critics alone
+    critic_warmup: Natural = 250  # updates of the critics alone, if they did not start on demonstrations
     critic_successes: Natural = 10  # successes, and critic_warmup, before the actor moves; a quarter: before best-of-N
 
 
@@ -531,7 +531,7 @@ def conservative(agent: Agent, batch: Batch, returns: Tensor, args: Args) -> Ten
 def update_critic(agent: Agent, batch: Batch, args: Args, returns: Tensor | None = None, calql: bool = False) -> Info:
     """One critic step [S 1.7]: chains of the target actor at the next state, no best-of-N in the target.
 
-    returns (n,), if they are needed: for the regression on them, and for Cal-QL's term on demonstrations [S 1.9].
+    returns (n,), if they are needed: for the regression on them, and with calql for Cal-QL's term [S 1.9].
     """
     c, action = args.critic, batch.actions.flatten(1)  # (n, D)
     rows, chain, _ = draw_chains(agent, args, batch.next_obs, c.next_samples, agent.rng)  # (n G', ...)
@@ -631,7 +631,7 @@ def pretrain_critic(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
         if agent.calql_step % 100 == 0 or agent.calql_step == c.calql_steps:
             run.stop_if_not_finite({name: value.item() for name, value in info.items()})
             run.log.say(f"Cal-QL step {agent.calql_step}: its term {info['calql']:.2f}, TD loss {info['td_loss']:.2f}")
-    agent.best_of_n_on |= c.critic_warmup == c.critic_successes == 0
+    agent.best_of_n_on = agent.policy_gradient_on = agent.calql_step == c.calql_steps  # nothing waits
     run.save()
 
 
@@ -690,7 +690,7 @@ def main(argv: list[str]) -> None:
             run.open_log(r.total_steps, r.wandb_project, r.tensorboard)
             if not agent.bc_done:
                 pretrain(run, agent, demos, args)
-            if agent.bc_done and demos:
+            if agent.bc_done and demos and args.critic.calql_steps:
                 pretrain_critic(run, agent, demos, args)
             if agent.bc_done:
                 train(run, agent, buffer, args)

@@ -176,8 +176,8 @@ class CriticArgs:
     critic_ema: Unit = 0.05  # step size of the target critics
     n_step: Size = 3  # chunks whose rewards a target sums before it bootstraps [S 1.7]
     next_samples: Size = 1  # G', next actions behind a target, averaged; several are Q-variance reduction [S 1.9]
-    calql_steps: Natural = 0  # updates of the critics on the demonstrations before RL, with Cal-QL's term [S 1.9]
-    critic_warmup: Natural = 250  # updates of the critics alone
+    calql_steps: Natural = 0  # critics' updates on the demonstrations before RL; success is their only reward [S 1.9]
+    critic_warmup: Natural = 250  # updates of the critics alone, if they did not start on demonstrations
     critic_successes: Natural = 10  # successes, and critic_warmup, before the actor moves; a quarter: before best-of-N
 
 
@@ -432,7 +432,7 @@ def critic_loss(critic: CriticEnsemble, obs: Tensor, action: Tensor, target: Ten
 def calql_term(q_demo: Tensor, q_other: Tensor, returns: Tensor) -> Tensor:
     """Cal-QL's conservative term [S 1.9]: q_demo (M, n), q_other (M, n, C) of chunks at the same states, returns (n,).
 
-    Pushes other chunks below the demonstrated one, but not below the return that followed it.
+    Pushes other chunks below the demonstrated one, but not below the return from its first step on.
     """
     return (torch.maximum(q_other, returns[:, None]).logsumexp(-1) - q_demo).mean()
 
@@ -665,7 +665,7 @@ def pretrain_critic(run: Run, agent: Agent, demos: Demos, args: Args) -> None:
         if agent.calql_step % 100 == 0 or agent.calql_step == c.calql_steps:
             run.stop_if_not_finite({name: value.item() for name, value in info.items()})
             run.log.say(f"Cal-QL step {agent.calql_step}: its term {info['calql']:.2f}, TD loss {info['td_loss']:.2f}")
-    agent.best_of_n_on |= c.critic_warmup == c.critic_successes == 0
+    agent.best_of_n_on = agent.policy_gradient_on = agent.calql_step == c.calql_steps  # nothing waits
     run.save()
 
 
@@ -724,7 +724,7 @@ def main(argv: list[str]) -> None:
             run.open_log(r.total_steps, r.wandb_project, r.tensorboard)
             if not agent.bc_done:
                 pretrain(run, agent, demos, args)
-            if agent.bc_done and demos:
+            if agent.bc_done and demos and args.critic.calql_steps:
                 pretrain_critic(run, agent, demos, args)
             if agent.bc_done:
                 train(run, agent, buffer, args)
