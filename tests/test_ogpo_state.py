@@ -19,6 +19,7 @@ import ogpo_state as og
 from common import cli
 from common.demos import Demos
 from common.envs import TASKS
+from common.errors import UserError
 from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
 from tests import helpers
@@ -507,8 +508,8 @@ def test_demos_episodes_repeat_the_last_observation() -> None:
 
 
 def test_pretrain_critic_gives_each_chunk_the_return_that_followed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """-1 a step, 4 at the end (offset -1, success 1, bonus 4), gamma 0.5; as many updates as asked, then best-of-N."""
-    changes = dict(gamma=0.5, success_bonus=4.0, calql_steps=5, critic_warmup=0, critic_successes=0, critic_batch=32)
+    """-1 a step, 4 at the end (offset -1, success 1, bonus 4), gamma 0.5; afterwards nothing waits."""
+    changes = dict(gamma=0.5, success_bonus=4.0, calql_steps=5, critic_batch=32)
     agent, args = small_agent(**changes)
     seen: dict[int, set[float]] = {}
 
@@ -523,13 +524,35 @@ def test_pretrain_critic_gives_each_chunk_the_return_that_followed(monkeypatch: 
     run.stop.requested = False
     assert not agent.best_of_n_on
     og.pretrain_critic(run, agent, demonstrations(), args)
-    assert agent.calql_step == 5 and agent.best_of_n_on and run.save.called
+    assert agent.calql_step == 5 and agent.best_of_n_on and agent.policy_gradient_on and run.save.called
     total = [-sum(0.5**i for i in range(left)) + 5 * 0.5 ** (left - 1) for left in (6, 5, 4)]
     # The second demonstration is one chunk, in rows 7 to 11: its end is repeated once, which pays nothing.
     assert {row: seen[row] for row in (0, 1, 2)} == {
         row: {round(x, 6)} for row, x in zip((0, 1, 2), total, strict=True)
     }
     assert seen.keys() == {0, 1, 2, 7}
+
+
+def test_pretrain_critic_stopped_within_leaves_the_actor_still(monkeypatch: pytest.MonkeyPatch) -> None:
+    agent, args = small_agent(calql_steps=5, critic_batch=32)
+    run = MagicMock(obs_dim=5, act_dim=2)
+    run.stop.requested = False
+
+    def stop_at_once(*_: object) -> og.Info:
+        run.stop.requested = True
+        return {"calql": torch.zeros(()), "td_loss": torch.zeros(())}
+
+    monkeypatch.setattr(og, "update_critic", stop_at_once)
+    og.pretrain_critic(run, agent, demonstrations(), args)
+    assert agent.calql_step == 1 and not (agent.best_of_n_on or agent.policy_gradient_on)
+
+
+@pytest.mark.parametrize("env", ["kitchen-mixed", "pen-raw", "door-dense"])
+def test_check_refuses_cal_ql_where_success_is_not_the_only_reward(env: str) -> None:
+    args = cli.flatten(og.default_args(env))
+    og.settings.check(args)
+    with pytest.raises(UserError, match=f"--calql-steps: success is not the only reward of {env}"):
+        og.settings.check(args | {"calql_steps": 500})
 
 
 def test_update_critic_with_returns_puts_demonstrated_chunks_above_others() -> None:

@@ -101,8 +101,10 @@ def test_pretrain_critic_stopped_before_rl_resumes_exactly(tmp_path: Path, steps
     flags += ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
     run_script([og.__file__, *flags, "whole"], check=0)
 
-    stopping = "import sys; import ogpo_state as m; "
-    stopping += "m.pretrain_critic = lambda run, *_: setattr(run.stop, 'requested', True); m.main(sys.argv[1:])"
+    stopping = "import sys; import ogpo_state as m; f = m.pretrain; "
+    stopping += (
+        "m.pretrain = lambda run, *args: (f(run, *args), setattr(run.stop, 'requested', True)); m.main(sys.argv[1:])"
+    )
     done = subprocess.run([sys.executable, "-c", stopping, *flags, "broken"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     agent = checkpoint.load(tmp_path / "broken" / "checkpoint.pt")["agent"]
