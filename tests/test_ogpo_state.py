@@ -61,7 +61,7 @@ small_agent = partial(helpers.small_agent, og)
 def test_sample_chain_marginals_follow_the_affine_recursion(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a linear-Gaussian flow every step is affine, so mean and variance of each state are known exactly."""
     monkeypatch.setattr(og, "NOISE_CLIP", 10.0)
-    p = og.PolicyArgs(flow_steps=6, noise_std=0.2)
+    p = og.PolicyArgs(flow_steps=6, noise_std=0.2, eta=0.0)
     n, net = 200_000, GaussianFlow()
     noise = torch.randn(n, p.flow_steps + 1, 1, generator=torch.Generator().manual_seed(0))
     chain, _ = og.sample_chain(net, torch.zeros(n, 1), noise, p)

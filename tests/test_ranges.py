@@ -132,7 +132,7 @@ def test_script_says_it_in_one_line(script: str, line: str, said: str, tmp_path:
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("--env lift --chunk 200", "longer than an episode of 150 steps"),
+        ("--env lift --chunk 201", "longer than an episode of 200 steps"),
         ("--env lift --collect-horizon 3", "longer than an episode of 3 steps"),
         ("--env lift --best-of-n-heads 9", "there are 4 --heads"),
         ("--env lift --start-training 4000 --total-steps 100", "after the last step"),

@@ -825,7 +825,7 @@ def test_sample_chain_released_clip_biases_the_ratio() -> None:
 
 def test_step_mean_released_correction_is_a_kth_of_the_matched_one() -> None:
     x, v, t = torch.randn(3, 8), torch.randn(3, 8), torch.tensor(0.5)
-    p = dict(flow_steps=10, noise_std=0.3)
+    p = dict(flow_steps=10, noise_std=0.3, eta=0.0)
     euler, sigma = x + v / 10, torch.tensor(0.3 * math.sqrt(0.5))
     released = ogpo_released.step_mean(x, v, t, sigma, ogpo_released.PolicyArgs(**p)) - euler
     torch.testing.assert_close(10 * released, og.step_mean(x, v, t, sigma, og.PolicyArgs(**p)) - euler)
