@@ -8,7 +8,7 @@ A weak policy is cloned from demonstrations (flow matching), the critics may sta
 and the policy is improved online: off-policy critics score the finished action chunk, which is the terminal reward of
 the denoising process, and a clipped policy-gradient objective trains every denoising step at once.
 
-    python ogpo_state.py --env lift                   # Lift: from 0.23-0.54 to 0.99-1.00, 14-18 min on two CPU cores
+    python ogpo_state.py --env lift                   # Lift: from 0.42-0.48 to 0.96-1.00, 14-19 min on two CPU cores
     python ogpo_state.py --env toy                    # no simulator, under a minute on one core
     python ogpo_state.py --env lift --variant ogpo    # plain OGPO; ogpo+ and ogpo+ca (default) add stabilizers
     python ogpo_state.py --env my_package.my_module:MyEnv-v0 --demos my_demos.hdf5

@@ -31,7 +31,7 @@ EARLIER_CLONING = ["--bc-lr", "3e-4", "--bc-steps", "20000", "--bc-eval-every", 
 WEAK = ["--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"]
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": [],
-    "before": [*EARLIER, "--eval-every", "1000", "--total-steps", "12000", "--no-video"],
+    "before": [*EARLIER, "--eval-every", "1000", "--total-steps", "10000", "--no-video"],
     "ogpo+ca_0.2": [*EARLIER, *EARLIER_CLONING],
     "hard_0.2": [*EARLIER, *EARLIER_CLONING, *WEAK, "--horizon", "150", "--total-steps", "30000", "--no-video"],
     "ogpo_0.2": ["--variant", "ogpo", *EARLIER, *EARLIER_CLONING, "--no-video"],
@@ -39,11 +39,11 @@ CONFIGS: dict[str, list[str]] = {
 }
 TITLES = {  # in the order of the report
     "ogpo+ca": "OGPO+CA (default)",
-    "before": "settings of 0.2, same cloned policies",
-    "ogpo_0.2": "OGPO, settings of 0.2",
-    "ogpo+_0.2": "OGPO+, settings of 0.2",
-    "ogpo+ca_0.2": "OGPO+CA, settings of 0.2",
-    "hard_0.2": "OGPO+CA, settings of 0.2, bc_stop_success 0.15, cap 150",
+    "before": "settings of v0.2, same cloned policies",
+    "ogpo_0.2": "OGPO, settings of v0.2",
+    "ogpo+_0.2": "OGPO+, settings of v0.2",
+    "ogpo+ca_0.2": "OGPO+CA, settings of v0.2",
+    "hard_0.2": "OGPO+CA, settings of v0.2, bc_stop_success 0.15, cap 150",
 }
 START = {"before": "ogpo+ca", "ogpo_0.2": "ogpo+ca_0.2", "ogpo+_0.2": "ogpo+ca_0.2"}  # whose cloned policies it takes
 
@@ -143,7 +143,7 @@ def report() -> None:
 
 
 def plot_variants() -> None:
-    """Success of the three variants over environment steps, with the settings of 0.2."""
+    """Success of the three variants over environment steps, with the settings of v0.2."""
     figure, axes = plots.panels(1, 2, 5, 4, sharey=True)
     panels = (("eval/ode_success", "ODE policy"), ("eval/bon_success", "acting policy"))
     configs = {f"{variant}_0.2": colour for variant, colour in plots.VARIANTS.items()}

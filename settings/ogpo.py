@@ -146,7 +146,7 @@ SOURCES: dict[tuple[str, str], str] = {
     ("laptop", "square"): "tuned here, seed 1",
     ("laptop", "mt10"): "tuned here, seeds 1, 2",
     ("laptop", "peg-insert-side"): "Lift's; checked here",
-    **{("laptop", n): "Lift's of 0.2; checked here" for n in ("assembly", "hand-insert", "pick-place")},
+    **{("laptop", n): "Lift's of v0.2; checked here" for n in ("assembly", "hand-insert", "pick-place")},
     **{("laptop", name): "tuned here on door and hammer, seed 1" for name in HANDS},
     ("laptop", "pen"): "tuned here, seeds 1-3",
     ("laptop", "*"): "not tuned yet",
