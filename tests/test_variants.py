@@ -720,7 +720,8 @@ def clone(folder: Path, rates: dict[int, float], steps: int, **changes: object) 
         asked.append(only)
         return {only: SimpleNamespace(rate=rates.get(agent.bc_step, 0.0))}
 
-    run = MagicMock(folder=folder, stop=SimpleNamespace(requested=False), evaluate=evaluate)
+    calls = dict(evaluate=evaluate, begin_evaluation=evaluate)
+    run = MagicMock(folder=folder, stop=SimpleNamespace(requested=False), **calls)
     ogpo_released.pretrain(run, agent, Lessons(), args)
     return agent, asked
 
