@@ -123,7 +123,7 @@ def readme() -> Said:
         "Lift goes from {:.0f} % to {:.0f} % success in {:,} steps: {:.0f} minutes on two",
         (100 * cloned, 100 * final, steps, np.mean(minutes)),
     )
-    yield "at 0.9 after {} to {} steps", ends(numbers("lift/ogpo+ca", "steps to 0.9"))
+    yield "at {} after {} to {} steps", (0.9, *ends(numbers("lift/ogpo+ca", "steps to 0.9")))
     flow, jumps = texts("flm", "perplexity"), texts("fmlm", "perplexity")
     beaten = max(int(n) for n, x in list(flow.items())[:-1] if x.mean() > jumps["1"].mean())
     yield "in one network call a lower perplexity than FLM (blue) in {}", [beaten]
@@ -146,7 +146,7 @@ def readme() -> Said:
     steps = ogpo_state.default_args("square", "paper", "ogpo+ca").run.total_steps
     yield "the paper's sizes and schedule: {:,} steps", [steps]
     yield "the second command is {} days of updates", [WORDS[round(steps * paper / 86_400_000)]]
-    yield "success {:.2f} → {:.2f}, five seeds | {}-{} min", (cloned[0], final[0], *ends(minutes))
+    yield "success {:.2f} → {:.2f}, five seeds | {}-{} min", (cloned, final, *ends(minutes))
     pixels = [numbers("pixels/short", head)[0] for head in ("cloned", "fine-tuned", "minutes")]
     yield "{:.2f} → {:.2f}, three seeds | {:.0f} min", pixels
     yield "perplexity {:,.0f} in 16 calls | {} min", (flow["16"].mean(), text_minutes("FLM"))
