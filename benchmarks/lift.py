@@ -18,24 +18,20 @@ import plots
 import runs
 from common.evaluate import wilson
 from runs import ROOT, RUNS, Run
+from study_configs import settings
 
 STORE = ROOT / "benchmarks" / "lift"
 SEEDS = (1, 2, 3, 4, 5)
-# The defaults of 0.2.
-EARLIER = [
-    *("--eta", "0", "--critic-scale", "1", "--n-step", "1", "--actor-lr-warmup", "0", "--start-training", "2000"),
-    *("--update-every", "4", "--calql-steps", "0", "--critic-warmup", "250", "--critic-successes", "10"),
-    *("--collect-horizon", "150", "--eval-every", "4000", "--total-steps", "20000"),
-]
-EARLIER_CLONING = ["--bc-lr", "3e-4", "--bc-steps", "20000", "--bc-eval-every", "100", "--bc-eval-episodes", "32"]
+# The settings of v0.2; where another run's cloned policy is taken, those of cloning do nothing.
+EARLIER = [*settings("lift", "ogpo_state.py"), "--eval-every", "4000", "--total-steps", "20000"]
 WEAK = ["--bc-stop-success", "0.15", "--bc-eval-every", "25", "--bc-eval-episodes", "100"]
 CONFIGS: dict[str, list[str]] = {
     "ogpo+ca": [],
     "before": [*EARLIER, "--eval-every", "1000", "--total-steps", "10000", "--no-video"],
-    "ogpo+ca_0.2": [*EARLIER, *EARLIER_CLONING],
-    "hard_0.2": [*EARLIER, *EARLIER_CLONING, *WEAK, "--horizon", "150", "--total-steps", "30000", "--no-video"],
-    "ogpo_0.2": ["--variant", "ogpo", *EARLIER, *EARLIER_CLONING, "--no-video"],
-    "ogpo+_0.2": ["--variant", "ogpo+", *EARLIER, *EARLIER_CLONING, "--no-video"],
+    "ogpo+ca_0.2": EARLIER,
+    "hard_0.2": [*EARLIER, *WEAK, "--horizon", "150", "--total-steps", "30000", "--no-video"],
+    "ogpo_0.2": ["--variant", "ogpo", *EARLIER, "--no-video"],
+    "ogpo+_0.2": ["--variant", "ogpo+", *EARLIER, "--no-video"],
 }
 TITLES = {  # in the order of the report
     "ogpo+ca": "OGPO+CA (default)",

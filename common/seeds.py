@@ -12,8 +12,9 @@ ENV = 1_000_000  # seeds of one environment before its neighbour's
 
 def eval_seeds(use: str, episodes: int) -> list[int]:
     """Of the first episodes of one of the USES; they repeat after PERIOD."""
+    turn = USES.index(use)
     at = (i % PERIOD for i in range(episodes))
-    return [(i // BLOCK * len(USES) + USES.index(use)) * BLOCK + i % BLOCK for i in at]
+    return [(i // BLOCK * len(USES) + turn) * BLOCK + i % BLOCK for i in at]
 
 
 def train_seed(seed: int, env: int, episode: int) -> int:

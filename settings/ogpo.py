@@ -99,17 +99,12 @@ PIXELS: dict[tuple[str, str], dict] = {
     ("*", "toy"): dict(cameras=("top",), image_size=48),
     ("*", "tool_hang"): dict(cameras=("sideview",), image_size=240),
     ("*", "transport"): dict(cameras=("shouldercamera0", "shouldercamera1"), image_size=96),
-    ("laptop", "*"): EARLIER | dict(
+    ("laptop", "*"): dict(
         bc_batch=64, bc_eval_every=200, bc_eval_episodes=20, eval_every=8_000, eval_episodes=50, total_steps=40_000
     ),
-    **{
-        key: {name: row[name] for name in ("start_training", "update_every") if name in row}
-        for key, row in SETTINGS.items() if key[0] == "laptop"
-    },
-    ("laptop", "lift"): dict(collect_horizon=150, bc_lr=3e-4, bc_steps=20_000),
-    ("laptop", "toy"): dict(
-        next_samples=4, start_training=1_000, update_every=3, bc_eval_every=25, eval_every=2_000, total_steps=5_000,
-    ),
+    ("laptop", "lift"): EARLIER | dict(collect_horizon=150, bc_lr=3e-4, bc_steps=20_000),
+    ("laptop", "peg-insert-side"): EARLIER,
+    ("laptop", "toy"): dict(next_samples=4, bc_eval_every=25, eval_every=2_000, total_steps=5_000),
 }  # fmt: skip
 # What variants/ogpo_released.py changes further: nothing waits, and a second critic step but for some tasks. Adroit's
 # script sets the conservative advantage and does not pass it on; cloning has a cosine rate where that is passed on.

@@ -7,10 +7,12 @@ from types import ModuleType
 from typing import Any
 
 import huggingface_hub
+import numpy as np
 import pytest
 import torch
 
 from common import cli
+from common.replay import ReplayBuffer
 
 
 def slow(*values: object) -> Any:
@@ -24,6 +26,16 @@ def small_agent(module: ModuleType, seed: int = 1, **changes: object) -> tuple[A
     values["seed"] = seed
     args = cli.override(module.default_args("toy", "laptop", "ogpo+ca"), values | changes)
     return module.Agent(args, 5, 2, torch.device("cpu"), None), args
+
+
+def demonstrated() -> ReplayBuffer:
+    """Ten episodes of 20 steps for a `small_agent`: actions around 0.5, success at the end."""
+    buffer, rng = ReplayBuffer(1_000, 5, 2, 4), np.random.default_rng(0)
+    for _ in range(10):
+        actions = np.full((20, 2), 0.5) + 0.05 * rng.standard_normal((20, 2))
+        rewards = np.append(-np.ones(19), 4.0)
+        buffer.add_episode(rng.standard_normal((21, 5)), actions, rewards, True, True)
+    return buffer
 
 
 def perturbed(net: torch.nn.Module, scale: float, seed: int = 0) -> None:

@@ -23,7 +23,7 @@ from common.errors import UserError
 from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
 from tests import helpers
-from tests.helpers import perturbed
+from tests.helpers import demonstrated, perturbed
 from variants import (
     ogpo_critic,
     ogpo_diffusion,
@@ -483,7 +483,7 @@ def test_demos_chunks_repeat_the_last_action_and_stay_inside_their_episode() -> 
 # --- critics that start on demonstrations ----------------------------------------------------------------------------
 
 
-def demonstrations(chunk: int = 4) -> Demos:
+def demonstrations() -> Demos:
     """Two of 6 and 3 steps; the second is shorter than a chunk of 4."""
     rng = np.random.default_rng(0)
     obs, actions = rng.standard_normal((9, 5)), rng.uniform(-1, 1, (9, 2))
@@ -525,12 +525,10 @@ def test_pretrain_critic_gives_each_chunk_the_return_that_followed(monkeypatch: 
     assert not agent.best_of_n_on
     og.pretrain_critic(run, agent, demonstrations(), args)
     assert agent.calql_step == 5 and agent.best_of_n_on and agent.policy_gradient_on and run.save.called
-    total = [-sum(0.5**i for i in range(left)) + 5 * 0.5 ** (left - 1) for left in (6, 5, 4)]
     # The second demonstration is one chunk, in rows 7 to 11: its end is repeated once, which pays nothing.
-    assert {row: seen[row] for row in (0, 1, 2)} == {
-        row: {round(x, 6)} for row, x in zip((0, 1, 2), total, strict=True)
-    }
-    assert seen.keys() == {0, 1, 2, 7}
+    left = {0: 6, 1: 5, 2: 4, 7: 3}
+    want = {row: -sum(0.5**i for i in range(n)) + 5 * 0.5 ** (n - 1) for row, n in left.items()}
+    assert seen == {row: {round(value, 6)} for row, value in want.items()}
 
 
 def test_pretrain_critic_stopped_within_leaves_the_actor_still(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -556,11 +554,7 @@ def test_check_refuses_cal_ql_where_success_is_not_the_only_reward(env: str) -> 
 
 
 def test_update_critic_with_returns_puts_demonstrated_chunks_above_others() -> None:
-    buffer, rng = ReplayBuffer(1_000, 5, 2, 4), np.random.default_rng(0)
-    for _ in range(10):
-        actions = np.full((20, 2), 0.5) + 0.05 * rng.standard_normal((20, 2))
-        buffer.add_episode(rng.standard_normal((21, 5)), actions, np.append(-np.ones(19), 4.0), True, True)
-    gaps = []
+    buffer, rng, gaps = demonstrated(), np.random.default_rng(1), []
     for returns in (None, torch.zeros(64)):
         agent, args = small_agent(critic_lr=3e-3, reward_offset=0.0)
         for _ in range(150):

@@ -17,7 +17,7 @@ import ogpo_state as og
 from common import checkpoint, cli
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
-from tests.helpers import differing, perturbed, slow, small_agent
+from tests.helpers import demonstrated, differing, perturbed, slow, small_agent
 from tests.warm import run_script
 from variants import ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_released
 
@@ -444,15 +444,6 @@ def test_calql_term_by_hand() -> None:
     # released: the random 0 counts as 1 too, and the demonstrated action is one of five
     want = math.log(math.exp(1) + math.exp(3) + math.exp(1) + math.exp(4) + math.exp(2)) - 2
     assert ogpo_critic.calql_term(q_data, q_random, q_policy, returns, True).item() == pytest.approx(want, rel=1e-6)
-
-
-def demonstrated(chunk: int = 4) -> ReplayBuffer:
-    buffer, rng = ReplayBuffer(1_000, 5, 2, chunk), np.random.default_rng(0)
-    for _ in range(10):
-        actions = np.full((20, 2), 0.5) + 0.05 * rng.standard_normal((20, 2))
-        rewards = np.append(-np.ones(19), 4.0)
-        buffer.add_episode(rng.standard_normal((21, 5)), actions, rewards, True, True)
-    return buffer
 
 
 def test_calql_trains_the_heads_it_draws() -> None:

@@ -671,10 +671,10 @@ def main(argv: list[str]) -> None:
         if not r.eval:
             buffer = ReplayBuffer(r.replay_size, run.obs_dim, run.act_dim, args.policy.chunk)
             run.check_disk(min(r.replay_size, 2 * r.total_steps) * buffer.row_bytes)  # an episode of one step has two
-        done = r.eval or (
-            saved and saved["agent"]["bc_done"] and saved["agent"]["calql_step"] == args.critic.calql_steps
-        )
-        demos = None if done else run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key)
+        taught = saved and saved["agent"]["bc_done"] and saved["agent"]["calql_step"] == args.critic.calql_steps
+        demos = None
+        if not (r.eval or taught):
+            demos = run.get_demos(t.demos, t.num_demos, t.demo_noise, Path(t.data_dir), t.filter_key)
         agent = Agent(args, run.obs_dim, run.act_dim, device, demos)
         run.track(agent=agent)
         if r.compile:
@@ -684,7 +684,7 @@ def main(argv: list[str]) -> None:
             run.open_log(r.total_steps, r.wandb_project, r.tensorboard)
             if not agent.bc_done:
                 pretrain(run, agent, demos, args)
-            if agent.bc_done and demos and args.critic.calql_steps:
+            if agent.bc_done and agent.calql_step < args.critic.calql_steps:
                 pretrain_critic(run, agent, demos, args)
             if agent.bc_done:
                 train(run, agent, buffer, args)
