@@ -1,4 +1,4 @@
-"""Files of the Hugging Face hub: downloaded once, and checked on every use."""
+"""Files of the Hugging Face hub, or of any address: downloaded once, and checked on every use."""
 
 import os
 import re
@@ -7,6 +7,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import huggingface_hub
+import torch
 
 from common.errors import UserError, first_line, reading
 from common.files import sha256, write_atomic
@@ -15,20 +16,16 @@ ADDRESS = re.compile(r"https://huggingface\.co/(datasets/)?([^/]+/[^/]+)/resolve
 
 
 def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Path:
-    """`path`, downloaded from the hub's `url` if it is missing, and checked as `check_digest` does.
+    """`path`, downloaded from `url` if it is missing, and checked as `check_digest` does.
 
-    A dropped connection is taken up again; what fails leaves nothing. Raises UserError without a network,
+    From the hub a dropped connection is taken up again; what fails leaves nothing. Raises UserError without a network,
     with `otherwise` as the remedy besides placing the file by hand.
     """
     if not path.is_file():
-        dataset, repository, revision, name = ADDRESS.fullmatch(url).groups()
-        where = {"repo_type": "dataset" if dataset else "model", "revision": revision}
         try:
-            # Without a network this fails at once, where the download tries for long.
-            huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name, **where))
             path.parent.mkdir(parents=True, exist_ok=True)
             with TemporaryDirectory(dir=path.parent, prefix=path.name) as folder:
-                file = Path(huggingface_hub.hf_hub_download(repository, name, local_dir=folder, **where))
+                file = _download(url, Path(folder))
                 if known and sha256(file) != known:
                     raise OSError("its sha256 is not the expected one")
                 os.replace(file, path)
@@ -38,6 +35,18 @@ def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Pa
                 f"cannot download {url} ({first_line(error)}); put {file} at {path} by hand, or {otherwise}"
             ) from error
     return check_digest(path, known)
+
+
+def _download(url: str, folder: Path) -> Path:
+    """The file of `url`, in a folder. Raises what hub and network do."""
+    if not (hub := ADDRESS.fullmatch(url)):
+        torch.hub.download_url_to_file(url, str(folder / "file"), progress=False)
+        return folder / "file"
+    dataset, repository, revision, name = hub.groups()
+    where = {"repo_type": "dataset" if dataset else "model", "revision": revision}
+    # Without a network this fails at once, where the download tries for long.
+    huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name, **where))
+    return Path(huggingface_hub.hf_hub_download(repository, name, local_dir=folder, **where))
 
 
 def digest_file(path: Path) -> Path:

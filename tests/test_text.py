@@ -19,7 +19,7 @@ import pytest
 from common import files
 from common.errors import UserError
 from common.files import sha256
-from common.text import load_text, load_tokenizer, packing, tokenizers, toy_probabilities, toy_rows
+from common.text import corpora, load_text, load_tokenizer, packing, tokenizers, toy_probabilities, toy_rows
 from common.text.corpora import (
     austen_sentences,
     find_source,
@@ -286,7 +286,7 @@ def test_load_text_of_unfit_text_is_a_user_error(tmp_path: Path, content: bytes,
 @pytest.mark.parametrize(
     ("data", "kwargs", "words"),
     [
-        ("austin", {}, "--data austin: no such file or folder; expected a path, austen, toy"),
+        ("austin", {}, "--data austin: no such file or folder; expected a path, austen, captions, toy"),
         ("", {}, "no such file or folder"),
         ("no/such/folder", {}, "no such file or folder"),
         ("no/such.txt", {}, "no such file or folder"),
@@ -631,3 +631,21 @@ def test_load_text_toy(tmp_path: Path) -> None:
     assert not data.train.flags.writeable and not data.valid.flags.writeable
     assert (data.train[:2_000] != data.valid).any()
     assert not list(tmp_path.iterdir())
+
+
+def test_captions_are_read_from_the_files_of_texygen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    texts = {"train": [f"a dog number {i} on a bed ." for i in range(300)], "valid": ["a cat sits .", "two birds fly"]}
+    monkeypatch.setattr(corpora, "CAPTIONS", {})
+    for name, lines in texts.items():
+        file = tmp_path / "captions" / f"{name}.txt"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text("\n".join(lines))
+        monkeypatch.setitem(corpora.CAPTIONS, name, (file.name, sha256(file), "no/such/place"))
+    splits = find_source("captions", tmp_path).splits()
+    assert {name: list(split.read(0)) for name, split in splits.items()} == texts
+    assert list(splits["train"].read(298)) == texts["train"][298:] and splits["valid"].count == 2
+    data = load_text("captions", length=8, data_dir=tmp_path)
+    assert data.tokenizer.name == "own" and "dog number" in data.tokenizer.decode(data.train[0])
+    (tmp_path / "captions" / "valid.txt").write_text("another text")
+    with pytest.raises(UserError, match=r"valid\.txt"):
+        find_source("captions", tmp_path).splits()

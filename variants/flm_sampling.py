@@ -75,7 +75,7 @@ from common.text_run import TextRun, check_fit, load_averaged, load_judge, open_
 class RunArgs:
     """What to run, and where its files go."""
 
-    data: str = "austen"  # austen, toy, lm1b, openwebtext, a text file or folder, or a Hugging Face dataset name
+    data: str = "austen"  # austen, captions, toy, lm1b, openwebtext, a text file or folder, or a Hugging Face name
     seed: Seed = 1  # seeds weights, row order, times and noise
     eval: str = ""  # run folder to evaluate: no training
     released: str = ""  # official Lightning checkpoint (.ckpt) to evaluate: no training; give its --data
@@ -170,6 +170,7 @@ PAPER = dict(
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
+    "captions": dict(length=32, batch=32, micro_batch=32),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         total_steps=500, lr=3e-3, warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,),

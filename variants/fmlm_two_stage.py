@@ -66,7 +66,7 @@ class RunArgs:
     """What to run, and where its files go."""
 
     teacher: str = ""  # run folder of flm_train.py or official .ckpt; needed
-    data: str = "austen"  # the teacher's; else austen, toy, lm1b, openwebtext, a text file or folder, or a hub name
+    data: str = "austen"  # the teacher's; else austen, captions, toy, lm1b, openwebtext, a file, folder or hub name
     seed: Seed = 1  # seeds weights, row order, times and noise
     eval: str = ""  # run folder to evaluate: no training
     released: str = ""  # official Lightning checkpoint (.ckpt) to evaluate: no training; give its --data
@@ -159,6 +159,7 @@ PAPER = dict(
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, gamma=0.8),
     "openwebtext": PAPER | dict(length=1024, batch=128, gamma=1.0),
+    "captions": dict(length=32, batch=32, micro_batch=32),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         boundary=1 / 32, total_steps=400, lr=2e-3, warmup=50, eval_every=200, checkpoint_every=200, samples=2_048,

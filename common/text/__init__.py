@@ -58,7 +58,7 @@ def load_text(
         return TextData("toy", toy.toy_tokenizer(), toy_rows(20_000, seed=0), toy_rows(2_000, seed=1))
     if length < 3:
         raise UserError(f"--length {length}: must be at least 3, a token between two separators")
-    source = find_source(data)
+    source = find_source(data, data_dir)
     splits, note, place = functools.cache(source.splits), source.note, data_dir / "text"
     if (tokenizer or source.tokenizer) == OWN:
         version = hashlib.sha256(repr(source.identity).encode()).hexdigest()[:8]

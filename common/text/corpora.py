@@ -12,6 +12,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import Any
 
+from common.download import obtain
 from common.errors import UserError, first_line, reading
 from common.files import sha256
 from common.text.packing import Split
@@ -19,6 +20,20 @@ from common.text.tokenizers import ASSETS, OWN
 
 AUSTEN_TEXT = ASSETS / "austen.txt.xz"
 AUSTEN_HELD_OUT = slice(11, None, 20)  # of 269 chapters: one to three of every novel, 5.0 % of the text
+# Captions of images of COCO, 10,000 for training and as many held out, as Texygen chose them for "Image COCO".
+_TEXYGEN = "https://raw.githubusercontent.com/geek-ai/Texygen/3104e22ac75f3cc2070da2bf5e2da6d2bef149ad/data/"
+CAPTIONS = {  # name in the cache, sha256 and place of each split
+    "train": (
+        "image_coco.txt",
+        "2c0fd1f0f43aac6a9dc3926a535516ccf395de535e15ac1fd17cd569420736f5",
+        "image_coco.txt",
+    ),
+    "valid": (
+        "test_coco.txt",
+        "72e25c9fb4d2cd43182ac602c92f6ffc377762147f9709572943b0b09174bcae",
+        "testdata/test_coco.txt",
+    ),
+}
 HELD_OUT = 20  # one text in so many, the last ones, where a source does not say what is for validation
 SUFFIXES = (".txt", ".md", ".jsonl")  # of files that are read in a folder, each also with .gz behind
 LINES_PER_PARAGRAPH = 50  # files with fewer on average have paragraphs; a stray blank line does not join a book
@@ -50,10 +65,11 @@ class HubData:
     held_out: int | None = None  # 5 %
 
 
-def find_source(data: str) -> Source:
+def find_source(data: str, data_dir: Path = Path("data")) -> Source:
     """The source of `data`:
 
         austen               six novels shipped with the repository; every 20th chapter is held out
+        captions             captions of images, Texygen's "Image COCO", fetched once into `data_dir`'s folder captions
         lm1b, openwebtext    the paper's benchmarks, from the Hugging Face hub
         lm1b:PATH            local files of LM1B's tokenized text, a sentence a line: its spacing is undone
         openwebtext:PATH     local files as below, with that benchmark's tokenizer (gpt2)
@@ -66,6 +82,9 @@ def find_source(data: str) -> Source:
     """
     if data == "austen":
         return Source("austen", sha256(AUSTEN_TEXT), "austen", _austen_splits)
+    if data == "captions":
+        identity = [digest for _, digest, _ in CAPTIONS.values()]
+        return Source("captions", identity, OWN, partial(_captions_splits, data_dir / "captions"))
     kind, _, rest = data.partition(":")
     if source := BENCHMARKS.get(kind):
         if rest:
@@ -78,7 +97,7 @@ def find_source(data: str) -> Source:
     if re.fullmatch(r"[\w.-]+/[\w.-]+(?<!\.txt)(:[\w.-]+)?", data):
         return Source(re.sub("[/:]", "--", data), data, "gpt2", lambda: _hub_splits(HubData(data)))
     raise UserError(
-        f"--data {data}: no such file or folder; expected a path, austen, toy, {', '.join(BENCHMARKS)} or a "
+        f"--data {data}: no such file or folder; expected a path, austen, captions, toy, {', '.join(BENCHMARKS)} or a "
         "Hugging Face data set as owner/name"
     )
 
@@ -94,6 +113,18 @@ def austen_sentences() -> tuple[list[str], list[str]]:
 def _austen_splits() -> dict[str, Split]:
     named = zip(("train", "valid"), austen_sentences(), strict=True)
     return {name: Split(len(texts), lambda start, texts=texts: iter(texts[start:])) for name, texts in named}
+
+
+def _captions_splits(folder: Path) -> dict[str, Split]:
+    splits = {}
+    for name, (file, digest, place) in CAPTIONS.items():
+        path = obtain(folder / file, _TEXYGEN + place, "use the text that is shipped, --data austen", digest)
+        splits[name] = Split(_scan(path)[0], partial(_captions_from, path))
+    return splits
+
+
+def _captions_from(path: Path, start: int) -> Iterator[str]:
+    return islice(_texts(path, by_paragraph=False), start, None)
 
 
 def text_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], str]:
