@@ -257,6 +257,7 @@ CHECKS: dict[str, Callable[[], Said]] = {
 # --- What may stand unchecked -----------------------------------------------------------------------------------------
 
 ALLOWED = {  # kind -> what it looks like
+    "licence": r"CC BY 4\.0",
     "code": r"`[^`]*`|\]\([^)]*\)",
     "equation": r"\$\$.*?\$\$|\$[^$]*\$",
     "heading of a page": r"\b[SP] \d[\d., -]*",
