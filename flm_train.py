@@ -343,8 +343,7 @@ def sample_euler(
 ) -> Tensor:  # fmt: skip
     """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L).
 
-    With gamma > 0 the noise that a step keeps is mixed with fresh noise, for as much variance: what an earlier step
-    got wrong is not final [P 1.4].
+    gamma > 0 mixes the noise that a step keeps with fresh noise, for as much variance: early errors are not final.
     """
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
     t, mean = clock.t(tau), None
@@ -353,14 +352,15 @@ def sample_euler(
         if net.recall is not None and mean is not None:
             h = h + net.recall(space.read(mean))
         probs = (net(h, tau[i].expand(len(x))) / temperature).softmax(-1)  # D_t(x) (B, L, V)
-        mean = space.mean(probs)  # (B, L, W)
-        if i < steps - 1 and gamma:
-            kept = (x - t[i].to(x.dtype) * mean) / (1 - t[i]).to(x.dtype)
-            fresh = space.noise(torch.randn(x.shape, generator=generator, device=x.device))
-            noise = math.sqrt(1 - gamma**2) * kept + gamma * fresh
-            x = t[i + 1].to(x.dtype) * mean + (1 - t[i + 1]).to(x.dtype) * noise
-        elif i < steps - 1:
-            x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (mean - x)
+        if i < steps - 1:
+            mean = space.mean(probs)  # (B, L, W)
+            if gamma:
+                kept = (x - t[i].to(x.dtype) * mean) / (1 - t[i]).to(x.dtype)
+                fresh = space.noise(torch.randn(x.shape, generator=generator, device=x.device))
+                noise = math.sqrt(1 - gamma**2) * kept + gamma * fresh
+                x = t[i + 1].to(x.dtype) * mean + (1 - t[i + 1]).to(x.dtype) * noise
+            else:
+                x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (mean - x)
     return probs.argmax(-1)
 
 

@@ -46,18 +46,6 @@ class Hub(BaseHTTPRequestHandler):
     def log_message(self, *args: object) -> None: ...
 
 
-def test_a_file_of_any_address_is_fetched_once_and_checked(hub: type[Hub], tmp_path: Path) -> None:
-    digest, path = hashlib.sha256(CONTENT).hexdigest(), tmp_path / "new" / "file.bin"
-    url = f"{constants.ENDPOINT}/datasets/owner/name/resolve/main/folder/file.bin"
-    assert obtain(path, url, "give it up", digest).read_bytes() == CONTENT
-    asked = len(hub.asked)
-    assert obtain(path, url, "give it up", digest) == path and len(hub.asked) == asked
-    for wrong, known in ((url, "0" * 64), (url + "x", digest)):
-        with pytest.raises(UserError, match="by hand, or give it up"):
-            obtain(tmp_path / "other" / "file.bin", wrong, "give it up", known)
-        assert not [p for p in (tmp_path / "other").rglob("*") if p.is_file()]
-
-
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
     handler = type("OneHub", (Hub,), {"asked": []})
@@ -148,3 +136,15 @@ def test_check_digest_records_the_first_one(tmp_path: Path) -> None:
     path.write_bytes(b"b")
     with pytest.raises(UserError, match="has changed since its first use"):
         check_digest(path)
+
+
+def test_a_file_of_any_address_is_fetched_once_and_checked(hub: type[Hub], tmp_path: Path) -> None:
+    digest, path = hashlib.sha256(CONTENT).hexdigest(), tmp_path / "new" / "file.bin"
+    url = f"{constants.ENDPOINT}/datasets/owner/name/resolve/main/folder/file.bin"
+    assert obtain(path, url, "give it up", digest).read_bytes() == CONTENT
+    asked = len(hub.asked)
+    assert obtain(path, url, "give it up", digest) == path and len(hub.asked) == asked
+    for wrong, known in ((url, "0" * 64), (url + "x", digest)):
+        with pytest.raises(UserError, match="by hand, or give it up"):
+            obtain(tmp_path / "other" / "file.bin", wrong, "give it up", known)
+        assert not [p for p in (tmp_path / "other").rglob("*") if p.is_file()]

@@ -409,6 +409,10 @@ def test_draw_by_enumeration() -> None:
     assert share(temperature=0.0, top_p=1.0)[1] == 1
 
 
+def test_sampling_variant_knows_every_argument_of_a_run_of_the_script() -> None:
+    assert cli.flatten(flm.Args()).keys() <= cli.flatten(flm_sampling.Args()).keys()
+
+
 @torch.no_grad()
 def test_guided_leaves_the_weak_network_behind() -> None:
     net = perturbed(flm.DiT(small().model, 12), 0.3).eval()

@@ -640,7 +640,7 @@ def test_captions_are_read_from_the_files_of_texygen(tmp_path: Path, monkeypatch
         file = tmp_path / "captions" / f"{name}.txt"
         file.parent.mkdir(exist_ok=True)
         file.write_text("\n".join(lines))
-        monkeypatch.setitem(corpora.CAPTIONS, name, (file.name, sha256(file), "no/such/place"))
+        monkeypatch.setitem(corpora.CAPTIONS, name, (f"no/such/place/{file.name}", sha256(file)))
     splits = find_source("captions", tmp_path).splits()
     assert {name: list(split.read(0)) for name, split in splits.items()} == texts
     assert list(splits["train"].read(298)) == texts["train"][298:] and splits["valid"].count == 2

@@ -354,8 +354,8 @@ def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, fl
         if net.recall is not None and mean is not None:
             h = h + net.recall(space.read(mean))
         probs = denoise(net, h, x, tau[i].expand(len(x)), t[i].expand(len(x)), flow)
-        mean = space.mean(probs)  # (B, L, W)
         if i < steps - 1:
+            mean = space.mean(probs)  # (B, L, W)
             x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (mean - x)
     return probs.argmax(-1)
 

@@ -143,6 +143,7 @@ class SampleArgs:
 
     steps: tuple[Size, ...] = (1, 2, 4, 8, 16, 32, 128)  # numbers of network calls to evaluate
     samples: Size = 256  # texts per number of steps
+    gamma: Unit = 0.0  # euler: share of the noise that every step draws anew; paper: 0, the flow itself
     sampler: Literal["bridge", "euler"] = "bridge"  # posterior-bridge sampling, or the paper's
     temperature: Positive = 1.0  # bridge: of the posterior that the clean token is drawn from
     top_p: Share = 1.0  # bridge: nucleus of that posterior
@@ -385,13 +386,12 @@ def sample_bridge(
 ) -> Tensor:
     """Draw a clean text, go to the next time conditioned on it [P 1.5]: x (B, L, W) noise -> (B, L)."""
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    t, mean = clock.t(tau), None
+    t, probs = clock.t(tau), None
     for i in range(steps):
         h = space.read(x)
-        if net.recall is not None and mean is not None:
-            h = h + net.recall(space.read(mean))
+        if net.recall is not None and probs is not None:
+            h = h + net.recall(probs @ net.embed)
         probs = guided(net, h, tau[i].expand(len(x)), sample).clamp(min=1e-30)
-        mean = space.mean(probs)  # (B, L, W)
         uniform = torch.rand(x.shape[:2], generator=generator, device=x.device)  # (B, L)
         y = draw(probs, uniform, sample.temperature, sample.top_p)
         if i < steps - 1:
@@ -401,18 +401,29 @@ def sample_bridge(
     return y
 
 
-def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, sample: SampleArgs) -> Tensor:
-    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L)."""
+def sample_euler(
+    net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, sample: SampleArgs, generator: torch.Generator
+) -> Tensor:
+    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L).
+
+    gamma > 0 mixes the noise that a step keeps with fresh noise, for as much variance: early errors are not final.
+    """
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    t, mean = clock.t(tau), None
+    t, mean, gamma = clock.t(tau), None, sample.gamma
     for i in range(steps):
         h = space.read(x)
         if net.recall is not None and mean is not None:
             h = h + net.recall(space.read(mean))
         probs = guided(net, h, tau[i].expand(len(x)), sample)
-        mean = space.mean(probs)  # (B, L, W)
         if i < steps - 1:
-            x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (mean - x)
+            mean = space.mean(probs)  # (B, L, W)
+            if gamma:
+                kept = (x - t[i].to(x.dtype) * mean) / (1 - t[i]).to(x.dtype)
+                fresh = space.noise(torch.randn(x.shape, generator=generator, device=x.device))
+                noise = math.sqrt(1 - gamma**2) * kept + gamma * fresh
+                x = t[i + 1].to(x.dtype) * mean + (1 - t[i + 1]).to(x.dtype) * noise
+            else:
+                x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (mean - x)
     return probs.argmax(-1)
 
 
@@ -429,13 +440,15 @@ def generate(net: DiT, args: Args, clock: Clock, samples: int, steps: int) -> Te
         if args.sample.sampler == "bridge":
             texts.append(sample_bridge(net, x, steps, clock, space, args.sample, generator))
         else:
-            texts.append(sample_euler(net, x, steps, clock, space, args.sample))
+            texts.append(sample_euler(net, x, steps, clock, space, args.sample, generator))
     return torch.cat(texts)
 
 
 def sampler_tag(sample: SampleArgs) -> str:
     """Part of the names of the files of an evaluation; empty for the paper's sampler."""
-    tag = f"_bridge_t{sample.temperature:g}_p{sample.top_p:g}" if sample.sampler == "bridge" else ""
+    tag = f"_gamma{sample.gamma:g}" if sample.gamma else ""
+    if sample.sampler == "bridge":
+        tag = f"_bridge_t{sample.temperature:g}_p{sample.top_p:g}"
     return tag + (f"_g{sample.guidance:g}" if sample.guidance != 1 else "")
 
 

@@ -622,7 +622,7 @@ def train(run: TextRun, student: DiT, teacher: DiT, clock: Clock, args: Args) ->
     )  # fmt: skip
     if r.compile:
         student.trunk = torch.compile(student.trunk)
-    denoiser = teacher and functools.partial(second_pass, teacher)
+    denoiser = functools.partial(second_pass, teacher)
     space, few = make_space(student, d.space), min(32, args.sample.samples)
     trained.train()
     while not run.stop_requested() and run.step < a.total_steps:

@@ -22,17 +22,9 @@ AUSTEN_TEXT = ASSETS / "austen.txt.xz"
 AUSTEN_HELD_OUT = slice(11, None, 20)  # of 269 chapters: one to three of every novel, 5.0 % of the text
 # Captions of images of COCO, 10,000 for training and as many held out, as Texygen chose them for "Image COCO".
 _TEXYGEN = "https://raw.githubusercontent.com/geek-ai/Texygen/3104e22ac75f3cc2070da2bf5e2da6d2bef149ad/data/"
-CAPTIONS = {  # name in the cache, sha256 and place of each split
-    "train": (
-        "image_coco.txt",
-        "2c0fd1f0f43aac6a9dc3926a535516ccf395de535e15ac1fd17cd569420736f5",
-        "image_coco.txt",
-    ),
-    "valid": (
-        "test_coco.txt",
-        "72e25c9fb4d2cd43182ac602c92f6ffc377762147f9709572943b0b09174bcae",
-        "testdata/test_coco.txt",
-    ),
+CAPTIONS = {  # place and sha256 of each split; a file keeps its name in the cache
+    "train": ("image_coco.txt", "2c0fd1f0f43aac6a9dc3926a535516ccf395de535e15ac1fd17cd569420736f5"),
+    "valid": ("testdata/test_coco.txt", "72e25c9fb4d2cd43182ac602c92f6ffc377762147f9709572943b0b09174bcae"),
 }
 HELD_OUT = 20  # one text in so many, the last ones, where a source does not say what is for validation
 SUFFIXES = (".txt", ".md", ".jsonl")  # of files that are read in a folder, each also with .gz behind
@@ -81,10 +73,10 @@ def find_source(data: str, data_dir: Path = Path("data")) -> Source:
     get a tokenizer of their own, which needs no download; hub data sets take gpt2. Raises UserError if it is no source.
     """
     if data == "austen":
-        return Source("austen", sha256(AUSTEN_TEXT), "austen", _austen_splits)
+        return Source("austen", sha256(AUSTEN_TEXT), "austen", lambda: _splits_of(*austen_sentences()))
     if data == "captions":
-        identity = [digest for _, digest, _ in CAPTIONS.values()]
-        return Source("captions", identity, OWN, partial(_captions_splits, data_dir / "captions"))
+        identity = [digest for _, digest in CAPTIONS.values()]
+        return Source("captions", identity, OWN, lambda: _splits_of(*captions(data_dir / "captions")))
     kind, _, rest = data.partition(":")
     if source := BENCHMARKS.get(kind):
         if rest:
@@ -110,21 +102,19 @@ def austen_sentences() -> tuple[list[str], list[str]]:
     return "\n".join(chapters).splitlines(), "\n".join(valid).splitlines()
 
 
-def _austen_splits() -> dict[str, Split]:
-    named = zip(("train", "valid"), austen_sentences(), strict=True)
-    return {name: Split(len(texts), lambda start, texts=texts: iter(texts[start:])) for name, texts in named}
+def captions(folder: Path) -> tuple[list[str], list[str]]:
+    """Captions for training and for validation, from the files in a folder, which are fetched if they are missing."""
+    train, valid = (
+        obtain(folder / Path(place).name, _TEXYGEN + place, "use the text that is shipped, --data austen", digest)
+        for place, digest in CAPTIONS.values()
+    )
+    return list(_lines(train)), list(_lines(valid))
 
 
-def _captions_splits(folder: Path) -> dict[str, Split]:
-    splits = {}
-    for name, (file, digest, place) in CAPTIONS.items():
-        path = obtain(folder / file, _TEXYGEN + place, "use the text that is shipped, --data austen", digest)
-        splits[name] = Split(_scan(path)[0], partial(_captions_from, path))
-    return splits
-
-
-def _captions_from(path: Path, start: int) -> Iterator[str]:
-    return islice(_texts(path, by_paragraph=False), start, None)
+def _splits_of(train: list[str], valid: list[str]) -> dict[str, Split]:
+    """Texts that are in memory."""
+    named = {"train": train, "valid": valid}
+    return {name: Split(len(texts), lambda start, texts=texts: iter(texts[start:])) for name, texts in named.items()}
 
 
 def text_files(path: Path, suffixes: tuple[str, ...] = SUFFIXES) -> tuple[list[Path], str]:
