@@ -527,7 +527,7 @@ def test_args_are_documented_and_read(module: ModuleType) -> None:
     assert [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]] == []
 
 
-@pytest.mark.parametrize(("script", "limit"), [("flm_train.py", 650), ("fmlm_distill.py", 710)])
+@pytest.mark.parametrize(("script", "limit"), [("flm_train.py", 650), ("fmlm_distill.py", 705)])
 def test_main_scripts_can_be_read_in_one_go(script: str, limit: int) -> None:
     assert len((SCRIPT.parent / script).read_text().splitlines()) <= limit
 
