@@ -133,12 +133,13 @@ class TrainArgs:
 
 @dataclass
 class SampleArgs:
-    """Sampling and evaluation [P 1.4, 5]; bridge sampling, autoguidance: variants/flm_sampling.py."""
+    """Sampling and evaluation [P 1.4, 1.5, 5]; autoguidance: variants/flm_sampling.py."""
 
     steps: tuple[Size, ...] = (1, 2, 4, 8, 16, 32, 128)  # numbers of network calls to evaluate
     samples: Size = 256  # texts per number of steps
-    gamma: Unit = 0.0  # share of the noise that every step draws anew; paper: 0, the flow itself
-    temperature: Positive = 1.0  # of the predictions; below 1: likelier tokens, less entropy
+    sampler: Literal["euler", "bridge"] = "euler"  # steps of the flow (paper), or draw a text and noise it again
+    temperature: Positive = 1.0  # of the predictions; below 1: likelier tokens, less entropy; paper: 1
+    top_p: Unit = 1.0  # bridge: only the likeliest tokens that have this much probability together
     judge: str = "ngram"  # ngram, smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl
     judge_path: str = ""  # file or folder of the judge's weights, instead of fetching them
     show: Natural = 3  # samples printed
@@ -161,11 +162,14 @@ PAPER = dict(
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
-    "captions": dict(length=32, batch=32, micro_batch=32),
+    "captions": dict(
+        length=32, conv=3, self_condition=0.5, batch=32, micro_batch=32, total_steps=1_500, eval_every=500,
+        steps=(1, 4, 8, 32), sampler="bridge", temperature=0.9, top_p=0.9,
+    ),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         total_steps=500, lr=3e-3, warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,),
-        precision="fp32",
+        precision="fp32", sampler="bridge",
     ),
 }  # fmt: skip
 
@@ -337,31 +341,58 @@ def makes_two_passes(step: int, share: float, seed: int) -> bool:
 # --- Sampler ---------------------------------------------------------------------------------------------------------
 
 
-def sample_euler(
-    net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, gamma: float = 0.0, temperature: float = 1.0,
-    generator: torch.Generator | None = None,
-) -> Tensor:  # fmt: skip
-    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L).
-
-    gamma > 0 mixes the noise that a step keeps with fresh noise, for as much variance: early errors are not final.
-    """
+def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, temperature: float = 1.0) -> Tensor:
+    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L)."""
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    t, mean = clock.t(tau), None
+    t, probs = clock.t(tau), None
     for i in range(steps):
-        h = space.read(x)
-        if net.recall is not None and mean is not None:
-            h = h + net.recall(space.read(mean))
+        h = recalled(net, space.read(x), probs)
         probs = (net(h, tau[i].expand(len(x))) / temperature).softmax(-1)  # D_t(x) (B, L, V)
         if i < steps - 1:
-            mean = space.mean(probs)  # (B, L, W)
-            if gamma:
-                kept = (x - t[i].to(x.dtype) * mean) / (1 - t[i]).to(x.dtype)
-                fresh = space.noise(torch.randn(x.shape, generator=generator, device=x.device))
-                noise = math.sqrt(1 - gamma**2) * kept + gamma * fresh
-                x = t[i + 1].to(x.dtype) * mean + (1 - t[i + 1]).to(x.dtype) * noise
-            else:
-                x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (mean - x)
+            x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (space.mean(probs) - x)
     return probs.argmax(-1)
+
+
+def recalled(net: DiT, h: Tensor, probs: Tensor | None) -> Tensor:
+    """x E (B, L, d) and what the network has learnt to read of its last prediction (B, L, V) [P 3]."""
+    return h if net.recall is None or probs is None else h + net.recall(probs @ net.embed)
+
+
+def draw(probs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
+    """Token ids from probs (..., V) at uniform (...,): probs^(1 / temperature), restricted to the nucleus top_p."""
+    p, order = (probs.double().clamp(min=1e-30).log() / temperature).softmax(-1).sort(-1, descending=True)
+    below = p.cumsum(-1)
+    p = torch.where(below - p <= top_p, p, 0.0)  # the most probable token always stays
+    total = p.cumsum(-1)
+    place = torch.searchsorted(total, uniform[..., None].double() * total[..., -1:]).clamp(max=p.shape[-1] - 1)
+    return order.gather(-1, place).squeeze(-1)
+
+
+def bridge_coefficients(t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """x at t_next, given x_t and the clean token, is a x_t + b x_1 + sqrt(v) noise; 0 <= t < t_next < 1 [P 1.5]."""
+    a = t * (1 - t_next) ** 2 / (t_next * (1 - t) ** 2)
+    b = (t_next - t) * (t_next + t - 2 * t_next * t) / (t_next * (1 - t) ** 2)
+    v = (1 - t_next) ** 2 * (t_next - t) * (t_next + t - 2 * t_next * t) / (t_next**2 * (1 - t) ** 2)
+    return a, b, v
+
+
+def sample_bridge(
+    net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, temperature: float, top_p: float,
+    generator: torch.Generator,
+) -> Tensor:  # fmt: skip
+    """Draw a clean text, go to the next time conditioned on it [P 1.5]: x (B, L, W) noise -> (B, L)."""
+    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    t, probs = clock.t(tau), None
+    for i in range(steps):
+        h = recalled(net, space.read(x), probs)
+        probs = net(h, tau[i].expand(len(x))).softmax(-1)  # D_t(x) (B, L, V)
+        uniform = torch.rand(x.shape[:2], generator=generator, device=x.device)  # (B, L)
+        y = draw(probs, uniform, temperature, top_p)
+        if i < steps - 1:
+            a, b, v = (c.to(x.dtype) for c in bridge_coefficients(t[i], t[i + 1]))
+            xi = torch.randn(x.shape, generator=generator, device=x.device)
+            x = a * x + b * space.tokens(y) + v.sqrt() * space.noise(xi)
+    return y
 
 
 @torch.no_grad()
@@ -374,14 +405,18 @@ def generate(net: DiT, args: Args, clock: Clock, samples: int, steps: int) -> Te
     for done in range(0, samples, rows):
         shape = (min(rows, samples - done), args.model.length, space.width)
         x = space.noise(torch.randn(shape, generator=generator, device=device))
-        texts.append(sample_euler(net, x, steps, clock, space, sample.gamma, sample.temperature, generator))
+        if sample.sampler == "euler":
+            texts.append(sample_euler(net, x, steps, clock, space, sample.temperature))
+        else:
+            texts.append(sample_bridge(net, x, steps, clock, space, sample.temperature, sample.top_p, generator))
     return torch.cat(texts)
 
 
-def sampler_tag(sample: SampleArgs) -> str:
-    """Part of the names of the files of an evaluation; empty for the paper's sampler."""
-    gamma = f"_gamma{sample.gamma:g}" if sample.gamma else ""
-    return gamma + (f"_t{sample.temperature:g}" if sample.temperature != 1 else "")
+def sampler_tag(sample: SampleArgs, usual: SampleArgs) -> str:
+    """Part of the names of the files of an evaluation; empty for the usual sampler of the data."""
+    how = f"_{sample.sampler}_t{sample.temperature:g}" + (f"_p{sample.top_p:g}" if sample.sampler == "bridge" else "")
+    own = (sample.sampler, sample.temperature, sample.top_p) != (usual.sampler, usual.temperature, usual.top_p)
+    return how if own else ""
 
 
 # --- Network ---------------------------------------------------------------------------------------------------------
@@ -643,7 +678,8 @@ def main(argv: list[str]) -> None:
             run.say(run.how_to_go_on())
         elif ranks.chief:
             make = functools.partial(generate, net, args, clock, sample.samples)
-            run.evaluate(make, sample.steps, sample.samples, sample.show, sampler_tag(sample))
+            tag = sampler_tag(sample, default_args(r.data).sample)
+            run.evaluate(make, sample.steps, sample.samples, sample.show, tag)
 
 
 if __name__ == "__main__":

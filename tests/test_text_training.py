@@ -328,7 +328,7 @@ def test_evaluate_repeats_the_numbers_of_the_run(tmp_path: Path) -> None:
     assert len(table(first)) == 5 and table(first) == table(again)  # head, rule, 1 and 2 steps, real text
     sampling = ["--temperature", "0.5", "--guidance", "2"]
     other = run(tmp_path, "variants/flm_sampling.py", "--eval", str(tmp_path / "r"), "--steps", "3", *sampling).stdout
-    assert "| 3 steps |" in other and (tmp_path / "r" / "evaluation_ngram_bridge_t0.5_p1_g2.md").exists()
+    assert "| 3 steps |" in other and (tmp_path / "r" / "evaluation_ngram_bridge_t0.5_p0.9_g2.md").exists()
     for name in ("samples_1_steps.txt", "samples_real_text.txt", "evaluation_ngram.md", "evaluation_ngram.png"):
         assert (tmp_path / "r" / name).stat().st_size > 0
     scores = json.loads((tmp_path / "r" / "evaluation_ngram.json").read_text())  # the bridge has files of its own

@@ -130,7 +130,7 @@ class TrainArgs:
 
 @dataclass
 class SampleArgs:
-    """Sampling and evaluation [P 1.4, 5]; bridge sampling, autoguidance: variants/flm_sampling.py."""
+    """Sampling and evaluation [P 1.4, 5]."""
 
     steps: tuple[Size, ...] = (1, 2, 4, 8, 16, 32, 128)  # numbers of network calls to evaluate
     samples: Size = 256  # texts per number of steps
@@ -156,7 +156,10 @@ PAPER = dict(
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
-    "captions": dict(length=32, batch=32, micro_batch=32),
+    "captions": dict(
+        length=32, conv=3, self_condition=0.5, batch=32, micro_batch=32, total_steps=1_500, eval_every=500,
+        steps=(1, 4, 8, 32),
+    ),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         total_steps=500, lr=3e-3, warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,),
@@ -348,16 +351,18 @@ def denoise(net: DiT, h: Tensor, x: Tensor, tau: Tensor, t: Tensor, flow: FlowAr
 def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, flow: FlowArgs) -> Tensor:
     """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L)."""
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    t, mean = clock.t(tau), None
+    t, probs = clock.t(tau), None
     for i in range(steps):
-        h = space.read(x)
-        if net.recall is not None and mean is not None:
-            h = h + net.recall(space.read(mean))
+        h = recalled(net, space.read(x), probs)
         probs = denoise(net, h, x, tau[i].expand(len(x)), t[i].expand(len(x)), flow)
         if i < steps - 1:
-            mean = space.mean(probs)  # (B, L, W)
-            x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (mean - x)
+            x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (space.mean(probs) - x)
     return probs.argmax(-1)
+
+
+def recalled(net: DiT, h: Tensor, probs: Tensor | None) -> Tensor:
+    """x E (B, L, d) and what the network has learnt to read of its last prediction (B, L, V) [P 3]."""
+    return h if net.recall is None or probs is None else h + net.recall(probs @ net.embed)
 
 
 @torch.no_grad()

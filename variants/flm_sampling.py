@@ -1,13 +1,12 @@
-"""FLM sampled otherwise: posterior-bridge sampling with temperature and nucleus, and autoguidance. Beyond the paper.
+"""FLM sampled with autoguidance: away from the same network weakened by dropout. Beyond the paper.
 
 Paper: "Flow Map Language Models: One-step Language Modeling via Continuous Denoising", arXiv 2602.16813 (v3; settings
 of its later released code [C], whose differences to v1 docs/flm_train.md lists). [P n] are our section numbers there;
 [deviation: why] marks where we differ.
 
-A variant of flm_train.py: `diff flm_train.py variants/flm_sampling.py` shows all of it. The bridge draws a clean text
-from D_t and goes to the next time conditioned on it [P 1.5]; guidance moves away from the network weakened by dropout.
+A variant of flm_train.py: `diff flm_train.py variants/flm_sampling.py` shows all of it.
 
-    python variants/flm_sampling.py --eval runs/FLM_RUN --temperature 0.8 --steps 32
+    python variants/flm_sampling.py --eval runs/FLM_RUN --guidance 1.5 --steps 32
     python variants/flm_sampling.py --eval runs/FLM_RUN --sampler euler --guidance 1.5
 
 Symbols
@@ -48,20 +47,7 @@ from common import cli
 from common.batches import Ranks, micro_batches, mixed_seed, row_noise, rows_at_once, token_ids
 from common.machine import use_bf16
 from common.meter import Meter
-from common.ranges import (
-    Count,
-    Fraction,
-    Helpers,
-    Natural,
-    NonNegative,
-    Positive,
-    RowLength,
-    Seed,
-    Several,
-    Share,
-    Size,
-    Unit,
-)
+from common.ranges import Count, Fraction, Helpers, Natural, NonNegative, Positive, RowLength, Seed, Several, Size, Unit
 from common.released import load_released
 from common.runlog import Averages
 from common.start import pick_device, start
@@ -143,10 +129,9 @@ class SampleArgs:
 
     steps: tuple[Size, ...] = (1, 2, 4, 8, 16, 32, 128)  # numbers of network calls to evaluate
     samples: Size = 256  # texts per number of steps
-    gamma: Unit = 0.0  # euler: share of the noise that every step draws anew; paper: 0, the flow itself
-    sampler: Literal["bridge", "euler"] = "bridge"  # posterior-bridge sampling, or the paper's
-    temperature: Positive = 1.0  # bridge: of the posterior that the clean token is drawn from
-    top_p: Share = 1.0  # bridge: nucleus of that posterior
+    sampler: Literal["euler", "bridge"] = "euler"  # steps of the flow (paper), or draw a text and noise it again
+    temperature: Positive = 1.0  # of the predictions; below 1: likelier tokens, less entropy; paper: 1
+    top_p: Unit = 1.0  # bridge: only the likeliest tokens that have this much probability together
     guidance: NonNegative = 1.0  # autoguidance: weak + guidance * (strong - weak), weak = with dropout; 1: off
     guidance_dropout: Fraction = 0.1  # dropout of the weak network
     judge: str = "ngram"  # ngram, smollm2, gpt2, gpt2-medium, gpt2-large, gpt2-xl
@@ -171,11 +156,14 @@ PAPER = dict(
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
-    "captions": dict(length=32, batch=32, micro_batch=32),
+    "captions": dict(
+        length=32, conv=3, self_condition=0.5, batch=32, micro_batch=32, total_steps=1_500, eval_every=500,
+        steps=(1, 4, 8, 32), sampler="bridge", temperature=0.9, top_p=0.9,
+    ),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         total_steps=500, lr=3e-3, warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,),
-        precision="fp32",
+        precision="fp32", sampler="bridge",
     ),
 }  # fmt: skip
 
@@ -348,8 +336,8 @@ def makes_two_passes(step: int, share: float, seed: int) -> bool:
 
 
 def guided(net: DiT, h: Tensor, tau: Tensor, sample: SampleArgs) -> Tensor:
-    """D_t(x) (B, L, V), moved away from the same network weakened by dropout: h = x E (B, L, d), tau (B,)."""
-    strong = net(h, tau).softmax(-1)
+    """Logits (B, L, V) of D_t(x), moved away from the same network weakened by dropout: h (B, L, d), tau (B,)."""
+    strong = net(h, tau)
     if sample.guidance == 1:
         return strong
     for block in net.blocks:
@@ -358,16 +346,31 @@ def guided(net: DiT, h: Tensor, tau: Tensor, sample: SampleArgs) -> Tensor:
     weak = net(h, tau).softmax(-1)
     for block in net.blocks:
         block.dropout, block.training = kept, False
-    return weak + sample.guidance * (strong - weak)
+    return (weak + sample.guidance * (strong.softmax(-1) - weak)).clamp(min=1e-30).log()
+
+
+def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, sample: SampleArgs) -> Tensor:
+    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L)."""
+    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
+    t, probs = clock.t(tau), None
+    for i in range(steps):
+        h = recalled(net, space.read(x), probs)
+        probs = (guided(net, h, tau[i].expand(len(x)), sample) / sample.temperature).softmax(-1)  # D_t(x) (B, L, V)
+        if i < steps - 1:
+            x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (space.mean(probs) - x)
+    return probs.argmax(-1)
+
+
+def recalled(net: DiT, h: Tensor, probs: Tensor | None) -> Tensor:
+    """x E (B, L, d) and what the network has learnt to read of its last prediction (B, L, V) [P 3]."""
+    return h if net.recall is None or probs is None else h + net.recall(probs @ net.embed)
 
 
 def draw(probs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
     """Token ids from probs (..., V) at uniform (...,): probs^(1 / temperature), restricted to the nucleus top_p."""
-    if temperature == 0:
-        return probs.argmax(-1)
-    p, order = (probs.double().log() / temperature).softmax(-1).sort(-1, descending=True)
+    p, order = (probs.double().clamp(min=1e-30).log() / temperature).softmax(-1).sort(-1, descending=True)
     below = p.cumsum(-1)
-    p = torch.where(below - p < top_p, p, 0.0)  # the most probable token always stays
+    p = torch.where(below - p <= top_p, p, 0.0)  # the most probable token always stays
     total = p.cumsum(-1)
     place = torch.searchsorted(total, uniform[..., None].double() * total[..., -1:]).clamp(max=p.shape[-1] - 1)
     return order.gather(-1, place).squeeze(-1)
@@ -388,10 +391,8 @@ def sample_bridge(
     tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
     t, probs = clock.t(tau), None
     for i in range(steps):
-        h = space.read(x)
-        if net.recall is not None and probs is not None:
-            h = h + net.recall(probs @ net.embed)
-        probs = guided(net, h, tau[i].expand(len(x)), sample).clamp(min=1e-30)
+        h = recalled(net, space.read(x), probs)
+        probs = guided(net, h, tau[i].expand(len(x)), sample).softmax(-1)  # D_t(x) (B, L, V)
         uniform = torch.rand(x.shape[:2], generator=generator, device=x.device)  # (B, L)
         y = draw(probs, uniform, sample.temperature, sample.top_p)
         if i < steps - 1:
@@ -401,55 +402,28 @@ def sample_bridge(
     return y
 
 
-def sample_euler(
-    net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, sample: SampleArgs, generator: torch.Generator
-) -> Tensor:
-    """Euler steps of the flow on a uniform grid in tau, argmax at the end [P 1.4]: x (B, L, W) noise -> (B, L).
-
-    gamma > 0 mixes the noise that a step keeps with fresh noise, for as much variance: early errors are not final.
-    """
-    tau = torch.linspace(0, 1, steps + 1, dtype=torch.float64, device=x.device)
-    t, mean, gamma = clock.t(tau), None, sample.gamma
-    for i in range(steps):
-        h = space.read(x)
-        if net.recall is not None and mean is not None:
-            h = h + net.recall(space.read(mean))
-        probs = guided(net, h, tau[i].expand(len(x)), sample)
-        if i < steps - 1:
-            mean = space.mean(probs)  # (B, L, W)
-            if gamma:
-                kept = (x - t[i].to(x.dtype) * mean) / (1 - t[i]).to(x.dtype)
-                fresh = space.noise(torch.randn(x.shape, generator=generator, device=x.device))
-                noise = math.sqrt(1 - gamma**2) * kept + gamma * fresh
-                x = t[i + 1].to(x.dtype) * mean + (1 - t[i + 1]).to(x.dtype) * noise
-            else:
-                x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (mean - x)
-    return probs.argmax(-1)
-
-
 @torch.no_grad()
 def generate(net: DiT, args: Args, clock: Clock, samples: int, steps: int) -> Tensor:
     """`samples` texts (samples, L) in `steps` network calls each; a function of the weights and the seed."""
     net.eval()
-    device, space, texts = net.embed.device, make_space(net, args.flow.space), []
+    sample, device, space, texts = args.sample, net.embed.device, make_space(net, args.flow.space), []
     generator = torch.Generator(device).manual_seed(args.run.seed)
     rows = rows_at_once(device, args.model.length)
     for done in range(0, samples, rows):
         shape = (min(rows, samples - done), args.model.length, space.width)
         x = space.noise(torch.randn(shape, generator=generator, device=device))
-        if args.sample.sampler == "bridge":
-            texts.append(sample_bridge(net, x, steps, clock, space, args.sample, generator))
+        if sample.sampler == "euler":
+            texts.append(sample_euler(net, x, steps, clock, space, sample))
         else:
-            texts.append(sample_euler(net, x, steps, clock, space, args.sample, generator))
+            texts.append(sample_bridge(net, x, steps, clock, space, sample, generator))
     return torch.cat(texts)
 
 
-def sampler_tag(sample: SampleArgs) -> str:
-    """Part of the names of the files of an evaluation; empty for the paper's sampler."""
-    tag = f"_gamma{sample.gamma:g}" if sample.gamma else ""
-    if sample.sampler == "bridge":
-        tag = f"_bridge_t{sample.temperature:g}_p{sample.top_p:g}"
-    return tag + (f"_g{sample.guidance:g}" if sample.guidance != 1 else "")
+def sampler_tag(sample: SampleArgs, usual: SampleArgs) -> str:
+    """Part of the names of the files of an evaluation; empty for the usual sampler of the data."""
+    how = f"_{sample.sampler}_t{sample.temperature:g}" + (f"_p{sample.top_p:g}" if sample.sampler == "bridge" else "")
+    own = (sample.sampler, sample.temperature, sample.top_p) != (usual.sampler, usual.temperature, usual.top_p)
+    return (how if own else "") + (f"_g{sample.guidance:g}" if sample.guidance != 1 else "")
 
 
 # --- Network ---------------------------------------------------------------------------------------------------------
@@ -711,7 +685,8 @@ def main(argv: list[str]) -> None:
             run.say(run.how_to_go_on())
         elif ranks.chief:
             make = functools.partial(generate, net, args, clock, sample.samples)
-            run.evaluate(make, sample.steps, sample.samples, sample.show, sampler_tag(sample))
+            tag = sampler_tag(sample, default_args(r.data).sample)
+            run.evaluate(make, sample.steps, sample.samples, sample.show, tag)
 
 
 if __name__ == "__main__":
