@@ -12,6 +12,10 @@ from runs import Run
 
 VARIANTS = {"ogpo": "tab:gray", "ogpo+": "tab:blue", "ogpo+ca": "tab:orange"}  # their colours in all figures
 OTHERS = ("tab:green", "tab:red", "tab:purple")
+PALETTE = (
+    *("tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple", "tab:brown", "tab:pink", "tab:gray"),
+    *("tab:olive", "tab:cyan", "black"),
+)
 
 
 def panels(rows: int, columns: int, width: float, height: float, **shared: Any) -> tuple[Figure, np.ndarray]:

@@ -29,7 +29,7 @@ from common.text.corpora import (
     undo_lm1b_spacing,
 )
 from common.text.packing import Split, cut, describe, token_dtype
-from common.text.tokenizers import Tokenizer
+from common.text.tokenizers import Tokenizer, own_tokenizer
 from tests.helpers import hub_in_a_folder
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
@@ -631,6 +631,12 @@ def test_load_text_toy(tmp_path: Path) -> None:
     assert not data.train.flags.writeable and not data.valid.flags.writeable
     assert (data.train[:2_000] != data.valid).any()
     assert not list(tmp_path.iterdir())
+
+
+def test_own_tokenizer_of_a_given_size(tmp_path: Path) -> None:
+    texts = [f"{a}{b} {b}{c} {a}{c}" for a in "abcdef" for b in "ghijkl" for c in "mnopqr"]
+    sizes = [own_tokenizer(tmp_path / f"{size}.bpe", lambda: texts, size).vocab_size for size in (300, 320)]
+    assert sizes == [300, 320]
 
 
 def test_captions_are_read_from_the_files_of_texygen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -62,7 +62,8 @@ def load_text(
     splits, note, place = functools.cache(source.splits), source.note, data_dir / "text"
     if (tokenizer or source.tokenizer) == OWN:
         version = hashlib.sha256(repr(source.identity).encode()).hexdigest()[:8]
-        tok = own_tokenizer(file := place / f"{source.key}-{version}.bpe", lambda: splits()["train"].read(0))
+        file = place / f"{source.key}-{version}.bpe"
+        tok = own_tokenizer(file, lambda: splits()["train"].read(0), source.tokens)
         choice = f"encoding: {tok.vocab_size:,} tokens trained on this text, in {file}; --tokenizer takes another"
         note = "\n".join(filter(None, (note, choice)))
     else:

@@ -26,6 +26,7 @@ CAPTIONS = {  # place and sha256 of each split; a file keeps its name in the cac
     "train": ("image_coco.txt", "2c0fd1f0f43aac6a9dc3926a535516ccf395de535e15ac1fd17cd569420736f5"),
     "valid": ("testdata/test_coco.txt", "72e25c9fb4d2cd43182ac602c92f6ffc377762147f9709572943b0b09174bcae"),
 }
+CAPTION_TOKENS = 4096  # nearly every word that occurs twice is a token
 HELD_OUT = 20  # one text in so many, the last ones, where a source does not say what is for validation
 SUFFIXES = (".txt", ".md", ".jsonl")  # of files that are read in a folder, each also with .gz behind
 LINES_PER_PARAGRAPH = 50  # files with fewer on average have paragraphs; a stray blank line does not join a book
@@ -36,7 +37,8 @@ class Source:
     """Where texts come from.
 
     `key` names their folder, `identity` changes when the texts may have changed, `tokenizer` is the usual one;
-    `splits` opens {train, valid} and may take long. The others are cheap. `note` is to be told to the user.
+    `splits` opens {train, valid} and may take long. The others are cheap. `note` is to be told to the user. `tokens`:
+    most tokens of an encoding trained on the text; 0: by its length.
     """
 
     key: str
@@ -44,6 +46,7 @@ class Source:
     tokenizer: str
     splits: Callable[[], dict[str, Split]]
     note: str = ""
+    tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -75,8 +78,9 @@ def find_source(data: str, data_dir: Path = Path("data")) -> Source:
     if data == "austen":
         return Source("austen", sha256(AUSTEN_TEXT), "austen", lambda: _splits_of(*austen_sentences()))
     if data == "captions":
-        identity = [digest for _, digest in CAPTIONS.values()]
-        return Source("captions", identity, OWN, lambda: _splits_of(*captions(data_dir / "captions")))
+        identity = [CAPTION_TOKENS, *(digest for _, digest in CAPTIONS.values())]
+        files = data_dir / "captions"
+        return Source("captions", identity, OWN, lambda: _splits_of(*captions(files)), tokens=CAPTION_TOKENS)
     kind, _, rest = data.partition(":")
     if source := BENCHMARKS.get(kind):
         if rest:

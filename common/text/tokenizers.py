@@ -78,20 +78,20 @@ def load_tokenizer(name: str, data_dir: Path, path: Path | None = None) -> Token
     return _from_file(name, AUSTEN_MERGES if name == "austen" else _find(name, data_dir, path))
 
 
-def own_tokenizer(file: Path, open_texts: Callable[[], Iterable[str]]) -> Tokenizer:
+def own_tokenizer(file: Path, open_texts: Callable[[], Iterable[str]], size: int = 0) -> Tokenizer:
     """Byte-level BPE trained on texts: made on first use, kept in `file`, in the form of GPT-2's vocab.bpe.
 
-    A function of the texts: the same in every process and on every machine. Its size, within OWN_SIZES, grows with
-    the text. Raises UserError if the file cannot be read or written.
+    A function of the texts: the same in every process and on every machine. size: most tokens; 0: within OWN_SIZES,
+    growing with the text. Raises UserError if the file cannot be read or written.
     """
     with reading(file, "delete it to have it made again, or choose another --data-dir"):
         with locked(file.with_name(file.name + ".lock")):
             if not file.exists():
-                write_atomic(file, _train_merges(open_texts()))
+                write_atomic(file, _train_merges(open_texts(), size))
         return _from_file(OWN, file)
 
 
-def _train_merges(texts: Iterable[str]) -> bytes:
+def _train_merges(texts: Iterable[str], size: int) -> bytes:
     """Content of a file of merges."""
     read, characters = [], 0
     for text in texts:
@@ -100,11 +100,12 @@ def _train_merges(texts: Iterable[str]) -> bytes:
         if characters >= OWN_CHARACTERS:
             break
     low, high = OWN_SIZES
-    size = min(max(characters // CHARACTERS_PER_TOKEN, low), high) - 1  # and the end of a text
+    size = size or min(max(characters // CHARACTERS_PER_TOKEN, low), high)
     pipeline = Pipeline(BPE())
     pipeline.pre_tokenizer = ByteLevel(add_prefix_space=False)
     alphabet = ByteLevel.alphabet()
-    trainer = BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    options = dict(min_frequency=2, initial_alphabet=alphabet, show_progress=False)
+    trainer = BpeTrainer(vocab_size=size - 1, **options)  # and the end of a text
     pipeline.train_from_iterator(read, trainer)
     merges = json.loads(pipeline.to_str())["model"]["merges"]
     return "\n".join(["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]).encode()
