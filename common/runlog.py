@@ -222,8 +222,10 @@ def plot_curves(run_dir: Path) -> Path:
         ("train/", "training episodes", {"color": "tab:gray", "linewidth": 1, "alpha": 0.7}),
         ("eval/ode_", "evaluation, ODE", {"color": "tab:blue"} | dots),
         ("eval/bon_", "evaluation, best of N", {"color": "tab:orange"} | dots),
+        ("eval/act_", "evaluation, acting policy", {"color": "tab:orange"} | dots),
         ("final/ode_", "final evaluation, ODE", {"color": "tab:blue"} | star),
         ("final/bon_", "final evaluation, best of N", {"color": "tab:orange"} | star),
+        ("final/act_", "final evaluation, acting policy", {"color": "tab:orange"} | star),
     ):
         for axis, key in ((top, f"{prefix}success"), (bottom, f"{prefix}length")):
             points = [(row["step"], row[key]) for row in rows if row.get(key) is not None]
