@@ -25,9 +25,9 @@ import study_stats as stats
 from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "peers"
-SEEDS = {"lift": (1, 2, 3, 4, 5), "can": (1, 2, 3), "peg-insert-side": (1, 2, 3)}
+SEEDS = {"toy": (1, 2, 3), "lift": (1, 2, 3, 4, 5), "can": (1, 2, 3), "peg-insert-side": (1, 2, 3)}
 TUNED_ON = ("lift", 6)  # a seed outside the comparison
-STEPS = {"lift": 10_000, "can": 20_000, "peg-insert-side": 10_000}
+STEPS = {"toy": 0, "lift": 10_000, "can": 20_000, "peg-insert-side": 10_000}  # 0: the script's own
 EVERY = {"lift": 1_000, "can": 2_000, "peg-insert-side": 1_000}  # steps between evaluations
 LEVELS = (0.8, 0.9)
 
@@ -50,7 +50,7 @@ METHODS: dict[str, Method] = {
     "qc_fql": Method("QC-FQL", "baselines/qc.py", "--alpha", ("0.3", "1", "3", "10"), ("--policy", "one-step")),
     "dsrl": Method("DSRL-NA", "baselines/dsrl.py", "--noise-range", ("1", "1.5", "2", "3")),
     "expo": Method("EXPO", "baselines/expo.py", "--edit-scale", ("0.05", "0.1", "0.3", "0.7")),
-    "decorator": Method("Policy Decorator", "baselines/residual.py", "--residual-scale", ("0.03", "0.1", "0.2", "0.3")),
+    "decorator": Method("Policy Decorator", "baselines/residual.py", "--scale", ("0.03", "0.1", "0.2", "0.3")),
     "dice": Method("DICE-RL", "baselines/residual.py", "--bc-weight", ("10", "30", "100", "300"), ("--method", "dice")),
     "trqam": Method("TRQAM", "baselines/qam.py", "--budget", ("0.1", "0.5", "1", "3")),
     "qf3": Method("QF3", "baselines/qf3.py", "--velocity-clip", ("0.02", "0.06", "0.12", "0.3")),
@@ -59,7 +59,9 @@ METHODS: dict[str, Method] = {
         "ReinFlow", "baselines/dppo.py", "--actor-lr", ("3e-5", "1e-4", "3e-4", "1e-3"),
         ("--noise", "learned", "--ratio", "chain"), long=30,
     ),
+    "rlpd": Method("RLPD, no clone", "baselines/rlpd.py", "--actor-lr", ("1e-4", "3e-4", "1e-3", "3e-3")),
 }  # fmt: skip
+ALONE = ("rlpd",)  # methods without a cloned policy
 TUNED: dict[str, str] = {}  # method -> the knob's value that `tune` chose, where it is not the script's default
 
 
@@ -75,10 +77,12 @@ def run_flags(task: str, method: str, seed: int, knob: str = "") -> tuple[str, l
     if method == "clone":
         return "ogpo_state.py", [*flags, "--total-steps", "0"]
     m = METHODS[method]
-    flags += ["--total-steps", str(m.long * STEPS[task]), "--eval-every", str(m.long * EVERY[task]), *m.flags]
+    flags += m.flags
+    if STEPS[task]:
+        flags += ["--total-steps", str(m.long * STEPS[task]), "--eval-every", str(m.long * EVERY[task])]
     if value := knob or TUNED.get(method, ""):
         flags += [m.knob, value]
-    return m.script, [*flags, "--cloned", str(cloned(task, seed).relative_to(ROOT))]
+    return m.script, flags if method in ALONE else [*flags, "--cloned", str(cloned(task, seed).relative_to(ROOT))]
 
 
 def name_of(task: str, method: str, seed: int, knob: str = "") -> str:
@@ -171,10 +175,11 @@ def task_table(task: str) -> str:
             for level in LEVELS
         ]
         rates = [interval_text([final(run, policy or acting(run)) for run in found]) for policy in ("ode", "")]
-        minutes = " ".join(f"{run.minutes:.0f}" for run in found)
-        lines.append((m.title, *reached, *rates, difference_text(task, method), minutes))
-    head = "| method | steps to 0.8 | to 0.9 | final, noise-free | final, acting | minus OGPO | minutes |"
-    return runs.table(head, "|---|---|---|---|---|---|---|", lines)
+        minutes = " ".join(f"{run.minutes:.1f}" for run in found)
+        cloned = "-" if method in ALONE else " ".join(f"{run.first('eval/ode_success'):.2f}" for run in found)
+        lines.append((m.title, cloned, *reached, *rates, difference_text(task, method), minutes))
+    head = "| method | cloned | steps to 0.8 | to 0.9 | final, noise-free | final, acting | minus OGPO | minutes |"
+    return runs.table(head, "|---|---|---|---|---|---|---|---|", lines)
 
 
 def tuning_table() -> str:
@@ -220,12 +225,15 @@ def report() -> None:
         "bootstrap over seeds, each rate drawn from its posterior given its episodes. "
         f"Trained on {', '.join(machines)}.",
     ]
-    shown = [task for task in STEPS if any(stored(task, method) for method in METHODS)]
-    for task in shown:
+    found = [task for task in STEPS if any(stored(task, method) for method in METHODS)]
+    for task in found:
         text += ["", f"## {task}", "", task_table(task)]
     text += ["", "## Tuning", "", f"{TUNED_ON[0]}, seed {TUNED_ON[1]}.", "", tuning_table()]
+    shown = [task for task in found if task in EVERY]
     (STORE / "results.md").write_text("\n".join(text) + "\n")
-    drawing, axes = plots.panels(2, max(1, len(shown)), 4.6, 3.8, sharey=True)
+    if not shown:
+        return
+    drawing, axes = plots.panels(2, len(shown), 4.6, 3.8, sharey=True)
     for column, task in enumerate(shown):
         for row in (0, 1):
             draw(axes[row, column], task, minutes=row == 1)
@@ -236,7 +244,7 @@ def report() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "tune", "store", "report"))
-    parser.add_argument("--tasks", nargs="+", choices=list(STEPS), default=list(STEPS))
+    parser.add_argument("--tasks", nargs="+", choices=list(STEPS), default=list(EVERY))
     parser.add_argument("--methods", nargs="+", choices=list(METHODS), default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[], help="default: the task's")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")

@@ -70,7 +70,7 @@ def load_policy(
     obs_dim, chunk_dim = widths(state)
     agent = module.Agent(args, obs_dim, chunk_dim // args.policy.chunk, place, None)
     checkpoint.unpack(agent, state)
-    names = ("act_best_of_n", "act") if which == "acting" else ("act_ode",)
+    names = ("act_best_of_n", "act_residual", "act") if which == "acting" else ("act_ode", "act_mean")
     function = next((getattr(module, name) for name in names if hasattr(module, name)), None)
     if function is None:
         raise UserError(f"{Path(module.__file__).name} has no {which} policy")

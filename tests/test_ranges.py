@@ -16,7 +16,7 @@ from tests.warm import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("ogpo_state", "ogpo_pixels", "flm_train", "fmlm_distill")
-VARIANTS = sorted(f"variants.{path.stem}" for path in (ROOT / "variants").glob("*.py"))
+VARIANTS = sorted(f"{kind}.{path.stem}" for kind in ("variants", "baselines") for path in ROOT.glob(f"{kind}/*.py"))
 QUICK = {"ogpo": ["--env", "toy"], "flm": ["--data", "toy"], "fmlm": ["--data", "toy"]}
 
 
@@ -51,7 +51,7 @@ def wrong_values(name: str, kind: Any, allowed: ranges.Range | None) -> Iterator
 
 def wrong_lines(module: ModuleType, only: set[str] | None = None) -> list[list[str]]:
     """Command lines, each with one wrong value, for every argument, or those in `only`."""
-    start = QUICK[module.__name__.split(".")[-1].split("_")[0]]
+    start = QUICK.get(module.__name__.split(".")[-1].split("_")[0], QUICK["ogpo"])
     return [
         [*start, f"--{name.replace('_', '-')}", *values]
         for name, kind, allowed in ranges.ranges(module.Args)

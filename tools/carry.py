@@ -23,6 +23,7 @@ COPIES: dict[str, tuple[str, ...]] = {  # script -> files that share its text
         "variants/ogpo_extraction.py",
         "variants/ogpo_reference.py",
         "variants/ogpo_released.py",
+        *(f"baselines/{name}.py" for name in ("dppo", "dsrl", "expo", "qam", "qc", "qf3", "residual", "rlpd")),
     ),
     "ogpo_pixels.py": ("variants/ogpo_pixels_reference.py",),
     "flm_train.py": ("fmlm_distill.py", "variants/flm_ablations.py", "variants/flm_sampling.py"),
