@@ -163,8 +163,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
     "captions": dict(
-        length=32, conv=3, self_condition=0.5, batch=32, micro_batch=32, total_steps=1_500, eval_every=500,
-        steps=(1, 4, 8, 32), sampler="bridge", temperature=0.9, top_p=0.9,
+        length=32, conv=3, self_condition=0.5, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, eval_every=500,
+        steps=(1, 4, 8, 32), sampler="bridge", temperature=0.8, top_p=0.9,
     ),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,

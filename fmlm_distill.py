@@ -165,8 +165,8 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, gamma=0.8),
     "openwebtext": PAPER | dict(length=1024, batch=128, gamma=1.0),
     "captions": dict(
-        length=32, conv=3, self_condition=0.5, batch=32, micro_batch=32, total_steps=1_000, steps=(1, 2, 4, 8),
-        teacher_temperature=0.9,
+        length=32, conv=3, self_condition=0.5, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000,
+        steps=(1, 2, 4, 8), teacher_temperature=0.8,
     ),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,

@@ -127,8 +127,8 @@ class ActorArgs:
     demo_share: Unit = 0.5  # share of demonstrations in each batch [RLPD]; 0: plain SAC, demonstrations are not read
     actor_lr: NonNegative = 3e-4  # learning rate of the policy [C]
     target_entropy: Annotated[float, Range(high=math.log(2), open_high=True)] = -0.5  # of a, per number of D [C]
-    alpha: Positive = 1.0  # temperature at the start [C]
-    alpha_lr: NonNegative = 3e-4  # learning rate of its logarithm [C]
+    alpha: Positive = 0.1  # temperature at the start [deviation: C's 1 would last for all of our few updates]
+    alpha_lr: NonNegative = 1e-3  # learning rate of its logarithm [deviation: C has 3e-4 and more updates]
 
 
 @dataclass

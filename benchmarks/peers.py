@@ -51,7 +51,7 @@ METHODS: dict[str, Method] = {
     "dsrl": Method("DSRL-NA", "baselines/dsrl.py", "--noise-range", ("1", "1.5", "2", "3")),
     "expo": Method("EXPO", "baselines/expo.py", "--edit-scale", ("0.05", "0.1", "0.3", "0.7")),
     "decorator": Method("Policy Decorator", "baselines/residual.py", "--scale", ("0.03", "0.1", "0.2", "0.3")),
-    "dice": Method("DICE-RL", "baselines/residual.py", "--bc-weight", ("10", "30", "100", "300"), ("--method", "dice")),
+    "dice": Method("DICE-RL", "baselines/residual.py", "--bc-weight", ("3", "10", "30", "100"), ("--method", "dice")),
     "trqam": Method("TRQAM", "baselines/qam.py", "--budget", ("0.1", "0.5", "1", "3")),
     "qf3": Method("QF3", "baselines/qf3.py", "--velocity-clip", ("0.02", "0.06", "0.12", "0.3")),
     "dppo": Method("DPPO", "baselines/dppo.py", "--actor-lr", ("3e-5", "1e-4", "3e-4", "1e-3"), long=30),
@@ -194,7 +194,9 @@ def tuning_table() -> str:
 
 
 def tables() -> dict[str, str]:
-    return {f"peers/{task}": task_table(task) for task in STEPS} | {"peers/tuning": tuning_table()}
+    """Those that have runs."""
+    found = {f"peers/{task}": task_table(task) for task in STEPS} | {"peers/tuning": tuning_table()}
+    return {name: table for name, table in found.items() if table.count("\n") > 1}
 
 
 def draw(axis: Axes, task: str, minutes: bool) -> None:
@@ -228,7 +230,8 @@ def report() -> None:
     found = [task for task in STEPS if any(stored(task, method) for method in METHODS)]
     for task in found:
         text += ["", f"## {task}", "", task_table(task)]
-    text += ["", "## Tuning", "", f"{TUNED_ON[0]}, seed {TUNED_ON[1]}.", "", tuning_table()]
+    if "peers/tuning" in tables():
+        text += ["", "## Tuning", "", f"{TUNED_ON[0]}, seed {TUNED_ON[1]}.", "", tuning_table()]
     shown = [task for task in found if task in EVERY]
     (STORE / "results.md").write_text("\n".join(text) + "\n")
     if not shown:

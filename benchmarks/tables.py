@@ -6,9 +6,11 @@ python benchmarks/tables.py lift/summary tasks/short
 
 import sys
 
+import captions
 import diagnose
 import flm
 import lift
+import peers
 import pixels
 import study
 import tasks
@@ -28,7 +30,7 @@ def measured() -> dict[str, str]:
 def tables() -> dict[str, str]:
     """{name: Markdown table}, without a newline at the end."""
     found: dict[str, str] = {}
-    for benchmark in (lift, tasks, pixels, flm, study, diagnose, toy):
+    for benchmark in (lift, tasks, pixels, flm, study, diagnose, toy, peers, captions):
         found |= benchmark.tables()
     return found | measured()
 

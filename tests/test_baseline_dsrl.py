@@ -373,6 +373,7 @@ def test_first_episodes_are_those_of_ogpo(tmp_path: Path) -> None:
         assert torch.equal(ours["buffer"][name], theirs["buffer"][name])
 
 
+@pytest.mark.slow
 def test_a_start_with_cal_ql_opens_the_gates(tmp_path: Path) -> None:
     flags = [*TINY, "--calql-steps", "3", "--start-training", "220", "--total-steps", "220"]
     run_script([dsrl.__file__, *flags, *folders(tmp_path, "a")], check=0)

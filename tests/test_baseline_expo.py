@@ -426,6 +426,7 @@ def test_expo_trains_evaluates_and_resumes(tmp_path: Path, flags: list[str]):
     assert any(row["ogpo/edited"] > 0 for row in trained)
 
 
+@pytest.mark.slow
 def test_first_episodes_are_ogpos(tmp_path: Path):
     """Until the first update, bit for bit: states, actions, rewards."""
     flags = [*TINY, "--total-steps", "150", "--start-training", "150", "--update-every", "1000", "--data-dir"]
@@ -438,6 +439,7 @@ def test_first_episodes_are_ogpos(tmp_path: Path):
         assert torch.equal(one["buffer"][key], two["buffer"][key])
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_said_at_the_start(tmp_path: Path):
     flags = [*TINY, "--total-steps", "0", "--start-training", "0", "--run-dir", str(tmp_path), "--data-dir"]
     done = run_script([expo.__file__, *flags, str(tmp_path), "--released-entropy"], check=0)

@@ -412,8 +412,16 @@ def test_lambda_keeps_the_divergence_at_its_budget_whatever_the_size_of_q(scale:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
+SUCCEEDING = ["--num-demos", "40", "--bc-steps", "200", "--bc-eval-every", "200", "--actor-hidden", "64", "64"]
+
+
 @pytest.mark.parametrize(
-    "mode", [["--base", "successes", "--success-min", "1"], slow_case(["--inv-temp", "1"]), slow_case([])]
+    "mode",
+    [
+        [*SUCCEEDING, "--base", "successes", "--success-min", "1"],
+        slow_case(["--inv-temp", "1"]),
+        slow_case([]),
+    ],
 )
 def test_qam_trains_resumes_exactly_and_evaluates(tmp_path: Path, mode: list[str]) -> None:
     script = qam.__file__
@@ -435,6 +443,7 @@ def test_qam_trains_resumes_exactly_and_evaluates(tmp_path: Path, mode: list[str
     assert any(math.isfinite(row.get("ogpo/matching_loss", math.nan)) for row in rows)
 
 
+@pytest.mark.slow
 def test_first_episodes_are_those_of_ogpo(tmp_path: Path) -> None:
     """Same clone, same critics, same steps, up to the first update, which step 303 would bring."""
     flags = [*TINY, "--start-training", "301", "--total-steps", "301"]
@@ -448,6 +457,7 @@ def test_first_episodes_are_those_of_ogpo(tmp_path: Path) -> None:
         assert torch.equal(ours["buffer"][name], theirs["buffer"][name])
 
 
+@pytest.mark.slow
 def test_a_start_with_cal_ql_opens_the_gates(tmp_path: Path) -> None:
     flags = [*TINY, "--calql-steps", "3", "--start-training", "220", "--total-steps", "220"]
     run_script([qam.__file__, *flags, *folders(tmp_path, "a")], check=0)

@@ -399,7 +399,7 @@ def test_qc_trains_resumes_and_evaluates(policy: str, tmp_path: Path) -> None:
     assert refused.returncode == 2
 
 
-@pytest.mark.parametrize("policy", [slow("best-of-n"), "one-step"])
+@pytest.mark.parametrize("policy", [slow("best-of-n"), slow("one-step")])
 def test_first_episodes_are_those_of_ogpo(policy: str, tmp_path: Path) -> None:
     flags = [*TINY, "--start-training", "200", "--critic-successes", "1000", "--total-steps", "400"]
     run_script([og.__file__, *flags, "--states", "8", *folders(tmp_path, "og")], check=0)

@@ -475,7 +475,7 @@ def test_a_resumed_run_is_the_run_that_was_not_stopped(method: str, tmp_path: Pa
         assert all(torch.equal(x, broken["agent"][name][k]) for k, x in whole["agent"][name].items())
 
 
-@pytest.mark.parametrize("method", ["decorator", slow("dice")])
+@pytest.mark.parametrize("method", [slow("decorator"), slow("dice")])
 def test_the_first_episodes_are_those_of_ogpo(method: str, tmp_path: Path) -> None:
     """Bit for bit, through updates of the critics, from a clone of one's own: until a gate opens."""
     flags = [*TINY, "--total-steps", "400", "--start-training", "400", "--critic-warmup", "1000"]

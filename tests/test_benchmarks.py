@@ -5,6 +5,7 @@ import importlib
 import json
 import sys
 import types
+from inspect import signature
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +16,11 @@ from common import cli
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import captions
 import diagnose
 import flm
 import lift
+import peers
 import pixels
 import probes
 import runs
@@ -29,7 +32,7 @@ import toy
 import update_speed
 
 ROOT = Path(__file__).resolve().parent.parent
-STORES = ("flm", "lift", "lift/tuning", "pixels", "study", "tasks", "toy")
+STORES = ("flm", "lift", "lift/tuning", "peers", "pixels", "study", "tasks", "toy")
 
 
 def finished(folder: Path, rows: list[dict], args: dict, seconds: int) -> Path:
@@ -110,6 +113,8 @@ def test_read_gives_back_every_stored_line(name: str) -> None:
         (study, "study/results.md"),
         (diagnose, "study/diagnostics.md"),
         (toy, "toy/results.md"),
+        (peers, "peers/results.md"),
+        (captions, "captions/results.md"),
     ],
 )
 def test_report_remakes_the_stored_page(module: types.ModuleType, page: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,13 +125,13 @@ def test_report_remakes_the_stored_page(module: types.ModuleType, page: str, mon
     monkeypatch.setattr(Figure, "savefig", lambda self, path, **_: figures.append(path))
     module.report()
     assert written == {ROOT / "benchmarks" / page: stored}
-    assert (figures or module is toy) and all(path.exists() for path in figures)
+    assert (figures or module in (toy, peers, captions)) and all(path.exists() for path in figures)
 
 
 def test_tables_has_every_table_of_the_stored_pages() -> None:
     found = tables.tables()
     assert all(table.count("\n") >= 2 and not table.endswith("\n") for table in found.values())
-    for name in ("lift", "tasks", "pixels", "flm", "study", "toy"):
+    for name in ("lift", "tasks", "pixels", "flm", "study", "toy", "peers", "captions"):
         paragraphs = (ROOT / "benchmarks" / name / "results.md").read_text().rstrip().split("\n\n")
         pages = [paragraph.strip() for paragraph in paragraphs if paragraph.startswith("|")]
         assert pages and not set(pages) - set(found.values()), name
@@ -163,6 +168,11 @@ def started(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[t
     elif module is study:
         study.run(list(study.FIGURES), (1,), jobs=1)
         found.append(("ogpo_state.py", study.run_flags("lift", "clone", 1)))
+    elif module is peers:
+        peers.run(list(peers.STEPS), list(peers.METHODS), [1], jobs=1)
+        peers.tune(list(peers.METHODS), jobs=1)
+    elif module is captions:
+        captions.run()
     elif module is diagnose:
         for config in ("ogpo+ca", "bptt", "start+", "start+ca", "ogpo+", "lr_warmup"):
             flags = diagnose.run_flags("lift", config, 1)
@@ -176,7 +186,7 @@ def started(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[t
     return found
 
 
-@pytest.mark.parametrize("module", [lift, tasks, pixels, study, diagnose, flm, toy])
+@pytest.mark.parametrize("module", [lift, tasks, pixels, study, diagnose, flm, toy, peers, captions])
 def test_commands_parse_by_their_scripts(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every command of a benchmark is one that its script, as it is now, accepts; a flag sets what it names."""
     refused = {}
@@ -184,7 +194,8 @@ def test_commands_parse_by_their_scripts(module: types.ModuleType, monkeypatch: 
     for script, flags in commands:
         try:
             program = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-            names = ("env", "preset", "variant") if "ogpo" in script else ("data",)
+            text = script.removeprefix("variants/").startswith("f")  # its teacher's arguments would be looked for
+            names = ("data",) if text else signature(program.default_args).parameters
             chosen = cli.peek(flags, *names)
             args = cli.flatten(cli.parse(program.default_args(**chosen), flags, ""))
             assert args.items() >= chosen.items()
@@ -293,3 +304,27 @@ def test_toy_results_are_the_printed_distances(monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "robot.txt").write_text("success 0.50\n")
     assert toy.results(tmp_path / "run") == {"distances": {"1 steps": 0.5, "real text": 0.075}}
     assert toy.results(tmp_path / "robot") == {}
+
+
+def test_bleu_against_references_is_self_bleus_of_two_rows() -> None:
+    rows = ["a man rides a red bike .".split(), "a man on a bike rides a wave .".split()]
+    for n in (2, 3, 4):
+        each = [captions.bleu([rows[i]], [rows[1 - i]], n) for i in (0, 1)]
+        assert np.mean(each) == pytest.approx(captions.self_bleu(rows, n))
+    # 2 of 3 words and 1 of 2 pairs are in a reference, which is as long
+    assert captions.bleu([["a", "b", "c"]], [["a", "b", "d"], ["x"] * 9], 2) == pytest.approx((2 / 3 * 1 / 2) ** 0.5)
+
+
+def test_whole_captions_leaves_out_what_an_edge_cuts() -> None:
+    assert captions.whole_captions(["\non a bed .\nA dog runs.\n\ntwo birds\na man in\n", "\nno end"]) == [
+        ["a", "dog", "runs", "."], ["two", "birds"],
+    ]  # fmt: skip
+
+
+def test_peers_measures_by_hand() -> None:
+    metrics = [{"step": s, "eval/act_success": x} for s, x in ((0, 0.3), (100, 0.85), (200, 0.8), (300, 0.95))]
+    metrics += [{"step": 300, "final/act_success": 0.97, "final/ode_success": 0.9}]
+    run = runs.Run("toy_qc_s1", {"seed": 1, "eval_episodes": 100}, {}, 60, metrics)
+    assert peers.acting(run) == "act" and peers.steps_to(run, 0.8) == 100 and peers.steps_to(run, 0.96) == np.inf
+    rate, drawn = peers.final(run, "act")
+    assert rate == 0.97 and drawn.mean() == pytest.approx(97.5 / 101, abs=1e-3)

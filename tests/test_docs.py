@@ -144,7 +144,8 @@ def test_page_scripts_exist(page: Path) -> None:
 # --- Tables -----------------------------------------------------------------------------------------------------------
 
 # Tables of numbers that are settings, sizes or limits, by page and first column's head; no run measures them.
-SETTINGS = {("docs/tasks.md", "task"), ("docs/tasks.md", "`--env`"), ("docs/flm_train.md", "`--data`"),
+SETTINGS = {("docs/baselines.md", ""), ("docs/tasks.md", "task"),
+            ("docs/tasks.md", "`--env`"), ("docs/flm_train.md", "`--data`"),
             ("docs/fmlm_distill.md", "`--data`")}  # fmt: skip
 
 
@@ -178,7 +179,15 @@ def test_page_tables_are_those_of_stored_results(page: Path) -> None:
 
 def test_pages_show_each_benchmark() -> None:
     shown = "\n".join(page.read_text() for page in LIVE)
-    for key in ("lift/summary", "tasks/summary", "pixels/seeds", "flm/calls", "fmlm/calls", "study/verdicts"):
+    for key in (
+        "lift/summary",
+        "tasks/summary",
+        "pixels/seeds",
+        "flm/calls",
+        "fmlm/calls",
+        "study/verdicts",
+        "peers/toy",
+    ):
         assert STORED[key] in shown, key
 
 

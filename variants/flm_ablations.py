@@ -157,7 +157,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
     "captions": dict(
-        length=32, conv=3, self_condition=0.5, batch=32, micro_batch=32, total_steps=1_500, eval_every=500,
+        length=32, conv=3, self_condition=0.5, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, eval_every=500,
         steps=(1, 4, 8, 32),
     ),
     "toy": dict(
