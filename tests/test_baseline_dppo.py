@@ -20,7 +20,7 @@ from common.envs import TASKS
 from common.rng import Rng
 from common.runlog import read_metrics
 from settings import ogpo as settings
-from tests.helpers import differing, perturbed
+from tests.helpers import differing, perturbed, slow
 from tests.warm import run_script
 
 # What it defines in its own words, or does not have; all else is the text of ogpo_state.py.
@@ -455,7 +455,7 @@ def same(a: Any, b: Any) -> bool:
 REINFLOW = ("--noise", "learned", "--ratio", "chain", "--reward", "raw", "--eval-envs", "1")
 
 
-@pytest.mark.parametrize("flags", [(), REINFLOW], ids=["dppo", "reinflow"])
+@pytest.mark.parametrize("flags", [slow(()), REINFLOW], ids=["dppo", "reinflow"])
 def test_it_trains_evaluates_and_resumes(tmp_path: Path, flags: tuple[str, ...]) -> None:
     folders = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "a"]
     for command in (

@@ -381,7 +381,7 @@ def folders(tmp_path: Path, name: str) -> list[str]:
     return ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", name]
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [slow("best-of-n"), "one-step"])
 def test_qc_trains_resumes_and_evaluates(policy: str, tmp_path: Path) -> None:
     flags = [*TINY, *OPEN, "--policy", policy, "--distill-steps", "50"]
     for command in (

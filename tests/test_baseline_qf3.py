@@ -270,6 +270,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
         assert all(torch.equal(a[part][k], whole[part][k]) for k in whole[part]), part
 
 
+@pytest.mark.slow
 def test_first_episodes_are_those_of_ogpo(tmp_path: Path) -> None:
     """Same clone and chunks, and the same critics after as many updates, until a gate opens."""
     flags = [*TINY, "--start-training", "200", "--critic-warmup", "1000", "--total-steps", "400"]

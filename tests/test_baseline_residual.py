@@ -438,7 +438,7 @@ def test_a_checkpoint_brings_the_agent_back(method: str, tmp_path: Path) -> None
 # --- whole runs -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ["decorator", slow("dice")])
 def test_the_script_trains_evaluates_and_resumes(method: str, tmp_path: Path) -> None:
     script = [rs.__file__]
     flags = [

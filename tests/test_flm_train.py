@@ -540,4 +540,4 @@ def test_variants_of_flm_train_are_short_diffs(variant: ModuleType, own: set[str
     changed = differing(flm, variant)
     assert changed == own, f"{changed ^ own}: carry a change of the script with python tools/carry.py flm_train.py"
     printed = subprocess.run(["diff", SCRIPT, variant.__file__], capture_output=True, text=True).stdout
-    assert 50 < len(printed.splitlines()) < 200
+    assert 50 < len(printed.splitlines()) < 205

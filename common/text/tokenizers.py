@@ -91,7 +91,7 @@ def own_tokenizer(file: Path, open_texts: Callable[[], Iterable[str]], size: int
         return _from_file(OWN, file)
 
 
-def _train_merges(texts: Iterable[str], size: int) -> bytes:
+def _train_merges(texts: Iterable[str], size: int = 0) -> bytes:
     """Content of a file of merges."""
     read, characters = [], 0
     for text in texts:
