@@ -5,6 +5,7 @@ preset < task < variant, later rows win over earlier, and a flag on the command 
 
 from collections.abc import Collection, Mapping, Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any, TypeVar
 
 from common import cli
@@ -172,6 +173,9 @@ def check(flat: Mapping[str, Any]) -> None:
             print(f"note: {flat['env']} is registered without max_episode_steps; {cut}", flush=True)
     if flat.get("calql_steps") and any(fnmatch(flat["env"], p) for p in ("kitchen-*", "*-raw", "*-dense")):
         raise UserError(f"--calql-steps: success is not the only reward of {flat['env']}; give --calql-steps 0")
+    started = flat["eval"] or flat["resume"]  # a run that has its clone
+    if flat.get("cloned") and not started and not (Path(flat["cloned"]) / "cloned.pt").exists():
+        raise UserError(f"--cloned {flat['cloned']}: it has no cloned.pt; give the folder of a run")
     if flat["chunk"] > shortest:
         raise UserError(f"--chunk {flat['chunk']}: longer than an episode of {shortest} steps; see --horizon")
     if flat.get("replay_size", LARGE) <= flat["horizon"]:

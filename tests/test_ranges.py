@@ -134,6 +134,7 @@ def test_script_says_it_in_one_line(script: str, line: str, said: str, tmp_path:
     [
         ("--env lift --chunk 201", "longer than an episode of 200 steps"),
         ("--env lift --collect-horizon 3", "longer than an episode of 3 steps"),
+        ("--env lift --cloned nowhere", "--cloned nowhere: it has no cloned.pt"),  # before demonstrations are made
         ("--env lift --best-of-n-heads 9", "there are 4 --heads"),
         ("--env lift --start-training 4000 --total-steps 100", "after the last step"),
         ("--env lift --replay-size 150", "must be above --horizon 300"),
