@@ -12,21 +12,17 @@ so its published samples are scored here by the same functions, on equal numbers
 
 import argparse
 import json
-import math
-from collections import Counter, defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
-
+import flm
 import runs
 from common.files import write_atomic
-from common.judge.metrics import REAL, self_bleu
+from common.judge.metrics import REAL, bleu, self_bleu
 from common.judge.ngram import words
 from common.text import load_text
 from common.text.corpora import captions
 from common.text_run import decode
-from flm import read_scores
 from runs import ROOT, RUNS
 
 STORE = ROOT / "benchmarks" / "captions"
@@ -38,24 +34,6 @@ PUBLISHED = {  # file of Texygen's repository -> name
     "seq": "SeqGAN", "maligan": "MaliGAN", "rank": "RankGAN", "leakgan": "LeakGAN", "textgan": "TextGAN", "mle": "MLE",
 }  # fmt: skip
 TEXYGEN = "3104e22ac75f3cc2070da2bf5e2da6d2bef149ad"  # the commit of those files
-
-
-def bleu(rows: Sequence[Sequence[str]], references: Sequence[Sequence[str]], n: int) -> float:
-    """Mean BLEU-n in [0, 1] of each row against all references; see `common.judge.metrics.self_bleu`."""
-    log_precision, lengths = np.zeros(len(rows)), sorted({len(row) for row in references})
-    for k in range(1, n + 1):
-        top: dict[tuple[str, ...], int] = defaultdict(int)  # largest count of a k-gram in any reference
-        for row in references:
-            for gram, count in Counter(zip(*(row[i:] for i in range(k)), strict=False)).items():
-                top[gram] = max(top[gram], count)
-        for i, row in enumerate(rows):
-            counts = Counter(zip(*(row[i:] for i in range(k)), strict=False))
-            matches = sum(min(count, top.get(gram, 0)) for gram, count in counts.items())
-            matches = matches or (0.1 if k > 1 else 0.0)
-            log_precision[i] += math.log(matches / max(1, counts.total())) if matches else -math.inf
-    closest = [min((abs(r - len(row)), r) for r in lengths)[1] for row in rows]
-    brevity = [min(0.0, 1 - r / max(1, len(row))) for r, row in zip(closest, rows, strict=True)]
-    return float(np.mean(np.exp(log_precision / n + brevity)))
 
 
 def whole_captions(texts: Sequence[str]) -> list[list[str]]:
@@ -94,13 +72,14 @@ def run() -> None:
 
 def results(folder: Path) -> dict[str, object]:
     """Tables of a run's evaluations, its first samples, and BLEU of the samples of every number of calls."""
-    files: dict[str, object] = {file.name: json.loads(file.read_text()) for file in folder.glob("evaluation*.json")}
-    held_out, scores = references(ROOT / "data")[1], {}
-    for file in sorted(folder.glob("samples_*_steps*.txt")):
-        texts = file.read_text().removesuffix("\n").split("\n----\n")
-        files[file.name] = "\n----\n".join(texts[:8]) + "\n"
-        scores[file.stem.removeprefix("samples_")] = score(whole_captions(texts), held_out)
-    return dict(sorted(files.items())) | {"bleu.json": scores}
+    held_out = references(ROOT / "data")[1]
+    scores = {
+        file.stem.removeprefix("samples_"): score(
+            whole_captions(file.read_text().removesuffix("\n").split("\n----\n")), held_out
+        )
+        for file in sorted(folder.glob("samples_*_steps*.txt"))
+    }
+    return flm.results(folder) | {"bleu.json": scores}
 
 
 def store() -> None:
@@ -145,7 +124,7 @@ def score_table() -> str:
     lines = []
     for kind, title in (("flm", "FLM"), ("fmlm", "FMLM")):
         for seed, stored in runs.read_seeds(STORE, f"captions_{kind}", SEEDS).items():
-            for s in read_scores(stored, "ngram"):
+            for s in flm.read_scores(stored, "ngram"):
                 name = s.text if s.text == REAL else f"{title}, {s.text}"
                 cells = (f"{s.perplexity:.1f}", f"{s.entropy:.3f}", f"{s.self_bleu:.3f}", f"{s.copied:.2%}")
                 lines.append((name, seed, *cells))

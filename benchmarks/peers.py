@@ -118,8 +118,9 @@ def execute(jobs: list[tuple], workers: int) -> int:
 
 def store() -> None:
     """Keeps the finished runs, trials of tuning among them."""
-    tuning = [name_of(*TUNED_ON[:1], m, TUNED_ON[1], value) for m in METHODS for value in METHODS[m].values]
-    names = [name_of(task, m, seed) for task in STEPS for m in METHODS for seed in SEEDS[task]]
+    task, seed = TUNED_ON
+    tuning = [name_of(task, method, seed, value) for method, m in METHODS.items() for value in m.values]
+    names = [name_of(task, method, seed) for task in STEPS for method in METHODS for seed in SEEDS[task]]
     runs.keep(STORE, {name: RUNS / f"peers_{name}" for name in (*names, *tuning)})
 
 
@@ -202,10 +203,9 @@ def tables() -> dict[str, str]:
 def draw(axis: Axes, task: str, minutes: bool) -> None:
     """Success of the acting policy over steps or minutes: mean of the seeds, a line a method."""
     plots.success_axes([axis])
-    colours = ("tab:orange", *(c for c in plots.PALETTE if c != "tab:orange"))
-    for (method, m), colour in zip(METHODS.items(), colours, strict=False):
-        found = list(stored(task, method).values())
-        if not found or m.long > 1:
+    shown = {method: m for method, m in METHODS.items() if m.long == 1}
+    for (method, m), colour in zip(shown.items(), plots.PALETTE, strict=False):
+        if not (found := list(stored(task, method).values())):
             continue
         curves = [run.series(f"eval/{acting(run)}_success") for run in found]
         length = min(len(steps) for steps, _ in curves)

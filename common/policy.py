@@ -9,7 +9,6 @@ action = policy(obs)  # one action, in [-1, 1]; asks the network once a chunk
 """
 
 import importlib
-import inspect
 import sys
 from collections import deque
 from pathlib import Path
@@ -22,7 +21,7 @@ from common import checkpoint, cli, record
 from common.errors import UserError
 from common.evaluate import Policy, act_on_arrays
 from common.rng import Rng
-from common.start import CHECKPOINT, pick_device
+from common.start import load_run, pick_device
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDERS = ("", "variants", "baselines")  # of scripts
@@ -62,8 +61,10 @@ def load_policy(
     Raises UserError on a folder that holds no such run, or one whose script has gone.
     """
     run = Path(run)
-    module, saved = script_of(run), checkpoint.load(run / CHECKPOINT)
-    args = cli.override(module.Args(), {k: v for k, v in saved["args"].items() if k in cli.flatten(module.Args())})
+    module = script_of(run)
+    made = (getattr(module, name, None) for name in record.read(run).get("definitions", ()))
+    saved, known = load_run(run, list(filter(None, made)) or [module.Agent]), cli.flatten(module.Args())
+    args = cli.override(module.Args(), {k: v for k, v in saved["args"].items() if k in known})
     if hasattr(args.task, "cameras"):
         raise UserError(f"{run} is a run from pixels; only policies from state are loaded")
     place, state = pick_device(device), saved["agent"]
@@ -89,12 +90,6 @@ def script_of(run: Path) -> ModuleType:
     module = importlib.import_module(".".join(filter(None, (found[0], Path(name).stem))))
     if not hasattr(module, "Agent"):
         raise UserError(f"{run} is a run of {name}, which trains no robot policy; give one of ogpo_state.py")
-    there, here = record.read(run)["definitions"], {}
-    kinds = [getattr(module, n) for n in there if inspect.isclass(getattr(module, n, None))]
-    if kinds:
-        here = record.definitions(kinds)
-    if changed := sorted(n for n in here if n in there and here[n] != there[n]):
-        print(f"note: {', '.join(changed)} of {name} have changed since {run}: its weights may not fit", flush=True)
     return module
 
 

@@ -36,15 +36,21 @@ def due(before: int, after: int, every: int) -> int:
     return after // every - before // every
 
 
+def clone_file(folder: Path) -> Path:
+    """The cloned policy of the run in `folder`. Raises UserError if it has none."""
+    path = folder / "cloned.pt"
+    if not path.exists():
+        raise UserError(f"--cloned {folder}: it has no {path.name}; give the folder of a run")
+    return path
+
+
 def load_clone(folder: Path, net: nn.Module, args: Mapping[str, Any]) -> dict[str, Tensor]:
     """Weights for `net`, of the policy that the run in `folder` has cloned. args: all arguments of this run.
 
     Raises UserError if they are of another task or other cameras (where the folder has its args.json), or of other
     shapes.
     """
-    path, recorded = folder / "cloned.pt", folder / RECORD
-    if not path.exists():
-        raise UserError(f"--cloned {folder}: it has no {path.name}; give the folder of a run")
+    path, recorded = clone_file(folder), folder / RECORD
     if recorded.exists():
         with reading(recorded, "without that file the policy is taken whatever its task"):
             there = json.loads(recorded.read_text())["args"]

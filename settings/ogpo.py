@@ -12,6 +12,7 @@ from common import cli
 from common.envs import own_horizon
 from common.errors import UserError
 from common.ranges import LARGE
+from common.run import clone_file
 from settings.tasks import TASKS
 
 T = TypeVar("T")
@@ -173,9 +174,8 @@ def check(flat: Mapping[str, Any]) -> None:
             print(f"note: {flat['env']} is registered without max_episode_steps; {cut}", flush=True)
     if flat.get("calql_steps") and any(fnmatch(flat["env"], p) for p in ("kitchen-*", "*-raw", "*-dense")):
         raise UserError(f"--calql-steps: success is not the only reward of {flat['env']}; give --calql-steps 0")
-    started = flat["eval"] or flat["resume"]  # a run that has its clone
-    if flat.get("cloned") and not started and not (Path(flat["cloned"]) / "cloned.pt").exists():
-        raise UserError(f"--cloned {flat['cloned']}: it has no cloned.pt; give the folder of a run")
+    if flat.get("cloned") and not (flat["eval"] or flat["resume"]):  # before demonstrations are made
+        clone_file(Path(flat["cloned"]))
     if flat["chunk"] > shortest:
         raise UserError(f"--chunk {flat['chunk']}: longer than an episode of {shortest} steps; see --horizon")
     if flat.get("replay_size", LARGE) <= flat["horizon"]:

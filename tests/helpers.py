@@ -14,18 +14,49 @@ import torch
 from common import cli
 from common.replay import ReplayBuffer
 
+TINY = [  # flags of a run of seconds
+    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
+    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
+    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
+]
+OPEN = ["--start-training", "200", "--critic-successes", "0", "--critic-warmup", "5"]  # the gates, after five updates
+
+
+def folders(tmp_path: Path, name: str) -> list[str]:
+    """Flags of a run that keeps everything in a folder."""
+    return ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", name]
+
 
 def slow(*values: object) -> Any:
     """A case for pytest.mark.parametrize that only `make test-all` runs."""
     return pytest.param(*values, marks=pytest.mark.slow)
 
 
+def new_agent(
+    module: ModuleType, *chosen: str, obs_dim: int = 5, act_dim: int = 2, **values: object
+) -> tuple[Any, Any]:
+    """Agent and arguments of a robot script on the toy task: small networks, chunks of 4, and these values.
+
+    chosen: what chooses the defaults beside task and preset, such as a variant.
+    """
+    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4) | values
+    args = cli.override(module.default_args("toy", "laptop", *chosen), values)
+    return module.Agent(args, obs_dim, act_dim, torch.device("cpu"), None), args
+
+
 def small_agent(module: ModuleType, seed: int = 1, **changes: object) -> tuple[Any, Any]:
     """Agent and arguments of ogpo_state.py or a variant: observations of 5 numbers, actions of 2, chunks of 4."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, states=8, group=4, heads=3)
-    values["seed"] = seed
-    args = cli.override(module.default_args("toy", "laptop", "ogpo+ca"), values | changes)
-    return module.Agent(args, 5, 2, torch.device("cpu"), None), args
+    return new_agent(module, "ogpo+ca", **dict(states=8, group=4, heads=3, seed=seed) | changes)
+
+
+def weights(net: torch.nn.Module) -> torch.Tensor:
+    """A copy of all of them, flat."""
+    return torch.cat([p.detach().flatten() for p in net.parameters()])
+
+
+def gradients(net: torch.nn.Module) -> torch.Tensor:
+    """A copy of all of them, flat."""
+    return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
 def demonstrated() -> ReplayBuffer:

@@ -20,7 +20,7 @@ from common.envs import TASKS
 from common.rng import Rng
 from common.runlog import read_metrics
 from settings import ogpo as settings
-from tests.helpers import differing, perturbed, slow
+from tests.helpers import TINY, differing, gradients, new_agent, perturbed, slow, weights
 from tests.warm import run_script
 
 # What it defines in its own words, or does not have; all else is the text of ogpo_state.py.
@@ -33,19 +33,15 @@ OWN = {
     *("calql_term", "periodic_lr", "act_best_of_n", "update_ema", "update_actor", "update_critic", "pretrain_critic"),
 }
 MODES = [("fixed", "step"), ("learned", "chain"), ("fixed", "chain"), ("learned", "step")]
-TINY = [
-    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--num-envs", "2", "--rollout", "12"),
-    *("--minibatch", "8", "--epochs", "2", "--value-iterations", "1", "--log-every", "100", "--eval-every", "200"),
+SHORT = [
+    *(*TINY, "--num-envs", "2", "--rollout", "12", "--minibatch", "8", "--epochs", "2", "--value-iterations", "1"),
+    *("--log-every", "100", "--eval-every", "200"),
 ]
 
 
 def make(**changes: object) -> tuple[dppo.Agent, dppo.Args]:
     """Agent and arguments: observations of 5 numbers, actions of 2, chunks of 4."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, num_envs=6, rollout=8, minibatch=16)
-    args = cli.override(dppo.default_args("toy", "laptop"), values | changes)
-    return dppo.Agent(args, 5, 2, torch.device("cpu"), None), args
+    return new_agent(dppo, **dict(num_envs=6, rollout=8, minibatch=16) | changes)
 
 
 def filled(agent: dppo.Agent, args: dppo.Args, seed: int = 0) -> dppo.Rollout:
@@ -60,14 +56,6 @@ def filled(agent: dppo.Agent, args: dppo.Args, seed: int = 0) -> dppo.Rollout:
         rollout.row -= 1
         rollout.add(discount=0.9 * one, terminated=one, over=one)
     return rollout
-
-
-def weights(net: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
-
-
-def gradients(net: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
 def test_it_shares_all_else_with_the_script() -> None:
@@ -459,7 +447,7 @@ REINFLOW = ("--noise", "learned", "--ratio", "chain", "--reward", "raw", "--eval
 def test_it_trains_evaluates_and_resumes(tmp_path: Path, flags: tuple[str, ...]) -> None:
     folders = ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "a"]
     for command in (
-        [*TINY, *flags, "--total-steps", "300", *folders],
+        [*SHORT, *flags, "--total-steps", "300", *folders],
         ["--resume", str(tmp_path / "a"), "--total-steps", "500"],
         ["--eval", str(tmp_path / "a")],
     ):
@@ -477,7 +465,7 @@ def test_stopped_within_a_rollout_it_resumes_exactly(tmp_path: Path, flags: tupl
     script, folders = [dppo.__file__], ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
     shared = TINY[: TINY.index("--num-envs")]
     run_script([og.__file__, *shared, "--total-steps", "0", *folders, "clone"], check=0)
-    todo = [*script, *TINY, *flags, "--cloned", str(tmp_path / "clone"), *folders]
+    todo = [*script, *SHORT, *flags, "--cloned", str(tmp_path / "clone"), *folders]
     run_script([*todo, "broken", "--total-steps", "450"], check=0)
     stopped = checkpoint.load(tmp_path / "broken" / "checkpoint.pt")
     assert 0 < stopped["rollout"]["row"] < 12 and any(stopped["episodes"]["episodes"])

@@ -17,7 +17,7 @@ from common.ranges import check_ranges
 from common.rng import Rng
 from common.runlog import read_metrics
 from settings.ogpo import SETTINGS
-from tests.helpers import definitions, demonstrated, differing, perturbed
+from tests.helpers import OPEN, TINY, definitions, demonstrated, differing, folders, new_agent, perturbed, weights
 from tests.warm import run_script
 
 OWN = {
@@ -27,25 +27,14 @@ OWN = {
     *("Agent", "act_ode", "act_best_of_n", "update_temperature", "update_actor", "update_critic", "update"),
     *("pretrain", "main"),
 }
-TINY = [
-    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
-]
-OPEN = ["--start-training", "200", "--critic-successes", "0", "--critic-warmup", "5"]  # the gates, after five updates
 
 
 def small_agent(obs_dim: int = 5, act_dim: int = 2, **changes: object) -> tuple[Any, Any]:
     """Observations of 5 numbers, actions of 2, chunks of 4, unless changed; the noise policy has moved a little."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, heads=3, critic_batch=32) | changes
-    args = cli.override(dsrl.default_args("toy", "laptop"), values)
-    agent = dsrl.Agent(args, obs_dim, act_dim, torch.device("cpu"), None)
+    values = dict(heads=3, critic_batch=32) | changes
+    agent, args = new_agent(dsrl, obs_dim=obs_dim, act_dim=act_dim, **values)
     perturbed(agent.noise_policy, 0.1)
     return agent, args
-
-
-def weights(net: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
 
 
 def noise_of(agent: Any, obs: torch.Tensor, draws: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -330,10 +319,6 @@ def test_update_critic_with_cal_ql_scores_the_noise_policy_s_chunks() -> None:
     low, high = (dsrl.update_critic(agent, batch, args, torch.full((32,), r))["calql"] for r in (-1e3, 1e3))
     assert low == pytest.approx(math.log(8), abs=0.5)  # nearly equal values: the log of their number
     assert high > 900  # no chunk is pushed below the return
-
-
-def folders(tmp_path: Path, name: str) -> list[str]:
-    return ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", name]
 
 
 def test_dsrl_trains_resumes_and_evaluates(tmp_path: Path) -> None:

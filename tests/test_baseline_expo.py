@@ -18,7 +18,7 @@ from common.replay import Batch, ReplayBuffer
 from common.rng import Rng
 from common.runlog import read_metrics
 from settings import ogpo as settings
-from tests.helpers import demonstrated, differing, perturbed, slow
+from tests.helpers import TINY, demonstrated, differing, new_agent, perturbed, slow, weights
 from tests.warm import run_script
 
 OWN = {  # what EXPO has in its own words, and what of OGPO it has not
@@ -27,19 +27,13 @@ OWN = {  # what EXPO has in its own words, and what of OGPO it has not
     *("Agent", "act_ode", "on_the_fly", "act_best_of_n", "update_actor", "update_critic", "update", "pretrain", "main"),
     *("chain_log_prob", "group_advantage", "ppo_loss", "periodic_lr"),
 }
-TINY = [
-    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16", "--critic-successes", "0", "--critic-warmup", "5"),
-]
+OPENED = [*TINY, "--critic-successes", "0", "--critic-warmup", "5"]
 SCALES = (0.05, 0.1, 0.3, 0.7)
 
 
 def agent_of(module=expo, **changes: object):
     """Agent and arguments: observations of 5 numbers, actions of 2, chunks of 4."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, heads=3) | changes
-    args = cli.override(module.default_args("toy"), values)
-    return module.Agent(args, 5, 2, torch.device("cpu"), None), args
+    return new_agent(module, **dict(heads=3) | changes)
 
 
 def opened(**changes: object):
@@ -60,10 +54,6 @@ class Quadratic(nn.Module):
 
     def forward(self, obs: Tensor, action: Tensor) -> Tensor:
         return -torch.tensor(self.weights)[:, None] * (action - self.target).square().sum(-1)
-
-
-def weights(net: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
 
 
 def batch_of(buffer: ReplayBuffer, n: int = 64) -> Batch:
@@ -408,7 +398,7 @@ def test_calql_pulls_other_chunks_down():
     ],
 )
 def test_expo_trains_evaluates_and_resumes(tmp_path: Path, flags: list[str]):
-    begun = [expo.__file__, *TINY, *flags, "--success-min", "1", "--start-training", "200", "--total-steps", "400"]
+    begun = [expo.__file__, *OPENED, *flags, "--success-min", "1", "--start-training", "200", "--total-steps", "400"]
     begun += ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", "a"]
     released = "--released-entropy" in flags
     assert ("alpha can only grow" in run_script(begun, check=0).stdout) == released
@@ -429,7 +419,7 @@ def test_expo_trains_evaluates_and_resumes(tmp_path: Path, flags: list[str]):
 @pytest.mark.slow
 def test_first_episodes_are_ogpos(tmp_path: Path):
     """Until the first update, bit for bit: states, actions, rewards."""
-    flags = [*TINY, "--total-steps", "150", "--start-training", "150", "--update-every", "1000", "--data-dir"]
+    flags = [*OPENED, "--total-steps", "150", "--start-training", "150", "--update-every", "1000", "--data-dir"]
     flags += [str(tmp_path), "--run-dir", str(tmp_path), "--run-name"]
     for module, name in ((og, "ogpo"), (expo, "expo")):
         run_script([module.__file__, *flags, name], check=0)
@@ -441,14 +431,14 @@ def test_first_episodes_are_ogpos(tmp_path: Path):
 
 @pytest.mark.slow
 def test_a_target_out_of_reach_is_said_at_the_start(tmp_path: Path):
-    flags = [*TINY, "--total-steps", "0", "--start-training", "0", "--run-dir", str(tmp_path), "--data-dir"]
+    flags = [*OPENED, "--total-steps", "0", "--start-training", "0", "--run-dir", str(tmp_path), "--data-dir"]
     done = run_script([expo.__file__, *flags, str(tmp_path), "--released-entropy"], check=0)
     assert "no edit within 0.1 has the entropy of --released-entropy" in done.stdout
 
 
 @pytest.mark.slow
 def test_a_resumed_run_ends_as_one_that_was_not_stopped(tmp_path: Path):
-    flags = [*TINY, "--start-training", "200", "--log-every", "50", "--checkpoint-every", "250"]
+    flags = [*OPENED, "--start-training", "200", "--log-every", "50", "--checkpoint-every", "250"]
     flags += ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name"]
     run_script([expo.__file__, *flags, "whole", "--total-steps", "500"], check=0)
     run_script([expo.__file__, *flags, "broken", "--total-steps", "330"], check=0)

@@ -15,7 +15,7 @@ from common import checkpoint, cli
 from common.rng import Rng
 from common.runlog import read_metrics
 from settings.ogpo import SETTINGS
-from tests.helpers import definitions, demonstrated, differing, perturbed
+from tests.helpers import OPEN, TINY, definitions, demonstrated, differing, folders, new_agent, perturbed, weights
 from tests.helpers import slow as slow_case
 from tests.warm import run_script
 
@@ -26,31 +26,15 @@ OWN = {
     *("chain_log_prob", "best_of_n", "group_advantage", "ppo_loss", "periodic_lr"),  # OGPO's alone
     *("Agent", "draw_chains", "act_best_of_n", "update_actor", "update_critic", "update", "pretrain", "main"),
 }
-TINY = [
-    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
-]
-OPEN = ["--start-training", "200", "--critic-successes", "0", "--critic-warmup", "5"]  # the gates, after five updates
 
 
 def small_agent(**changes: object) -> tuple[Any, Any]:
     """Observations of 5 numbers, actions of 2, chunks of 4; the fast flow and the critics have moved a little."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, heads=3, critic_batch=32, states=16) | changes
-    args = cli.override(qam.default_args("toy", "laptop"), values)
-    agent = qam.Agent(args, 5, 2, torch.device("cpu"), None)
+    agent, args = new_agent(qam, **dict(heads=3, critic_batch=32, states=16) | changes)
     agent.slow.load_state_dict(agent.actor.state_dict())
     perturbed(agent.actor, 0.05)
     perturbed(agent.critic_ema, 0.1)
     return agent, args
-
-
-def weights(net: nn.Module) -> Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
-
-
-def folders(tmp_path: Path, name: str) -> list[str]:
-    return ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", name]
 
 
 class Gaussian(nn.Module):

@@ -18,7 +18,7 @@ from common.rng import Rng
 from common.runlog import read_metrics
 from settings.tasks import TASKS
 from tests import helpers
-from tests.helpers import definitions, demonstrated, differing, perturbed, slow
+from tests.helpers import OPEN, TINY, definitions, demonstrated, differing, folders, new_agent, perturbed, slow, weights
 from tests.warm import run_script
 
 POLICIES = ("best-of-n", "one-step")
@@ -28,29 +28,17 @@ OWN = {
     *("chain_log_prob", "group_advantage", "ppo_loss", "periodic_lr"),  # OGPO's alone
     *("Agent", "act_ode", "act_best_of_n", "update_actor", "update_critic", "update", "pretrain", "main"),
 }
-TINY = [
-    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
-]
-OPEN = ["--start-training", "200", "--critic-successes", "0", "--critic-warmup", "5"]  # the gates, after five updates
 
 
 def small_agent(policy: str = "best-of-n", gates: bool = True, **changes: object) -> tuple[Any, Any]:
     """Observations of 5 numbers, actions of 2, chunks of 4; weights away from their start; gates open unless told."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, heads=3, critic_batch=32) | changes
-    args = cli.override(qc.default_args("toy", "laptop", policy), values)
-    agent = qc.Agent(args, 5, 2, torch.device("cpu"), None)
+    agent, args = new_agent(qc, policy, **dict(heads=3, critic_batch=32) | changes)
     perturbed(agent.critic, 0.1, 1)
     perturbed(agent.critic_ema, 0.1, 2)
     if agent.one_step:
         perturbed(agent.one_step, 0.1, 3)
     agent.best_of_n_on = agent.policy_gradient_on = gates
     return agent, args
-
-
-def flat(net: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
 
 
 def same(a: object, b: object) -> bool:
@@ -151,11 +139,11 @@ def test_pretrain_one_step_distils_the_clone_and_moves_nothing_else() -> None:
     """alpha without bound: mu becomes F, here of chunks of one step and a flow with something in it."""
     changes = dict(chunk=1, distill_steps=800, actor_lr=3e-3, actor_hidden=(32, 32))
     agent, args = small_agent("one-step", gates=False, **changes)
-    before, draws = flat(agent.actor), agent.rng.generator.get_state()
+    before, draws = weights(agent.actor), agent.rng.generator.get_state()
     run = MagicMock(stop=SimpleNamespace(requested=False))
     qc.pretrain_one_step(run, agent, Lessons(), args)
     assert agent.distill_step == 800 and run.save.called
-    assert torch.equal(flat(agent.actor), before) and torch.equal(agent.rng.generator.get_state(), draws)
+    assert torch.equal(weights(agent.actor), before) and torch.equal(agent.rng.generator.get_state(), draws)
     obs, z = torch.from_numpy(Lessons().chunks(1)[0]), torch.randn(40, 2)
     with torch.no_grad():
         flow = qc.sample_ode(agent.actor, obs, z, args.policy.flow_steps)
@@ -181,7 +169,7 @@ def test_pretrain_one_step_stopped_goes_on_exactly() -> None:
     again, _ = small_agent("one-step", gates=False, distill_steps=20)
     checkpoint.unpack(again, checkpoint.pack(broken))
     qc.pretrain_one_step(MagicMock(stop=Stop(10**6)), again, Lessons(), args)
-    assert again.distill_step == 20 and torch.equal(flat(again.one_step), flat(whole.one_step))
+    assert again.distill_step == 20 and torch.equal(weights(again.one_step), weights(whole.one_step))
 
 
 # --- the policy that acts ---------------------------------------------------------------------------------------------
@@ -235,9 +223,9 @@ def test_behind_closed_gates_acting_and_critics_are_ogpo_s_bit_for_bit(policy: s
         assert torch.equal(*actions)
         qc.update(ours, buffer, args, np.random.default_rng(0))
         og.update(theirs, buffer, og_args, np.random.default_rng(0))
-        assert torch.equal(flat(ours.critic), flat(theirs.critic))
-        assert torch.equal(flat(ours.critic_ema), flat(theirs.critic_ema))
-    assert torch.equal(flat(ours.actor), flat(theirs.actor)) and not ours.best_of_n_on
+        assert torch.equal(weights(ours.critic), weights(theirs.critic))
+        assert torch.equal(weights(ours.critic_ema), weights(theirs.critic_ema))
+    assert torch.equal(weights(ours.actor), weights(theirs.actor)) and not ours.best_of_n_on
 
 
 # --- updates ----------------------------------------------------------------------------------------------------------
@@ -269,10 +257,10 @@ def test_update_critic_regresses_to_the_acting_policy_s_next_action(policy: str,
 def test_update_actor_moves_only_what_its_losses_are_of() -> None:
     agent, args = small_agent("one-step", alpha=0.7)
     batch = demonstrated().sample(16, np.random.default_rng(1), torch.device("cpu"))
-    before = {name: flat(getattr(agent, name)) for name in ("actor", "one_step", "critic", "critic_ema")}
+    before = {name: weights(getattr(agent, name)) for name in ("actor", "one_step", "critic", "critic_ema")}
     agent.rng = Rng(6, torch.device("cpu"))
     info = qc.update_actor(agent, batch, None, args)
-    moved = {name for name, old in before.items() if not torch.equal(flat(getattr(agent, name)), old)}
+    moved = {name for name, old in before.items() if not torch.equal(weights(getattr(agent, name)), old)}
     assert moved == {"one_step"} and "bc_loss" not in info
     assert all(p.grad is None for net in (agent.critic, agent.actor) for p in net.parameters())
     twin, _ = small_agent("one-step", alpha=0.7)
@@ -293,7 +281,7 @@ def test_update_actor_imitates_as_cloning_does(policy: str) -> None:
     agent, args = small_agent(policy)
     batch = demonstrated().sample(16, np.random.default_rng(1), torch.device("cpu"))
     agent.rng, rng = Rng(6, torch.device("cpu")), Rng(6, torch.device("cpu"))
-    critic = flat(agent.critic)
+    critic = weights(agent.critic)
     if agent.one_step:
         rng.randn(16, 8)
     twin, _ = small_agent(policy)
@@ -301,7 +289,7 @@ def test_update_actor_imitates_as_cloning_does(policy: str) -> None:
     loss = qc.bc_loss(twin.actor, batch.obs, action, rng.randn(16, 8), rng.rand(16))
     loss.backward()
     info = qc.update_actor(agent, batch, batch, args)
-    assert info["bc_loss"] == loss and torch.equal(flat(agent.critic), critic)
+    assert info["bc_loss"] == loss and torch.equal(weights(agent.critic), critic)
     for mine, want in zip(agent.actor.parameters(), twin.actor.parameters(), strict=True):
         assert torch.equal(mine.grad, want.grad)
 
@@ -327,13 +315,13 @@ def test_update_imitates_whole_chunks_of_the_wanted_episodes(clone_data: str, mo
     monkeypatch.setattr(qc, "bc_loss", recorded)
     episodes(buffer, [9, 3, 6], False, -0.9)  # the one of 3 steps is cut before a chunk ends
     episodes(buffer, [10, 8], True, 0.5)  # 7 + 5 chunk starts
-    before, rng = flat(agent.actor), np.random.default_rng(0)
+    before, rng = weights(agent.actor), np.random.default_rng(0)
     qc.update(agent, buffer, args, rng)
     assert len(seen) == (clone_data == "all")  # too few successes yet
     episodes(buffer, [12], True, 0.7)  # 9 more
     for _ in range(20):
         qc.update(agent, buffer, args, rng)
-    assert torch.equal(flat(agent.actor), before) == (clone_data == "frozen")
+    assert torch.equal(weights(agent.actor), before) == (clone_data == "frozen")
     assert len(seen) == {"all": 21, "success": 20, "frozen": 0}[clone_data]
     if seen:
         actions = torch.cat(seen[1:])  # (n, D)
@@ -351,12 +339,12 @@ def test_update_waits_for_its_gates(policy: str, monkeypatch: pytest.MonkeyPatch
     buffer, rng = ReplayBuffer(2_000, 5, 2, 4), np.random.default_rng(0)
     episodes(buffer, [10, 10], False, 0.0)
     nets = (agent.actor, agent.one_step) if agent.one_step else (agent.actor,)
-    start = [flat(net) for net in nets]
+    start = [weights(net) for net in nets]
     moving = []
     for successes in (0, 0, 0, 1, 0, 3, 0):
         episodes(buffer, [10] * successes, True, 0.5)
         qc.update(agent, buffer, args, rng)
-        moving.append([not torch.equal(flat(net), old) for net, old in zip(nets, start, strict=True)])
+        moving.append([not torch.equal(weights(net), old) for net, old in zip(nets, start, strict=True)])
     assert own == [False] * 4 + [True] * 3
     assert moving == [[False] * len(nets)] * 5 + [[True] * len(nets)] * 2
 
@@ -375,10 +363,6 @@ def test_update_with_success_as_its_data_raises_the_flow_s_share_of_it() -> None
 
 
 # --- whole runs -------------------------------------------------------------------------------------------------------
-
-
-def folders(tmp_path: Path, name: str) -> list[str]:
-    return ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", name]
 
 
 @pytest.mark.parametrize("policy", [slow("best-of-n"), "one-step"])

@@ -12,7 +12,7 @@ import ogpo_state as og
 from baselines import qf3
 from common import checkpoint, cli
 from common.runlog import read_metrics
-from tests.helpers import definitions, demonstrated, differing, perturbed
+from tests.helpers import TINY, definitions, demonstrated, differing, folders, new_agent, perturbed, weights
 from tests.warm import run_script
 
 OWN = {
@@ -20,18 +20,11 @@ OWN = {
     *("chain_log_prob", "group_advantage", "ppo_loss"),  # OGPO's alone
     *("Agent", "update_actor", "update", "pretrain", "main"),
 }
-TINY = [
-    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
-]
 
 
 def small_agent(**changes: object) -> tuple[Any, Any]:
     """Observations of 5 numbers, actions of 2, chunks of 4; the actor has left the clone a little."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, heads=3, critic_batch=32) | changes
-    args = cli.override(qf3.default_args("toy", "laptop"), values)
-    agent = qf3.Agent(args, 5, 2, torch.device("cpu"), None)
+    agent, args = new_agent(qf3, **dict(heads=3, critic_batch=32) | changes)
     perturbed(agent.actor, 0.05)
     perturbed(agent.critic, 0.2)
     return agent, args
@@ -39,10 +32,6 @@ def small_agent(**changes: object) -> tuple[Any, Any]:
 
 def some_batch(n: int = 16) -> Any:
     return demonstrated().sample(n, np.random.default_rng(0), torch.device("cpu"))
-
-
-def weights(net: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
 
 
 # --- what it shares, and its arguments --------------------------------------------------------------------------------
@@ -230,10 +219,6 @@ def test_update_waits_for_the_critics_then_moves_the_actor_first() -> None:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-
-
-def folders(tmp_path: Path, name: str) -> list[str]:
-    return ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", name]
 
 
 FLAGS = [

@@ -15,7 +15,7 @@ from common import checkpoint, cli
 from common.replay import Batch
 from common.rng import Rng
 from common.runlog import read_metrics
-from tests.helpers import demonstrated, differing, perturbed, slow
+from tests.helpers import TINY, demonstrated, differing, new_agent, perturbed, slow
 from tests.warm import run_script
 
 METHODS = ("decorator", "dice")
@@ -27,19 +27,12 @@ OWN = {
     *("pretrain", "train", "main"),
 }
 DROPPED = {"ActorArgs", "chain_log_prob", "group_advantage", "ppo_loss", "periodic_lr", "act_best_of_n", "update_actor"}
-TINY = [
-    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
-]
 OBS = torch.linspace(-1, 1, 40).reshape(8, 5)
 
 
 def small(method: str, **changes: object) -> tuple[Any, Any]:
     """Agent and arguments: observations of 5 numbers, chunks of 4 actions of 2; the residual acts, and is not 0."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), states=8, group=3, heads=3)
-    args = cli.override(rs.default_args("toy", "laptop", method), values | changes)
-    agent = rs.Agent(args, 5, 2, torch.device("cpu"), None)
+    agent, args = new_agent(rs, method, **dict(states=8, group=3, heads=3) | changes)
     perturbed(agent.residual, 0.1)
     agent.policy_gradient_on, agent.actor_updates = True, 10**6
     return agent, args

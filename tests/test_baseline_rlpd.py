@@ -17,7 +17,7 @@ from common.errors import UserError
 from common.replay import ReplayBuffer
 from common.rng import Rng
 from common.runlog import read_metrics
-from tests.helpers import definitions, demonstrated, differing, perturbed, slow
+from tests.helpers import definitions, demonstrated, differing, folders, new_agent, perturbed, slow, weights
 from tests.warm import run_script
 
 SHARED = {
@@ -32,9 +32,7 @@ TINY = [
 
 def small_agent(**changes: object) -> tuple[Any, Any]:
     """Observations of 5 numbers, actions of 2, chunks of 4; policy and critics have moved a little."""
-    values = dict(actor_hidden=(32, 32), critic_hidden=(32, 32), chunk=4, heads=3, critic_batch=32) | changes
-    args = cli.override(rlpd.default_args("toy", "laptop"), values)
-    agent = rlpd.Agent(args, 5, 2, torch.device("cpu"), None)
+    agent, args = new_agent(rlpd, **dict(heads=3, critic_batch=32) | changes)
     for net in (agent.actor, agent.critic, agent.critic_ema):
         perturbed(net, 0.1)
     return agent, args
@@ -51,10 +49,6 @@ def collected(action: float = -0.5) -> ReplayBuffer:
 def law(agent: Any, obs: torch.Tensor) -> TransformedDistribution:
     mean, log_std = agent.actor(obs)
     return TransformedDistribution(Normal(mean, log_std.exp()), TanhTransform(cache_size=1))
-
-
-def weights(net: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten().clone() for p in net.parameters()])
 
 
 # --- what it shares, and its arguments --------------------------------------------------------------------------------
@@ -234,10 +228,6 @@ def test_update_moves_everything_once_and_waits_for_nothing() -> None:
 
 
 # --- training ---------------------------------------------------------------------------------------------------------
-
-
-def folders(tmp_path: Path, name: str) -> list[str]:
-    return ["--run-dir", str(tmp_path), "--data-dir", str(tmp_path), "--run-name", name]
 
 
 @pytest.mark.parametrize("share", ["0.5", slow("0")])

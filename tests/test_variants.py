@@ -17,7 +17,8 @@ import ogpo_state as og
 from common import checkpoint, cli
 from common.replay import ReplayBuffer
 from common.runlog import read_metrics
-from tests.helpers import demonstrated, differing, perturbed, slow, small_agent
+from tests.helpers import TINY, demonstrated, differing, gradients, perturbed, slow, small_agent
+from tests.helpers import weights as flat
 from tests.warm import run_script
 from variants import ogpo_critic, ogpo_diffusion, ogpo_extraction, ogpo_reference, ogpo_released
 
@@ -53,15 +54,6 @@ OWN = {
 
 
 ROOT = Path(__file__).resolve().parent.parent
-TINY = [
-    *("--env", "toy", "--preset", "laptop", "--no-video", "--num-demos", "10", "--bc-steps", "20"),
-    *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
-    *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
-]
-
-
-def gradients(net: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.grad.flatten() for p in net.parameters()])
 
 
 @pytest.mark.parametrize("module", VARIANTS)
@@ -715,10 +707,6 @@ def clone(folder: Path, rates: dict[int, float], steps: int, **changes: object) 
     run = MagicMock(folder=folder, stop=SimpleNamespace(requested=False), **calls)
     ogpo_released.pretrain(run, agent, Lessons(), args)
     return agent, asked
-
-
-def flat(net: torch.nn.Module) -> torch.Tensor:
-    return torch.cat([p.detach().flatten() for p in net.parameters()])
 
 
 def test_pretrain_released_target_actor_lags_as_its_average(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from common import cli
+from common import cli, record
 from common.errors import UserError
 from common.runlog import read_metrics
 
@@ -57,9 +57,8 @@ class Loaded:
 def load(folder: Path) -> Loaded:
     """Raises UserError if the folder holds no run with metrics."""
     try:
-        record = json.loads((folder / "args.json").read_bytes())
-        rows = read_metrics(folder)
-        loaded = Loaded(folder, record["script"], record["args"], rows)
+        made, rows = record.read(folder), read_metrics(folder)
+        loaded = Loaded(folder, made["script"], made["args"], rows)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no run folder: it needs args.json and metrics.jsonl; give runs/NAME") from error
     if not rows:

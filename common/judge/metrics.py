@@ -5,7 +5,7 @@ Rows are lists of tokens: ids of the evaluated model, (S, L) arrays or lists of 
 
 import math
 from collections import Counter, defaultdict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -110,13 +110,33 @@ def self_bleu(rows: Rows, n: int = 4) -> float:
                 second[gram] = max(second[gram], min(top[gram], m))
                 top[gram] = max(top[gram], m)
         for i, count in enumerate(counts):
-            matches = sum(min(m, second[gram]) for gram, m in count.items()) or (0.1 if k > 1 else 0.0)
-            log_precision[i] += math.log(matches / max(1, count.total())) if matches else -math.inf
+            log_precision[i] += _log_precision(count, second, k)
     lengths = Counter(map(len, tokens))
     for i, c in enumerate(map(len, tokens)):
         r = c if lengths[c] > 1 else min(lengths.keys() - {c}, key=lambda other: (abs(other - c), other))
         brevity[i] = min(0.0, 1 - r / c)
     return float(np.mean(np.exp(log_precision / n + brevity)))
+
+
+def bleu(rows: Rows, references: Rows, n: int = 4) -> float:
+    """Mean BLEU-n in [0, 1] of each row against all references at once; as in `self_bleu`."""
+    tokens, others = list(_lists(rows)), list(_lists(references))
+    log_precision, lengths = np.zeros(len(tokens)), {len(row) for row in others}
+    for k in range(1, n + 1):
+        top: dict[Gram, int] = defaultdict(int)  # largest count of a k-gram in any reference
+        for row in others:
+            for gram, m in Counter(_grams(row, k)).items():
+                top[gram] = max(top[gram], m)
+        log_precision += [_log_precision(Counter(_grams(row, k)), top, k) for row in tokens]
+    closest = (min((abs(r - len(row)), r) for r in lengths)[1] for row in tokens)
+    brevity = [min(0.0, 1 - r / max(1, len(row))) for r, row in zip(closest, tokens, strict=True)]
+    return float(np.mean(np.exp(log_precision / n + brevity)))
+
+
+def _log_precision(count: Counter[Gram], most: Mapping[Gram, int], k: int) -> float:
+    """Log share of a row's k-grams that are elsewhere, each counted at most `most` times; "method 1" without any."""
+    matches = sum(min(m, most.get(gram, 0)) for gram, m in count.items()) or (0.1 if k > 1 else 0.0)
+    return math.log(matches / max(1, count.total())) if matches else -math.inf
 
 
 def ngram_distance(rows: Rows, reference_rows: Rows, n: int) -> float:

@@ -100,12 +100,11 @@ def _train_merges(texts: Iterable[str], size: int = 0) -> bytes:
         if characters >= OWN_CHARACTERS:
             break
     low, high = OWN_SIZES
-    size = size or min(max(characters // CHARACTERS_PER_TOKEN, low), high)
+    size = (size or min(max(characters // CHARACTERS_PER_TOKEN, low), high)) - 1  # and the end of a text
     pipeline = Pipeline(BPE())
     pipeline.pre_tokenizer = ByteLevel(add_prefix_space=False)
     alphabet = ByteLevel.alphabet()
-    options = dict(min_frequency=2, initial_alphabet=alphabet, show_progress=False)
-    trainer = BpeTrainer(vocab_size=size - 1, **options)  # and the end of a text
+    trainer = BpeTrainer(vocab_size=size, min_frequency=2, initial_alphabet=alphabet, show_progress=False)
     pipeline.train_from_iterator(read, trainer)
     merges = json.loads(pipeline.to_str())["model"]["merges"]
     return "\n".join(["#version: 0.2", *(f"{left} {right}" for left, right in merges), ""]).encode()
