@@ -3,15 +3,19 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from common.files import replacing
 from common.judge.metrics import REAL, TextScore
 
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure  # takes a while to import
 
-def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: str = "") -> None:
-    """Two panels, written atomically: perplexity over network calls; perplexity against per-sample entropy.
+
+def draw_scores(series: Mapping[str, Sequence[TextScore]], title: str = "") -> "Figure":
+    """Two panels: perplexity over network calls; perplexity against per-sample entropy.
 
     series: {label: lines of one table}. Lines named "N steps" are joined in that order; that of real text, the same in
     all tables of one corpus, is drawn once, as a dashed line and a star. Lines without a perplexity are left out: those
@@ -55,5 +59,11 @@ def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: st
             if all(np.abs(spot - other).max() > 12 for other in taken):  # else the numbers would cover each other
                 right.annotate(str(n), place, fontsize=8, xytext=(4, 4), textcoords="offset points")
                 taken.append(spot)
+    return figure
+
+
+def plot_scores(series: Mapping[str, Sequence[TextScore]], path: Path, title: str = "") -> None:
+    """Writes the figure of `draw_scores` atomically."""
+    figure = draw_scores(series, title)
     with replacing(path) as temp:
         figure.savefig(temp, dpi=150)

@@ -8,14 +8,18 @@ Runs of one script are told apart by the arguments in which they differ; others 
 
 import argparse
 import json
+import math
 import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import rcParams
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from common import cli, record
@@ -37,6 +41,7 @@ PLACES = {
 }
 PLACES |= {"cloned", "teacher", "device", "eval_envs", "log_every", "checkpoint_every", "show", "judge_path"}
 LEVELS = (0.8, 0.9)
+POINTS = 1_000  # of a curve, at most: more cannot be seen
 
 
 @dataclass(frozen=True)
@@ -53,12 +58,20 @@ class Loaded:
         points = {row["step"]: row[metric] for row in self.rows if row.get(metric) is not None}
         return np.array([*points], float), np.array([*points.values()], float)
 
+    @property
+    def minutes(self) -> float:
+        """Wall time, NaN if it was not logged. After a resume the logged seconds begin at 0 again."""
+        walls = self.series("time/wall")[1]
+        return float((walls[-1] + walls[:-1][np.diff(walls) < 0].sum()) / 60) if len(walls) else math.nan
+
 
 def load(folder: Path) -> Loaded:
     """Raises UserError if the folder holds no run with metrics."""
     try:
         made, rows = record.read(folder), read_metrics(folder)
-        loaded = Loaded(folder, made["script"], made["args"], rows)
+        loaded = Loaded(folder, made["script"], dict(made["args"]), rows)
+        if not all("step" in row for row in rows):
+            raise ValueError("a line without its step")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder} is no run folder: it needs args.json and metrics.jsonl; give runs/NAME") from error
     if not rows:
@@ -70,21 +83,25 @@ def grouped(runs: Sequence[Loaded]) -> dict[str, list[Loaded]]:
     """{label: runs} of equal arguments but for the seed and where files go; the label says what differs."""
     scripts, found = {run.script for run in runs}, defaultdict(list)
     for run in runs:
-        others = [other.args for other in runs if other.script == run.script]
-        names = sorted({name for args in others for name in args} - PLACES)
-        differ = [name for name in names if len({json.dumps(args.get(name, "-")) for args in others}) > 1]
-        values = [f"{name} {shown(run.args.get(name, '-'))}" for name in differ]
+        others = [other for other in runs if other.script == run.script]
+        values = [f"{name} {shown(run.args.get(name, '-'))}" for name in differing(others)]
         found[", ".join([run.script.removesuffix(".py")] * (len(scripts) > 1) + values) or "runs"].append(run)
     return dict(found)
+
+
+def differing(runs: Sequence[Loaded]) -> list[str]:
+    """Names of the arguments that are not equal in all runs, but for the seed and where files go."""
+    names = sorted({name for run in runs for name in run.args} - PLACES)
+    return [name for name in names if len({json.dumps(run.args.get(name, "-")) for run in runs}) > 1]
 
 
 def shown(value: Any) -> str:
     return " ".join(map(str, value)) if isinstance(value, list) else str(value)
 
 
-def pick_metric(runs: Sequence[Loaded]) -> dict[str, str]:
-    """{folder: metric}: the acting policy has another name in OGPO and in a baseline."""
-    return {str(run.folder): next((m for m in METRICS if len(run.series(m)[0])), "") for run in runs}
+def pick_metric(runs: Sequence[Loaded], names: Sequence[str] = METRICS) -> dict[str, str]:
+    """{folder: the first of these that it has, or ""}: the acting policy has another name in OGPO and in a baseline."""
+    return {str(run.folder): next((m for m in names if len(run.series(m)[0])), "") for run in runs}
 
 
 def steps_to(run: Loaded, metric: str, level: float) -> str:
@@ -100,8 +117,7 @@ def table(groups: Mapping[str, Sequence[Loaded]], metrics: Mapping[str, str]) ->
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for label, runs in groups.items():
         last = [run.series(metrics[str(run.folder)])[1][-1] for run in runs]
-        walls = [run.series("time/wall")[1] for run in runs]
-        minutes = [f"{wall[-1] / 60:.1f}" if len(wall) else "-" for wall in walls]
+        minutes = ["-" if math.isnan(run.minutes) else f"{run.minutes:.1f}" for run in runs]
         reached = [" ".join(steps_to(run, metrics[str(run.folder)], level) for run in runs) for level in LEVELS]
         spread = f"{np.mean(last):.3f}" + (f" ± {np.std(last, ddof=1):.3f}" if len(last) > 1 else "")
         cells = [label, str(len(runs)), *(reached if success else ()), " ".join(f"{v:.3f}" for v in last), spread]
@@ -109,21 +125,33 @@ def table(groups: Mapping[str, Sequence[Loaded]], metrics: Mapping[str, str]) ->
     return "\n".join(lines)
 
 
-def draw(groups: Mapping[str, Sequence[Loaded]], metrics: Mapping[str, str], out: Path) -> None:
-    """A curve per setting: mean of its runs, and between their lowest and highest; every run where there are two."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axis = figure.subplots()
-    for label, runs in groups.items():
-        curves = [run.series(metrics[str(run.folder)]) for run in runs]
+def draw_curves(axis: Axes, groups: Mapping[str, Sequence[Loaded]], metrics: Mapping[str, str]) -> None:
+    """A curve per setting: mean of its runs, and between their lowest and highest; every run where there are two.
+
+    The i-th setting has the i-th colour also where others have no run with the metric.
+    """
+    for style, (label, runs) in zip(cycle(rcParams["axes.prop_cycle"]), groups.items(), strict=False):
+        curves = [run.series(metrics[str(run.folder)]) for run in runs if metrics[str(run.folder)]]
+        if not curves:
+            continue
         grid = np.unique(np.concatenate([steps for steps, _ in curves]))
         grid = grid[(grid >= max(s[0] for s, _ in curves)) & (grid <= min(s[-1] for s, _ in curves))]
+        grid = grid[np.unique(np.linspace(0, len(grid) - 1, POINTS).astype(int))] if len(grid) else grid
         values = np.stack([np.interp(grid, *curve) for curve in curves])  # (runs, n)
-        (line,) = axis.plot(grid, values.mean(0), linewidth=2, label=f"{label} ({len(runs)})")
-        axis.fill_between(grid, values.min(0), values.max(0), color=line.get_color(), alpha=0.15, linewidth=0)
-    names = sorted(set(metrics.values()))
-    axis.set(xlabel="steps", ylabel=" / ".join(names))
+        marker = "o" if len(grid) == 1 else ""  # a line of one point does not show
+        axis.plot(grid, values.mean(0), linewidth=2, marker=marker, label=f"{label} ({len(runs)})", **style)
+        axis.fill_between(grid, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
+    axis.set(xlabel="steps")
     axis.xaxis.set_major_formatter(lambda steps, _: f"{steps:,.0f}")
     axis.grid(alpha=0.3)
+
+
+def draw(groups: Mapping[str, Sequence[Loaded]], metrics: Mapping[str, str], out: Path) -> None:
+    """Writes a figure of `draw_curves` with a legend."""
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axis = figure.subplots()
+    draw_curves(axis, groups, metrics)
+    axis.set(ylabel=" / ".join(sorted(set(metrics.values()))))
     axis.legend(fontsize=8, title="mean of runs; band: lowest to highest", title_fontsize=8)
     figure.savefig(out, dpi=120)
 
