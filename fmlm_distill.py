@@ -99,8 +99,8 @@ class ModelArgs:
     width: Several = 256  # d
     heads: Size = 4  # attention heads
     cond_width: Size = 128  # width of the time embedding
-    conv: Natural = 0  # width of a depthwise convolution in front of attention and of the MLP; paper: 0, none
-    self_condition: Unit = 0.0  # share of the steps in which it also reads its first prediction; paper: 0
+    conv: Natural = 3  # width of a depthwise convolution in front of attention and of the MLP; paper: 0, none
+    self_condition: Unit = 0.5  # share of the steps in which it also reads its first prediction; paper: 0
     dropout: Fraction = 0.0  # on both residual branches; paper: 0.1
     embed_init: Literal["frequency", "uniform"] = "frequency"  # sizes of E's rows at the start; paper: uniform
     logit_cap: NonNegative = 30.0  # logits become cap * tanh(logits / cap); 0: off
@@ -115,7 +115,7 @@ class DistillArgs:
     space: Literal["embedding", "onehot"] = "embedding"  # where noise and states live: (d,) or (V,) numbers a token
     reparam: bool = True  # times are measured in decoding accuracy; as the teacher
     diagonal: Unit = 0.5  # share of the rows with s = t
-    teacher_temperature: Positive = 1.0  # of the teacher's predictions; below 1: likelier tokens; paper: 1
+    teacher_temperature: Positive = 0.55  # of the teacher's last predictions, that of the first is 1; paper: 1
     boundary: Unit = 1 / 4  # share of the other rows with the whole jump, from 0 to 1; paper: 1/32, of a batch of 512
 
 
@@ -159,19 +159,16 @@ class Args:
 PAPER = dict(
     layers=12, width=768, heads=12, dropout=0.1, embed_init="uniform", total_steps=550_000, batch=512, micro_batch=0,
     boundary=1 / 32, lr=3e-4, warmup=2_500, decay=0.0, beta2=0.95, ema=0.9999, eval_every=10_000,
-    checkpoint_every=5_000, samples=1024, judge="gpt2-large",
+    checkpoint_every=5_000, samples=1024, judge="gpt2-large", conv=0, self_condition=0.0, teacher_temperature=1.0,
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, gamma=0.8),
     "openwebtext": PAPER | dict(length=1024, batch=128, gamma=1.0),
-    "captions": dict(
-        length=32, conv=3, self_condition=0.5, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000,
-        steps=(1, 2, 4, 8), teacher_temperature=0.8,
-    ),
+    "captions": dict(length=32, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, steps=(1, 2, 4, 8)),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         boundary=1 / 32, total_steps=400, lr=2e-3, warmup=50, eval_every=200, checkpoint_every=200, samples=2_048,
-        steps=(1, 4), precision="fp32",
+        steps=(1, 4), precision="fp32", conv=0, self_condition=0.0, teacher_temperature=1.0,
     ),
 }  # fmt: skip
 
@@ -181,9 +178,8 @@ def default_args(teacher: str = "", data: str = "austen") -> Args:
     taken = {}
     if teacher and not teacher.endswith(".ckpt"):
         flow = {"predict": "denoiser", "softmax": True}  # what variants/flm_ablations.py changes
-        taken = saved_args(
-            load_run(Path(teacher), FLOW), teacher, ("data", "space", "reparam", *vars(ModelArgs())), flow
-        )
+        names = ("data", "space", "reparam", *vars(ModelArgs()))
+        taken = saved_args(load_run(Path(teacher), FLOW), teacher, names, flow)
     data = taken.get("data", data)
     return cli.override(Args(), dict(data=data) | SETTINGS.get(data.split(":")[0], {}) | dict(teacher=teacher) | taken)
 
@@ -590,8 +586,13 @@ def make_student(teacher: DiT | None, m: ModelArgs, vocab: int) -> DiT:
 def second_pass(teacher: DiT, temperature: float, h: Tensor, tau: Tensor) -> Tensor:
     """Logits of a teacher that also reads the prediction of its first pass, if it has learnt to [P 3]."""
     if teacher.recall is not None:
-        h = h + teacher.recall(teacher(h, tau).softmax(-1) @ teacher.embed)
-    return teacher(h, tau) / temperature
+        h = h + teacher.recall(cooled(teacher(h, tau), tau, temperature).softmax(-1) @ teacher.embed)
+    return cooled(teacher(h, tau), tau, temperature)
+
+
+def cooled(logits: Tensor, tau: Tensor, temperature: float) -> Tensor:
+    """Logits (B, L, V) at a temperature that falls evenly from 1 at tau = 0 to `temperature` at 1; tau (B,) or ()."""
+    return logits / (1 - (1 - temperature) * tau.to(logits.dtype))[..., None, None]
 
 
 def learning_rate(step: int, a: TrainArgs) -> float:

@@ -2,8 +2,9 @@
 
 python benchmarks/flm.py run                # resumable: finished runs are skipped; about an hour a seed on two cores
 python benchmarks/flm.py judge --judge smollm2   # the same runs under another judge, about ten minutes a seed
-python benchmarks/flm.py frontier           # seed 1: bridge sampling at several temperatures
+python benchmarks/flm.py frontier           # seed 1: both samplers at several temperatures
 python benchmarks/flm.py ablations          # equal budget, one seed: what the paper's choices bring
+python benchmarks/flm.py time               # short runs for their speed; nothing else may run
 python benchmarks/flm.py store              # keep the finished runs and their first samples in flm/runs.jsonl.gz
 python benchmarks/flm.py report             # flm/results.md, flm/steps_JUDGE.png, flm/frontier.png from flm/ alone
 """
@@ -24,18 +25,19 @@ from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "flm"
 SEEDS = (1, 2, 3)
-TEMPERATURES = (0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+USUAL = 0.55  # the default temperature, which the runs themselves are evaluated at
+TEMPERATURES = {"euler": (0.4, 0.7, 1.0), "bridge": (0.55, 0.7, 1.0)}
 FRONTIER_STEPS = 32
+PAPER = ("--conv", "0", "--self-condition", "0")  # the network of the paper
 ABLATIONS: dict[str, list[str]] = {  # name -> script and flags
-    "softmax_ce": ["flm_train.py"],
-    "softmax_mse": ["variants/flm_ablations.py"],
-    "raw_mse": ["variants/flm_ablations.py", "--no-softmax"],
-    "velocity_mse": ["variants/flm_ablations.py", "--predict", "velocity", "--space", "onehot"],
-    "no_reparam": ["flm_train.py", "--no-reparam"],
-    "onehot_noise": ["flm_train.py", "--space", "onehot"],
+    "softmax_ce": ["flm_train.py", *PAPER, "--temperature", "1"],
+    "softmax_mse": ["variants/flm_ablations.py", *PAPER],
+    "raw_mse": ["variants/flm_ablations.py", *PAPER, "--no-softmax"],
+    "velocity_mse": ["variants/flm_ablations.py", *PAPER, "--predict", "velocity", "--space", "onehot"],
+    "no_reparam": ["flm_train.py", *PAPER, "--temperature", "1", "--no-reparam"],
+    "onehot_noise": ["flm_train.py", *PAPER, "--temperature", "1", "--space", "onehot"],
 }
-
-
+TIMED = 100  # steps of the runs that are timed
 METHODS = {"flm": "FLM", "fmlm": "FMLM"}
 COLOURS = {"flm": "tab:blue", "fmlm": "tab:orange"}
 JUDGES = ("ngram", "smollm2")
@@ -52,6 +54,13 @@ def run(seeds: list[int], judge: str) -> None:
         common = ["--seed", str(seed), "--judge", judge]
         run_one("flm_train.py", f"flm_s{seed}", common)
         run_one("fmlm_distill.py", f"fmlm_s{seed}", [*common, "--teacher", f"runs/flm_s{seed}"])
+
+
+def time() -> None:
+    """A short run of each script with the default network and batch; nothing else may run beside."""
+    steps = ["--total-steps", str(TIMED), "--log-every", "25", "--steps", "1", "--samples", "32"]
+    run_one("flm_train.py", "flm_time", steps)
+    run_one("fmlm_distill.py", "fmlm_time", [*steps, "--teacher", "runs/flm_time"])
 
 
 def evaluate(script: str, run: str, *flags: str) -> None:
@@ -73,10 +82,11 @@ def ablations(steps: int) -> None:
 
 
 def frontier() -> None:
-    """Evaluations of the first seed's FLM: bridge sampling over temperature, and FMLM over gamma."""
-    for t in TEMPERATURES:
-        flags = ("--sampler=bridge", f"--temperature={t}", f"--steps={FRONTIER_STEPS}")
-        evaluate("flm_train.py", f"flm_s{SEEDS[0]}", *flags)
+    """Evaluations of the first seed's FLM: both samplers over temperature, and FMLM over gamma."""
+    for sampler, temperatures in TEMPERATURES.items():
+        for t in temperatures:
+            flags = (f"--sampler={sampler}", f"--temperature={t}", f"--steps={FRONTIER_STEPS}")
+            evaluate("flm_train.py", f"flm_s{SEEDS[0]}", *flags)
     for gamma in GAMMAS:
         evaluate("fmlm_distill.py", f"fmlm_s{SEEDS[0]}", "--gamma", gamma, "--steps", "2", "4", "8")
 
@@ -102,8 +112,15 @@ def read_scores(run: Run, table: str) -> list[TextScore]:
 
 
 def stored(prefix: str, judge: str) -> dict[int, list[TextScore]]:
-    """{seed: lines of the judge's table}"""
-    return {seed: read_scores(run, judge) for seed, run in runs.read_seeds(STORE, prefix, SEEDS).items()}
+    """{seed: lines of the judge's table}, those that all seeds have."""
+    found = {seed: read_scores(run, judge) for seed, run in runs.read_seeds(STORE, prefix, SEEDS).items()}
+    shared = set.intersection(*({score.text for score in table} for table in found.values())) if found else set()
+    return {seed: [score for score in table if score.text in shared] for seed, table in found.items()}
+
+
+def judges() -> list[str]:
+    """Those under which all seeds of both methods have been evaluated."""
+    return [judge for judge in JUDGES if all(all(stored(prefix, judge).values()) for prefix in METHODS)]
 
 
 def score_rows(label: str, found: dict[int, list[TextScore]]) -> list[tuple[str, ...]]:
@@ -149,31 +166,43 @@ def calls_table(prefix: str) -> str:
 
 
 def minutes_table() -> str:
-    """Wall time of every seed, training and evaluation."""
-    return runs.table(
-        f"| minutes | {' | '.join(f'seed {seed}' for seed in SEEDS)} |",
-        "|---|" + "---:|" * len(SEEDS),
-        [
-            (method, *(f"{run.minutes:.1f}" for run in runs.read_seeds(STORE, prefix, SEEDS).values()))
-            for prefix, method in METHODS.items()
-        ],
-    )
+    """Time of training with the default settings, alone on two cores, from the speed over a few steps."""
+    lines = []
+    for prefix, method in METHODS.items():
+        run, steps = runs.read(STORE)[f"{prefix}_time"], stored_steps(prefix)
+        rate = float(np.median(run.series("time/tokens_per_second")[1]))
+        step = run.args["batch"] * run.args["length"] / rate
+        lines.append((method, f"{steps:,}", f"{step:.2f}", f"{steps * step / 60:.0f}"))
+    return runs.table("| method | steps | seconds a step | minutes |", "|---|---:|---:|---:|", lines)
 
 
-def bridge_scores() -> dict[float, list[TextScore]]:
-    """{temperature: lines of the table} of the first seed's FLM."""
+def stored_steps(prefix: str) -> int:
+    """Optimizer steps of the stored runs of a method."""
+    return int(next(iter(runs.read_seeds(STORE, prefix, SEEDS).values())).args["total_steps"])
+
+
+def frontier_scores() -> dict[str, dict[float, TextScore]]:
+    """{sampler: {temperature: line of the table}} of the first seed's FLM, the default sampler's among them."""
     run = runs.read(STORE)[f"flm_s{SEEDS[0]}"]
-    return {t: read_scores(run, f"ngram_bridge_t{t:g}_p1") for t in TEMPERATURES}
+    found: dict[str, dict[float, TextScore]] = {}
+    for sampler, temperatures in TEMPERATURES.items():
+        end = {"euler": "", "bridge": "_p1"}[sampler]
+        tables = {t: read_scores(run, f"ngram_{sampler}_t{t:g}{end}") for t in temperatures}
+        found[sampler] = {t: table[0] for t, table in tables.items() if table}
+    usual = [s for s in read_scores(run, "ngram") if s.text == f"{FRONTIER_STEPS} steps"]
+    found["euler"][USUAL] = usual[0]
+    return {sampler: dict(sorted(line.items())) for sampler, line in found.items()}
 
 
-def bridge_table() -> str:
-    found = {f"{t:g}": table[0] for t, table in bridge_scores().items()}
-    found[REAL] = bridge_scores()[TEMPERATURES[0]][-1]
-    return runs.table(
-        "| temperature | perplexity | entropy | self-BLEU-4 |",
-        "|---|---:|---:|---:|",
-        [(name, f"{s.perplexity:.1f}", f"{s.entropy:.3f}", f"{s.self_bleu:.3f}") for name, s in found.items()],
-    )
+def frontier_table() -> str:
+    lines = [
+        (f"{sampler}, {t:g}", f"{s.perplexity:.1f}", f"{s.entropy:.3f}", f"{s.self_bleu:.3f}")
+        for sampler, line in frontier_scores().items()
+        for t, s in line.items()
+    ]
+    real = stored("flm", "ngram")[SEEDS[0]][-1]
+    lines.append((REAL, f"{real.perplexity:.1f}", f"{real.entropy:.3f}", f"{real.self_bleu:.3f}"))
+    return runs.table("| sampler, temperature | perplexity | entropy | self-BLEU-4 |", "|---|---:|---:|---:|", lines)
 
 
 def gamma_table() -> str:
@@ -218,10 +247,10 @@ def ablations_detail_table() -> str:
 
 def tables() -> dict[str, str]:
     return {
-        **{f"flm/{judge}": scores_table(judge) for judge in JUDGES},
+        **{f"flm/{judge}": scores_table(judge) for judge in judges()},
         **{f"{prefix}/calls": calls_table(prefix) for prefix in METHODS},
         "flm/minutes": minutes_table(),
-        "flm/bridge": bridge_table(),
+        "flm/frontier": frontier_table(),
         "flm/gamma": gamma_table(),
         "flm/ablations": ablations_table(),
         "flm/ablations-detail": ablations_detail_table(),
@@ -236,20 +265,20 @@ def report() -> None:
         "Jensen-Shannon divergence of 1-, 2- and 3-grams from held-out text, bits. Copied: share of 8-grams that "
         "occur in the training rows. 256 samples a line.",
     ]
-    for judge in JUDGES:
+    for judge in judges():
         unit = next(iter(stored("flm", judge).values()))[0].unit
         text += ["", f"## Judge {judge}, perplexity per {unit}", "", scores_table(judge)]
         plot_scores(judge)
     text += [
         "",
-        "Wall time, training and evaluation. Seed 3 was timed alone on two cores; the other seeds ran side by side "
-        "with one thread each, and their FMLM times lack what came before an interruption.",
+        f"Time of training alone on two cores, by the speed over {TIMED} steps (`python benchmarks/flm.py time`); the "
+        "final evaluation comes on top. The runs above had one thread each, beside others.",
         "",
         minutes_table(),
         "",
-        f"## Bridge sampling, {FRONTIER_STEPS} calls, seed {SEEDS[0]}: temperature",
+        f"## Temperature, {FRONTIER_STEPS} calls, seed {SEEDS[0]}",
         "",
-        bridge_table(),
+        frontier_table(),
         "",
         gamma_table(),
         "",
@@ -291,12 +320,14 @@ def plot_scores(judge: str) -> None:
 
 
 def plot_frontier() -> None:
-    """Perplexity against entropy: bridge sampling over temperature, Euler over the number of calls."""
+    """Perplexity against entropy: both samplers over temperature, FMLM over the number of calls."""
     figure, axes = plots.panels(1, 1, 6, 4)
-    axis, bridge, table = axes[0, 0], bridge_scores(), stored("flm", "ngram")[SEEDS[0]]
+    axis, real = axes[0, 0], stored("flm", "ngram")[SEEDS[0]][-1]
+    lines, student = frontier_scores(), stored("fmlm", "ngram")[SEEDS[0]]
     curves = {
-        "FLM, bridge, 32 calls, temperature T": ("o-", {f"T {t:g}": scores[0] for t, scores in bridge.items()}),
-        "FLM, Euler, number of calls": ("s-", {score.text.removesuffix(" steps"): score for score in table[:-1]}),
+        "FLM, Euler, 32 calls, temperature": ("o-", {f"{t:g}": score for t, score in lines["euler"].items()}),
+        "FLM, bridge, 32 calls, temperature": ("^-", {f"{t:g}": score for t, score in lines["bridge"].items()}),
+        "FMLM, number of calls": ("s-", {score.text.removesuffix(" steps"): score for score in student[:-1]}),
     }
     for i, (label, (style, points)) in enumerate(curves.items()):
         entropy, perplexity = np.array([(s.entropy, s.perplexity) for s in points.values()]).T
@@ -304,7 +335,6 @@ def plot_frontier() -> None:
         for name, x, y in zip(points, entropy, perplexity, strict=True):
             away = dict(xytext=(-6, 4), ha="right") if i == 0 else dict(xytext=(7, -3))
             axis.annotate(name, (x, y), fontsize=8, color=f"C{i}", textcoords="offset points", **away)
-    real = table[-1]
     axis.plot([real.entropy], [real.perplexity], "k*", markersize=12, label=REAL)
     axis.set(xlabel="entropy of a sample's tokens (nats)", ylabel=f"perplexity ({real.judge})", yscale="log")
     axis.margins(0.08)
@@ -315,7 +345,7 @@ def plot_frontier() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("run", "judge", "frontier", "ablations", "store", "report"))
+    parser.add_argument("what", choices=("run", "judge", "frontier", "ablations", "time", "store", "report"))
     parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS))
     parser.add_argument("--judge", default="ngram")
     parser.add_argument("--total-steps", type=int, default=1_000)
@@ -327,7 +357,7 @@ def main() -> None:
     elif args.what == "ablations":
         ablations(args.total_steps)
     else:
-        {"frontier": frontier, "store": store, "report": report}[args.what]()
+        {"frontier": frontier, "time": time, "store": store, "report": report}[args.what]()
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ TINY = [  # flags of a run of seconds
     *("--bc-eval-every", "20", "--bc-eval-episodes", "4", "--eval-episodes", "4", "--eval-interval-episodes", "4"),
     *("--actor-hidden", "16", "16", "--critic-hidden", "16", "16"),
 ]
+TEXT_BASELINES = ("ar", "duo", "mdlm")  # of baselines/: peers of FLM, the others are OGPO's
 OPEN = ["--start-training", "200", "--critic-successes", "0", "--critic-warmup", "5"]  # the gates, after five updates
 
 

@@ -183,6 +183,7 @@ def started(module: types.ModuleType, monkeypatch: pytest.MonkeyPatch) -> list[t
         flm.judge([1], "smollm2")
         flm.frontier()
         flm.ablations(1_000)
+        flm.time()
     return found
 
 

@@ -139,6 +139,23 @@ def test_residual_loss_is_zero_for_the_exact_residual(rows: tuple) -> None:
     assert exact.item() < 1e-9
 
 
+@torch.no_grad()
+def test_teacher_reads_its_first_prediction_and_cools_both() -> None:
+    """As a step of the sampler, whose temperature falls with tau."""
+    torch.manual_seed(0)
+    m = fmlm.ModelArgs(length=6, layers=1, width=8, heads=1, cond_width=8, precision="fp32")
+    teacher = fmlm.DiT(m, 12)
+    for p in teacher.parameters():
+        p += 0.3 * torch.randn_like(p)
+    h, tau = torch.randn(2, 6, 8), torch.tensor([0.0, 0.5])
+    heat = torch.tensor([1.0, 0.8])[:, None, None]
+    first = (teacher(h, tau) / heat).softmax(-1)
+    expected = teacher(h + teacher.recall(first @ teacher.embed), tau) / heat
+    torch.testing.assert_close(fmlm.second_pass(teacher, 0.6, h, tau), expected)
+    teacher.recall = None
+    torch.testing.assert_close(fmlm.second_pass(teacher, 1.0, h, tau), teacher(h, tau))
+
+
 # --- times and losses -------------------------------------------------------------------------------------------------
 
 

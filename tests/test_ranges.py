@@ -11,13 +11,13 @@ import pytest
 
 from common import cli, ranges
 from common.errors import UserError
-from tests.helpers import slow
+from tests.helpers import TEXT_BASELINES, slow
 from tests.warm import run_script
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ("ogpo_state", "ogpo_pixels", "flm_train", "fmlm_distill")
 VARIANTS = sorted(f"{kind}.{path.stem}" for kind in ("variants", "baselines") for path in ROOT.glob(f"{kind}/*.py"))
-QUICK = {"ogpo": ["--env", "toy"], "flm": ["--data", "toy"], "fmlm": ["--data", "toy"]}
+QUICK = {"ogpo": ["--env", "toy"]} | {name: ["--data", "toy"] for name in ("flm", "fmlm", *TEXT_BASELINES)}
 
 
 def outside(allowed: ranges.Range) -> Iterator[float]:

@@ -26,7 +26,12 @@ COPIES: dict[str, tuple[str, ...]] = {  # script -> files that share its text
         *(f"baselines/{name}.py" for name in ("dppo", "dsrl", "expo", "qam", "qc", "qf3", "residual", "rlpd")),
     ),
     "ogpo_pixels.py": ("variants/ogpo_pixels_reference.py",),
-    "flm_train.py": ("fmlm_distill.py", "variants/flm_ablations.py", "variants/flm_sampling.py"),
+    "flm_train.py": (
+        "fmlm_distill.py",
+        "variants/flm_ablations.py",
+        "variants/flm_sampling.py",
+        *(f"baselines/{name}.py" for name in ("ar", "duo", "mdlm")),
+    ),
     "fmlm_distill.py": ("variants/fmlm_recipes.py", "variants/fmlm_two_stage.py"),
 }
 

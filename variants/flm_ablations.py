@@ -93,8 +93,8 @@ class ModelArgs:
     width: Several = 256  # d
     heads: Size = 4  # attention heads
     cond_width: Size = 128  # width of the time embedding
-    conv: Natural = 0  # width of a depthwise convolution in front of attention and of the MLP; paper: 0, none
-    self_condition: Unit = 0.0  # share of the steps in which it also reads its first prediction; paper: 0
+    conv: Natural = 3  # width of a depthwise convolution in front of attention and of the MLP; paper: 0, none
+    self_condition: Unit = 0.5  # share of the steps in which it also reads its first prediction; paper: 0
     dropout: Fraction = 0.0  # on both residual branches; paper: 0.1
     embed_init: Literal["frequency", "uniform"] = "frequency"  # sizes of E's rows at the start; paper: uniform
     logit_cap: NonNegative = 30.0  # logits become cap * tanh(logits / cap); 0: off
@@ -116,7 +116,7 @@ class FlowArgs:
 class TrainArgs:
     """Optimization [P 4]."""
 
-    total_steps: Count = 7_000  # optimizer steps
+    total_steps: Count = 3_000  # optimizer steps
     batch: Size = 16  # rows per optimizer step, over all processes
     micro_batch: Natural = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
     loss_rows: Natural = 0  # rows whose logits exist at a time, the rest is recomputed: bounds memory; 0: all
@@ -151,19 +151,16 @@ class Args:
 PAPER = dict(
     layers=12, width=768, heads=12, dropout=0.1, embed_init="uniform", total_steps=1_000_000, batch=512, micro_batch=0,
     lr=3e-4, warmup=2_500, decay=0.0, beta2=0.999, ema=0.9999, eval_every=5_000, checkpoint_every=5_000, samples=1024,
-    judge="gpt2-large", steps=(8, 32, 128, 1024),
+    judge="gpt2-large", steps=(8, 32, 128, 1024), conv=0, self_condition=0.0,
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
-    "captions": dict(
-        length=32, conv=3, self_condition=0.5, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, eval_every=500,
-        steps=(1, 4, 8, 32),
-    ),
+    "captions": dict(length=32, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, steps=(1, 4, 8, 32)),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         total_steps=500, lr=3e-3, warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,),
-        precision="fp32",
+        precision="fp32", conv=0, self_condition=0.0,
     ),
 }  # fmt: skip
 

@@ -90,8 +90,8 @@ class ModelArgs:
     width: Several = 256  # d
     heads: Size = 4  # attention heads
     cond_width: Size = 128  # width of the time embedding
-    conv: Natural = 0  # width of a depthwise convolution in front of attention and of the MLP; paper: 0, none
-    self_condition: Unit = 0.0  # share of the steps in which it also reads its first prediction; paper: 0
+    conv: Natural = 3  # width of a depthwise convolution in front of attention and of the MLP; paper: 0, none
+    self_condition: Unit = 0.5  # share of the steps in which it also reads its first prediction; paper: 0
     dropout: Fraction = 0.0  # on both residual branches; paper: 0.1
     embed_init: Literal["frequency", "uniform"] = "frequency"  # sizes of E's rows at the start; paper: uniform
     logit_cap: NonNegative = 30.0  # logits become cap * tanh(logits / cap); 0: off
@@ -111,7 +111,7 @@ class FlowArgs:
 class TrainArgs:
     """Optimization [P 4]."""
 
-    total_steps: Count = 7_000  # optimizer steps
+    total_steps: Count = 3_000  # optimizer steps
     batch: Size = 16  # rows per optimizer step, over all processes
     micro_batch: Natural = 16  # rows per forward pass of one process (gradient accumulation); 0: all, best on a GPU
     loss_rows: Natural = 0  # rows whose logits exist at a time, the rest is recomputed: bounds memory; 0: all
@@ -130,7 +130,7 @@ class SampleArgs:
     steps: tuple[Size, ...] = (1, 2, 4, 8, 16, 32, 128)  # numbers of network calls to evaluate
     samples: Size = 256  # texts per number of steps
     sampler: Literal["euler", "bridge"] = "euler"  # steps of the flow (paper), or draw a text and noise it again
-    temperature: Positive = 1.0  # of the predictions; below 1: likelier tokens, less entropy; paper: 1
+    temperature: Positive = 0.55  # of the last predictions, that of the first is 1; paper: 1
     top_p: Unit = 1.0  # bridge: only the likeliest tokens that have this much probability together
     guidance: NonNegative = 1.0  # autoguidance: weak + guidance * (strong - weak), weak = with dropout; 1: off
     guidance_dropout: Fraction = 0.1  # dropout of the weak network
@@ -151,19 +151,16 @@ class Args:
 PAPER = dict(
     layers=12, width=768, heads=12, dropout=0.1, embed_init="uniform", total_steps=1_000_000, batch=512, micro_batch=0,
     lr=3e-4, warmup=2_500, decay=0.0, beta2=0.999, ema=0.9999, eval_every=5_000, checkpoint_every=5_000, samples=1024,
-    judge="gpt2-large", steps=(8, 32, 128, 1024),
+    judge="gpt2-large", steps=(8, 32, 128, 1024), conv=0, self_condition=0.0, temperature=1.0,
 )  # fmt: skip
 SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "lm1b": PAPER | dict(length=128, loss_rows=32),
     "openwebtext": PAPER | dict(length=1024, loss_rows=4),
-    "captions": dict(
-        length=32, conv=3, self_condition=0.5, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, eval_every=500,
-        steps=(1, 4, 8, 32), sampler="bridge", temperature=0.8, top_p=0.9,
-    ),
+    "captions": dict(length=32, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, steps=(1, 4, 8, 32)),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
         total_steps=500, lr=3e-3, warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,),
-        precision="fp32", sampler="bridge",
+        precision="fp32", conv=0, self_condition=0.0, sampler="bridge", temperature=1.0,
     ),
 }  # fmt: skip
 
@@ -355,10 +352,16 @@ def sample_euler(net: DiT, x: Tensor, steps: int, clock: Clock, space: Space, sa
     t, probs = clock.t(tau), None
     for i in range(steps):
         h = recalled(net, space.read(x), probs)
-        probs = (guided(net, h, tau[i].expand(len(x)), sample) / sample.temperature).softmax(-1)  # D_t(x) (B, L, V)
+        logits = guided(net, h, tau[i].expand(len(x)), sample)
+        probs = cooled(logits, tau[i], sample.temperature).softmax(-1)  # D_t(x) (B, L, V)
         if i < steps - 1:
             x = x + ((t[i + 1] - t[i]) / (1 - t[i])).to(x.dtype) * (space.mean(probs) - x)
     return probs.argmax(-1)
+
+
+def cooled(logits: Tensor, tau: Tensor, temperature: float) -> Tensor:
+    """Logits (B, L, V) at a temperature that falls evenly from 1 at tau = 0 to `temperature` at 1; tau (B,) or ()."""
+    return logits / (1 - (1 - temperature) * tau.to(logits.dtype))[..., None, None]
 
 
 def recalled(net: DiT, h: Tensor, probs: Tensor | None) -> Tensor:
@@ -366,14 +369,15 @@ def recalled(net: DiT, h: Tensor, probs: Tensor | None) -> Tensor:
     return h if net.recall is None or probs is None else h + net.recall(probs @ net.embed)
 
 
-def draw(probs: Tensor, uniform: Tensor, temperature: float, top_p: float) -> Tensor:
-    """Token ids from probs (..., V) at uniform (...,): probs^(1 / temperature), restricted to the nucleus top_p."""
-    p, order = (probs.double().clamp(min=1e-30).log() / temperature).softmax(-1).sort(-1, descending=True)
-    below = p.cumsum(-1)
-    p = torch.where(below - p <= top_p, p, 0.0)  # the most probable token always stays
+def draw(probs: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Token ids from probs (..., V), restricted to the nucleus top_p, at uniform (...,); in double precision."""
+    p = probs.double()
+    if top_p < 1:
+        high, order = p.sort(-1, descending=True)
+        p = p.scatter(-1, order, torch.where(high.cumsum(-1) - high <= top_p, high, 0.0))  # the likeliest always stays
     total = p.cumsum(-1)
-    place = torch.searchsorted(total, uniform[..., None].double() * total[..., -1:]).clamp(max=p.shape[-1] - 1)
-    return order.gather(-1, place).squeeze(-1)
+    token = torch.searchsorted(total, uniform[..., None].double() * total[..., -1:], right=True)
+    return token.clamp(max=p.shape[-1] - 1).squeeze(-1)
 
 
 def bridge_coefficients(t: Tensor, t_next: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -392,9 +396,10 @@ def sample_bridge(
     t, probs = clock.t(tau), None
     for i in range(steps):
         h = recalled(net, space.read(x), probs)
-        probs = guided(net, h, tau[i].expand(len(x)), sample).softmax(-1)  # D_t(x) (B, L, V)
+        logits = guided(net, h, tau[i].expand(len(x)), sample)
+        probs = cooled(logits, tau[i], sample.temperature).softmax(-1)  # D_t(x) (B, L, V)
         uniform = torch.rand(x.shape[:2], generator=generator, device=x.device)  # (B, L)
-        y = draw(probs, uniform, sample.temperature, sample.top_p)
+        y = draw(probs, uniform, sample.top_p)
         if i < steps - 1:
             a, b, v = (c.to(x.dtype) for c in bridge_coefficients(t[i], t[i + 1]))
             xi = torch.randn(x.shape, generator=generator, device=x.device)
