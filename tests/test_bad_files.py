@@ -312,8 +312,9 @@ def test_get_demos_of_an_own_environment_knows_its_units(tmp_path: Path, capsys:
     path = own_file(tmp_path / "own.hdf5", 3, actions=np.full((3, 2), 1.0))
     get_demos("benchmarks.dense_toy:DenseToy-v0", str(path), 1, 0.0, tmp_path)  # acts in [-1, 1]
     assert not capsys.readouterr().err
-    with pytest.raises(UserError, match=r"only built-in tasks roll out a policy; give --demos FILE.hdf5"):
-        get_demos("benchmarks.dense_toy:DenseToy-v0", "p.npz", 1, 0.0, tmp_path)
+    saved()(tmp_path / "p.npz")
+    with pytest.raises(UserError, match=r"only built-in tasks roll out a policy; record it with python -m"):
+        get_demos("benchmarks.dense_toy:DenseToy-v0", str(tmp_path / "p.npz"), 1, 0.0, tmp_path)
 
 
 def test_read_demos_names_the_groups_it_leaves_out(demos: Path, capsys: pytest.CaptureFixture[str]) -> None:

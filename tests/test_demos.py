@@ -11,7 +11,8 @@ import pytest
 
 from common import download
 from common.demos import Demos, get_demos, robomimic
-from common.demos.robomimic import ACTION_LIMIT, obtain_release, read_demos
+from common.demos.checks import ACTION_LIMIT
+from common.demos.robomimic import obtain_release, read_demos
 from common.envs import TASKS, TaskSpec, make_env, resolve, toy
 from common.errors import UserError
 from common.seeds import DEMOS
@@ -313,7 +314,7 @@ def test_generate_no_episodes_is_a_user_error(tmp_path: Path) -> None:
 
 
 def test_find_expert_of_a_users_environment_is_a_user_error(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no scripted expert; give demonstrations with --demos FILE.hdf5"):
+    with pytest.raises(UserError, match=r"no scripted expert; give demonstrations with --demos FILE, or record"):
         get_demos("package:Env-v0", "scripted", 1, 0.0, tmp_path)
 
 

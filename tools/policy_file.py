@@ -1,6 +1,7 @@
 """A trained policy in a file as demonstrator: a small MLP saved with numpy."""
 
 import re
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,15 @@ from numpy.typing import NDArray
 from common.envs import TaskSpec
 from common.errors import UserError, reading
 from tools.scripted import Expert
+
+
+def is_policy(path: Path) -> bool:
+    """Whether an .npz file holds layers of a policy, and no episodes."""
+    if path.suffix != ".npz" or not zipfile.is_zipfile(path):
+        return False
+    with reading(path, "it is damaged: get it again"), zipfile.ZipFile(path) as file:
+        names = {Path(name).stem for name in file.namelist()}
+    return any(re.fullmatch(r"[wb]\d+", name) for name in names) and not names & {"obs", "actions"}
 
 
 def load_policy(path: Path, task: TaskSpec) -> Callable[..., Expert]:

@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from common.demos.robomimic import episode_names, image_key, note
+from common.demos.checks import note
+from common.demos.robomimic import episode_names, image_key
 from common.download import check_digest, digest_file
 from common.envs import Pixels, TaskSpec, make_env
 from common.errors import EnvError, UserError, blame, first_line, reading
@@ -48,7 +49,9 @@ def made_file(
     else:
         policy = Path(source)
         if task.suite == "gymnasium":
-            raise UserError(f"--demos {source}: only built-in tasks roll out a policy; give --demos FILE.hdf5")
+            raise UserError(
+                f"--demos {source}: only built-in tasks roll out a policy; record it with python -m tools.record"
+            )
         expert, kind = load_policy(policy, task), f"{policy.stem}-{sha256(policy)[:8]}"
     path = cache_dir / f"{task.name}_{kind}_n{num}_noise{noise:g}_seed{seed}{_suffix(pixels)}.hdf5"
     return cached(path, spare, lambda path: generate(task, expert, num, noise, seed, path, pixels))
@@ -124,12 +127,12 @@ def generate(
                 if not left[start % len(left)]:
                     continue  # this task has its share
                 try:
-                    rollout = _rollout(env, expert, rng, noise, start, pixels)
+                    succeeded, steps = rollout(env, expert, rng, noise, start, pixels)
                 except Exception as error:
                     raise EnvError(f"demonstration of episode seed {start}: {blame(error)}") from error
-                if rollout is not None:
+                if succeeded:
                     left[start % len(left)] -= 1
-                    obs, states, actions, rewards, *images = rollout
+                    obs, states, actions, rewards, *images = steps
                     parts = dict(zip(keys, np.split(obs, splits, axis=1), strict=True))
                     if pixels:
                         parts |= {image_key(name): images[0][:, i] for i, name in enumerate(pixels.cameras)}
@@ -140,15 +143,15 @@ def generate(
     write_demos(path, episodes, _env_args(task))
 
 
-def _rollout(
+def rollout(
     env: gym.Env[Any, Any],
     expert: Callable[..., Expert],
     rng: np.random.Generator,
     noise: float,
     seed: int,
-    pixels: Pixels | None,
-) -> tuple[NDArray[Any], ...] | None:
-    """Observations, simulator states, actions, rewards and, if asked for, images of an episode; None if it failed."""
+    pixels: Pixels | None = None,
+) -> tuple[bool, tuple[NDArray[Any], ...]]:
+    """Whether an episode succeeded; its observations, simulator states, actions, rewards and, if wanted, images."""
     obs, _ = env.reset(seed=seed)
     policy = expert(env, obs, rng, noise)
     action = next(policy)
@@ -162,7 +165,7 @@ def _rollout(
         done, obs = terminated or truncated, next_obs
         if not done:
             action = policy.send(obs)
-    return tuple(np.stack(column) for column in zip(*steps, strict=True)) if success else None
+    return success, tuple(np.stack(column) for column in zip(*steps, strict=True))
 
 
 def _env_args(task: TaskSpec) -> str:

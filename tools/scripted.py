@@ -62,4 +62,7 @@ def find_expert(task: TaskSpec) -> Callable[..., Expert]:
         return getattr(robosuite_experts, f"{task.name}_expert")
     if task.suite == "adroit":
         raise UserError(f"{task.name} has no scripted expert; name a trained policy with --demos POLICY.npz")
-    raise UserError(f"{task.name} has no scripted expert; give demonstrations with --demos FILE.hdf5")
+    raise UserError(
+        f"{task.name} has no scripted expert; give demonstrations with --demos FILE, or record those of a policy with "
+        "python -m tools.record (docs/tasks.md)"
+    )

@@ -1,4 +1,4 @@
-"""Demonstrations by source: scripted experts, published data sets, or a file in robomimic's format."""
+"""Demonstrations by source: scripted experts, published data sets, or recorded files of several formats."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -7,14 +7,19 @@ from itertools import pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import h5py
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from common.demos.robomimic import has_images, note, obtain_release, read_demos, read_images
+from common.demos import arrays, lerobot
+from common.demos.arrays import save_demos
+from common.demos.checks import READS, Bounds, Floats, note
+from common.demos.robomimic import has_images, obtain_release, read_demos, read_images
 from common.envs import Pixels, TaskSpec, make_env, resolve
 from common.errors import UserError
 
+__all__ = ["Demos", "get_demos", "save_demos"]
 PUBLISHERS = {"robosuite": "robomimic", "adroit": "minari", "kitchen": "minari"}  # of `TaskSpec.datasets`, by suite
 
 
@@ -90,16 +95,17 @@ def get_demos(
 
     source: "scripted"; "robomimic", the release for the task that the paper uses, "robomimic-ph" (one expert),
     "robomimic-mh" (six people); "minari", the same for Adroit and Kitchen, "minari-human", "minari-cloned"; a trained
-    policy POLICY.npz to roll out; or recorded episodes FILE.hdf5. num, noise, seed: episodes, noise and seed of
-    "scripted" and POLICY.npz. filter_key: take the episodes that the file's mask of this name lists, e.g. "train";
-    empty: all. pixels: give images too; files of simulator states have them drawn on first use.
+    policy POLICY.npz to roll out; or recorded episodes: FILE.hdf5 (`robomimic`), FILE.npz or a folder of .npy files
+    (`arrays`), a LeRobot folder (`lerobot`). num, noise, seed: episodes, noise and seed of "scripted" and POLICY.npz.
+    filter_key: take the episodes that the mask of this name lists in FILE.hdf5, e.g. "train"; empty: all. pixels: give
+    images too, from FILE.hdf5; files of simulator states have them drawn on first use.
 
     Raises UserError with the remedy if there are none for the task, or the file is unusable.
     """
-    from tools import recording  # the makers are a room of their own, which needs this one
+    from tools import policy_file, recording  # the makers are a room of their own, which needs this one
 
     task = resolve(env_id)
-    publisher, _, release = source.partition("-")
+    publisher, _, release = ("" if Path(source).suffix else source).partition("-")  # a suffix: a file of that name
     if publisher == "minari":
         from common.demos import minari  # its package takes a while to import
 
@@ -110,9 +116,9 @@ def get_demos(
         name = minari.dataset_name(task, _find_release(task, publisher, release))
         return Demos(*minari.read_dataset(name, task), name)
     with TemporaryDirectory() as spare:
-        if source == "scripted" or source.endswith(".npz"):
+        if source == "scripted" or policy_file.is_policy(Path(source)):
             path = recording.made_file(task, source, num, noise, seed, cache, Path(spare), pixels)
-        elif publisher == "robomimic" and not source.endswith(".hdf5"):
+        elif publisher == "robomimic":
             path = obtain_release(task, _find_release(task, publisher, release), cache)
         else:
             path = Path(source)
@@ -120,7 +126,7 @@ def get_demos(
         if task.suite == "gymnasium":
             with closing(make_env(env_id)) as env:
                 box = env.get_wrapper_attr("action_bounds")
-        obs, actions, ends = read_demos(path, task, filter_key, box)
+        obs, actions, ends = _read(path, task, filter_key, box, pixels)
         if not pixels:
             return Demos(obs, actions, ends, path.name, tasks=len(task.tasks))
         if not has_images(path) and task.suite == "robosuite":
@@ -129,11 +135,29 @@ def get_demos(
     return Demos(np.ascontiguousarray(obs[:, list(task.proprio)]), actions, ends, path.name, images)
 
 
+def _read(
+    path: Path, task: TaskSpec, filter_key: str, box: Bounds | None, pixels: Pixels | None
+) -> tuple[Floats, Floats, NDArray[np.int64]]:
+    """What `read_demos` returns, of a file or folder of any format. Raises UserError for one of none."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {READS}")
+    if path.suffix in (".hdf5", ".h5") or (path.is_file() and h5py.is_hdf5(path)):
+        return read_demos(path, task, filter_key, box)
+    of_lerobot = (path / lerobot.INFO).is_file()
+    if not (of_lerobot or path.suffix == ".npz" or (path.is_dir() and any(path.glob("*.npy")))):
+        raise UserError(f"{path} is in none of the formats that are read; {READS}")
+    if pixels:
+        raise UserError(f"--demos {path}: images are read from FILE.hdf5 only; use one, or --demos scripted")
+    if filter_key:
+        raise UserError(f"--filter-key {filter_key}: only FILE.hdf5 has masks; leave the flag out")
+    return lerobot.read_dataset(path, box) if of_lerobot else arrays.read_arrays(path, box)
+
+
 def _find_release(task: TaskSpec, publisher: str, release: str) -> str:
     """The release asked for, or the task's first one. Raises UserError if the publisher has none such."""
     releases = task.datasets if PUBLISHERS.get(task.suite) == publisher else ()
     if not releases:
-        raise UserError(f"{publisher} has no dataset for {task.name}; give demonstrations with --demos FILE.hdf5")
+        raise UserError(f"{publisher} has no dataset for {task.name}; give demonstrations with --demos FILE")
     if release and release not in releases:
         names = ", ".join(f"{publisher}-{name}" for name in releases)
         raise UserError(f"--demos {publisher}-{release}: {task.name} has {names}")

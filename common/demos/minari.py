@@ -5,7 +5,7 @@ import numpy as np
 from gymnasium.envs.registration import EnvSpec
 from numpy.typing import NDArray
 
-from common.demos.robomimic import ACTION_LIMIT, Floats, joined
+from common.demos.checks import ACTION_LIMIT, Floats, joined
 from common.download import check_digest
 from common.envs import TaskSpec
 from common.envs.robotics_env import flat_observation

@@ -8,7 +8,6 @@ that is a dataset; its actions are in [-1, 1], as the environment made by `make_
 
 import json
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from common.demos.checks import READS, Bounds, Floats, in_range, joined, matrix, note
 from common.download import obtain
 from common.envs import Pixels, TaskSpec
 from common.errors import UserError, reading
@@ -29,11 +29,7 @@ CONTROL = (
     "damping_ratio", "impedance_mode", "uncouple_pos_ori",
 )  # fmt: skip
 GET_AGAIN = "it is cut, damaged or no robomimic hdf5 file: get it again"
-Floats = NDArray[np.float32]
-Bounds = tuple[NDArray[Any], NDArray[Any]]  # least and largest action, each (A,)
 EPISODE = re.compile(r"demo_\d+")
-TOP = 1 + 1e-6  # largest action of a file, with room for rounding
-ACTION_LIMIT = 1 - 1e-5  # the ends of the range are unreachable for squashed policies
 
 
 def obtain_release(task: TaskSpec, release: str, cache_dir: Path) -> Path:
@@ -50,7 +46,9 @@ def obtain_release(task: TaskSpec, release: str, cache_dir: Path) -> Path:
 def opened(path: Path) -> Iterator[h5py.File]:
     """The file, to read. Raises UserError for whatever fails in it."""
     if not path.is_file():
-        raise UserError(f"{path} does not exist; give --demos an existing FILE.hdf5, robomimic or scripted")
+        raise UserError(f"{path} does not exist; {READS}")
+    if not h5py.is_hdf5(path):
+        raise UserError(f"{path} cannot be read: {GET_AGAIN}; {READS}")
     with reading(path, GET_AGAIN), h5py.File(path) as file:
         yield file
 
@@ -61,7 +59,7 @@ def read_demos(
     """Reads and checks a file; for a built-in task its name, version and widths must be those of the task.
 
     filter_key: name of the mask that chooses the episodes; empty takes all. box: actions of a user's own environment in
-    its own units; actions that are in them (see `_in_units_of`) are brought to [-1, 1].
+    its own units; actions that are in them are brought to [-1, 1].
 
     Returns observations (N, O), actions (N, A) within +-ACTION_LIMIT and exclusive episode ends (E,).
     Raises UserError if the file cannot serve, naming the first fault. Prints a note on what is read otherwise than a
@@ -79,44 +77,7 @@ def read_demos(
             with reading(f"{path}: {name}", GET_AGAIN):
                 episodes.append(_read_episode(file["data"][name], f"{path}: {name}", task, layout))
     obs, actions, ends = joined(episodes)
-    if box and _in_units_of(box, actions, path):
-        actions = (2 * (actions - box[0]) / (box[1] - box[0]) - 1).astype(np.float32)
-    if (largest := np.abs(actions).max(1)).max() > TOP:
-        name = names[int(np.searchsorted(ends, largest.argmax(), side="right"))]
-        own = f", or in the environment's own units, {box[0].min():g} to {box[1].max():g}" if box else ""
-        raise UserError(
-            f"{path}: {name}: actions reach {largest.max():g}; they must be in [-1, 1], as the environment takes "
-            f"them{own}: rescale them"
-        )
-    return obs, np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT), ends
-
-
-def note(text: str) -> None:
-    """One line on what a user may not expect."""
-    print(f"note: {text}", file=sys.stderr)
-
-
-def _in_units_of(box: Bounds, actions: Floats, path: Path) -> bool:
-    """Whether actions (N, A) are in the units of the box, and a note of it: [-1, 1] and the box may both hold them.
-
-    Of the ranges that hold all actions it is the narrower one: nobody demonstrates in a tenth of the range only.
-    """
-    low, high = (np.asarray(bound, np.float64) for bound in box)
-    if actions.shape[1:] != low.shape or ((low == -1) & (high == 1)).all():
-        return False
-    slack = 1e-6 * (high - low)
-    if not ((actions >= low - slack) & (actions <= high + slack)).all():
-        return False
-    own = bool(np.abs(actions).max() > TOP or np.log((high - low) / 2).sum() < 0)
-    units = "the environment's own units, and rescaled" if own else "[-1, 1], not in the environment's own units"
-    note(f"{path}: actions from {actions.min():g} to {actions.max():g} are taken to be in {units}")
-    return own
-
-
-def joined(episodes: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats, NDArray[np.int64]]:
-    """Observations (N, O), actions (N, A) and exclusive ends (E,) of E episodes, one after the other."""
-    obs, actions = (np.concatenate(column) for column in zip(*episodes, strict=True))
-    return obs, actions, np.cumsum([len(actions) for _, actions in episodes])
+    return obs, in_range(actions, ends, names, path, box), ends
 
 
 def image_key(camera: str) -> str:
@@ -155,7 +116,7 @@ def episode_names(file: h5py.File, path: Path, filter_key: str = "") -> list[str
     data = file.get("data")
     names = [name for name in data if EPISODE.fullmatch(name)] if isinstance(data, h5py.Group) else []
     if not names:
-        raise UserError(f"{path} has no groups data/demo_<i>; a low-dimensional robomimic file is expected")
+        raise UserError(f"{path} has no groups data/demo_<i>, as robomimic's files have; {READS}")
     if filter_key:
         masks = file.get("mask")
         found = sorted(masks) if isinstance(masks, h5py.Group) else []
@@ -255,20 +216,10 @@ def _read_episode(demo: h5py.Group, where: str, task: TaskSpec, layout: dict[str
 
 
 def _read_matrix(demo: h5py.Group, key: str, where: str, width: int | None) -> Floats:
-    """The dataset `key` as a finite (T, width) array with T > 0; a width of None takes any."""
+    """The dataset `key` of an episode, see `matrix`."""
     item = demo.get(key)
     if not isinstance(item, h5py.Dataset):
         group = demo.get("obs") if key.startswith("obs/") else demo
         found = ", ".join(sorted(group)) if isinstance(group, h5py.Group) else "nothing"
         raise UserError(f"{where} has no dataset {key}; a low-dimensional file is needed, found: {found}")
-    shape_ok = item.ndim == 2 and len(item) > 0 and width in (None, item.shape[1])
-    if not shape_ok or item.dtype.kind not in "fiu":
-        raise UserError(
-            f"{where}: {key} is {item.dtype} {item.shape}; "
-            f"numbers of shape (T > 0, {width or 'width'}) are needed: re-export the file"
-        )
-    with np.errstate(over="ignore"):  # becomes infinity
-        values = item[()].astype(np.float32)
-    if not np.isfinite(values).all():
-        raise UserError(f"{where}: {key} holds NaN or infinity; leave the episode out or repair the file")
-    return values
+    return matrix(item, f"{where}: {key}", width)

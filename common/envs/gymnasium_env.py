@@ -76,7 +76,7 @@ class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
         """As the environment's own reset; `info["success"]` is False."""
         self.steps = 0
         obs, _ = self.env.reset(seed=seed, options=options)
-        return np.asarray(obs, np.float32), {"success": False}
+        return np.array(obs, np.float32), {"success": False}  # a copy: the environment may write the next into its own
 
     def step(self, action: Floats) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
         """As the environment's own step; success ends the episode."""
@@ -87,4 +87,4 @@ class UserEnv(gym.Wrapper[Floats, Floats, NDArray[Any], NDArray[Any]]):
         success = bool(info["success"])
         terminated = success or bool(terminated)
         truncated = bool(truncated) and not terminated
-        return np.asarray(obs, np.float32), float(reward), terminated, truncated, {"success": success}
+        return np.array(obs, np.float32), float(reward), terminated, truncated, {"success": success}
