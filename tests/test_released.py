@@ -14,7 +14,8 @@ from common import cli
 from common.errors import UserError
 from common.released import load_released
 
-M = cli.override(flm.Args(), dict(layers=2, width=32, heads=2, cond_width=16, length=6)).model
+SMALL = dict(layers=2, width=32, heads=2, cond_width=16, length=6)
+M = cli.override(flm.Args(), SMALL | dict(conv=0, self_condition=0.0)).model  # the network of the paper
 V, D, C = 11, 32, 16
 
 
