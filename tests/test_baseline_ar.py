@@ -1,6 +1,5 @@
 """baselines/ar.py: causality, the exact likelihood by enumeration, the sampler's law, whole runs."""
 
-import ast
 import itertools
 import json
 import math
@@ -373,21 +372,6 @@ def test_train_learns_the_toy_language(tmp_path: Path, capsys: pytest.CaptureFix
 
 
 # --- arguments and copies ---------------------------------------------------------------------------------------------
-
-
-def test_args_are_documented_and_read() -> None:
-    """Every flag has its comment, and is read in the script or by name where a run starts."""
-    tree, start = ast.parse(SCRIPT.read_text()), ast.parse((ROOT / "common" / "start.py").read_text())
-    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    reads |= {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)}
-    flags, lines = cli.flatten(ar.Args()), SCRIPT.read_text().splitlines()
-    assert [f for f in flags if f not in reads] == []
-    fields = [
-        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args")
-        for n in c.body if c.name != "Args" and isinstance(n, ast.AnnAssign)
-    ]  # fmt: skip
-    assert {n.target.id for n in fields} == set(flags)
-    assert [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]] == []
 
 
 def test_script_is_short_and_shares_its_text_with_flm_train() -> None:

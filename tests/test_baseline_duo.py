@@ -1,6 +1,5 @@
 """baselines/duo.py against closed forms: the process of one token, and the exact denoiser of the toy language."""
 
-import ast
 import functools
 import json
 import math
@@ -516,21 +515,6 @@ def test_train_learns_the_toy_language(
 
 
 # --- arguments and shared text ----------------------------------------------------------------------------------------
-
-
-def test_args_are_documented_and_read() -> None:
-    """Every flag has its comment, and is read in the script or by name where a run starts."""
-    text = Path(duo.__file__).read_text()
-    tree, start = ast.parse(text), ast.parse((ROOT / "common" / "start.py").read_text())
-    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    reads |= {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)}
-    assert [f for f in cli.flatten(duo.Args()) if f not in reads] == []
-    fields = [
-        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args")
-        for n in c.body if c.name != "Args" and isinstance(n, ast.AnnAssign)
-    ]  # fmt: skip
-    lines = text.splitlines()
-    assert [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]] == []
 
 
 def test_script_shares_the_text_of_flm_train() -> None:

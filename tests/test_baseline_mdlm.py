@@ -1,6 +1,5 @@
 """baselines/mdlm.py against a Markov chain whose conditionals are known, the toy language, and closed forms."""
 
-import ast
 import itertools
 import json
 import math
@@ -444,21 +443,6 @@ def test_network_has_the_weights_of_flm_and_a_mask() -> None:
     one = mdlm.MaskedDiT(m, 50).state_dict()
     torch.manual_seed(3)
     assert all(torch.equal(one[name], value) for name, value in flm.DiT(m, 50).state_dict().items())
-
-
-def test_args_are_documented_and_read() -> None:
-    text, flags = SCRIPT.read_text(), cli.flatten(mdlm.Args())
-    tree, start = ast.parse(text), ast.parse((SCRIPT.parents[1] / "common" / "start.py").read_text())
-    reads = {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute)}
-    reads |= {n.value for n in ast.walk(start) if isinstance(n, ast.Constant)}
-    assert [f for f in flags if f not in reads] == []
-    lines = text.splitlines()
-    fields = [
-        n for c in tree.body if isinstance(c, ast.ClassDef) and c.name.endswith("Args")
-        for n in c.body if c.name != "Args" and isinstance(n, ast.AnnAssign)
-    ]  # fmt: skip
-    assert {n.target.id for n in fields} == set(flags)
-    assert [n.target.id for n in fields if "  # " not in lines[n.end_lineno - 1]] == []
 
 
 def test_default_args_are_those_of_flm_train() -> None:
