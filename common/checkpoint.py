@@ -103,7 +103,7 @@ class StopSignal:
 
     def __enter__(self) -> "StopSignal":
         which = [signal.SIGINT, signal.SIGTERM]
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # Windows has none
             which.append(signal.SIGHUP)
         self._previous = {s: signal.signal(s, self._handle) for s in which}
         return self
@@ -171,7 +171,9 @@ def _tmp(path: Path) -> Path:
 
 
 def _fsync_dir(directory: Path) -> None:
-    """Make renames in `directory` durable."""
+    """Make renames in `directory` durable. Windows opens no directory, and needs no such call."""
+    if os.name == "nt":
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from gymnasium.vector import VectorEnv
 
-from common.envs.vector import end_with_main, kill, quiet_server
+from common.envs.vector import START, end_with_main, kill, quiet_server
 from common.errors import EnvError, UserError, blame
 from common.evaluate import Act, Encode, EvalResult, Policy, act_on_arrays, evaluate
 from common.rng import Rng
@@ -41,7 +41,7 @@ class Evaluator:
 
     def __init__(self, make: Callable[[], VectorEnv[Any, Any, Any]]) -> None:
         """make: the environments, there. Raises UserError or EnvError if they cannot be made."""
-        context = multiprocessing.get_context("forkserver")
+        context = multiprocessing.get_context(START)
         self.pipe, theirs = context.Pipe()
         self.process = context.Process(target=_serve, args=(make, theirs))
         quiet_server()

@@ -1,12 +1,13 @@
 """Files that are written whole or not at all, and locks."""
 
-import fcntl
 import functools
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock
 
 from common.errors import first_line
 
@@ -40,14 +41,17 @@ def write_atomic(path: Path, content: bytes) -> None:
 def locked(path: Path) -> Iterator[bool]:
     """Waits for the lock file `path`, however long, and holds it. False, and a note, on a file system without locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX)  # the system lifts it when the process ends, however it ends
-            held = True
-        except OSError as error:
-            held = False
-            note(f"note: {path.parent} has no file locks ({first_line(error)}); every process works for itself")
+    lock = FileLock(path)
+    try:
+        lock.acquire()  # the system lifts it when the process ends, however it ends
+        held = True
+    except OSError as error:
+        held = False
+        note(f"note: {path.parent} has no file locks ({first_line(error)}); every process works for itself")
+    try:
         yield held
+    finally:
+        lock.release()
 
 
 def sha256(path: Path) -> str:

@@ -1,9 +1,9 @@
 """Speed of training against the device's own matrix-multiplication rate."""
 
-import resource
 import sys
 import time
 
+import psutil
 import torch
 from torch import nn
 
@@ -49,5 +49,8 @@ def memory(device: torch.device) -> int:
     """Peak bytes: of the GPU's allocator, or of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated()
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    if sys.platform == "win32":
+        return psutil.Process().memory_info().peak_wset
+    import resource  # not there on Windows
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

@@ -2,7 +2,6 @@
 
 import ast
 import atexit
-import fcntl
 import hashlib
 import inspect
 import json
@@ -14,12 +13,16 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+import psutil
+from filelock import FileLock
+
 from common.errors import UserError, first_line
 from common.machine import describe_machine
 from common.runlog import write_json
 
 RECORD = "args.json"
 FIRST = {RECORD, "metrics.jsonl", "tensorboard", "wandb", "wandb_id.json", "cloned.pt", "before.mp4"}  # before it saves
+LOCK = ".lock"  # of who makes the folder's record, then of who writes its log
 FIRST |= {"cloned.pt.tmp", "checkpoint.pt.tmp"}
 
 Weights = Sequence[Callable[..., Any]]  # classes and functions of a script that its checkpoints depend on
@@ -82,35 +85,33 @@ def reserve(root: Path, name: str, numbered: bool, weights: Weights, args: Mappi
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
     """No other process is in this block for the same folder, where the file system has locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    lock = FileLock(folder / LOCK)
+    with suppress(OSError):
+        lock.acquire()
     try:
-        with suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        lock.release()
 
 
 def _abandoned(path: Path) -> bool:
     """Whether the folder is empty, or the run that made it has ended before it saved anything."""
-    files = {file.name for file in path.iterdir()}
+    files = {file.name for file in path.iterdir()} - {LOCK}
     if files - FIRST or (files and RECORD not in files):
         return False
     try:
         pid = json.loads((path / RECORD).read_bytes())["pid"]
-        if pid != os.getpid():
-            os.kill(pid, 0)
-            return False
-    except (OSError, ValueError, KeyError, TypeError):  # no such process; half a record
-        pass
-    return True
+        return pid == os.getpid() or not psutil.pid_exists(pid)
+    except (OSError, ValueError, KeyError, TypeError):  # half a record
+        return True
 
 
 def _remove_unused(path: Path) -> None:
     """A run that ended before it began leaves no folder."""
     with suppress(OSError):
-        if [file.name for file in path.iterdir()] == [RECORD]:
+        if {file.name for file in path.iterdir()} <= {RECORD, LOCK}:
             (path / RECORD).unlink()
+            (path / LOCK).unlink(missing_ok=True)
             path.rmdir()
 
 

@@ -17,7 +17,7 @@ from typing import Any
 import gymnasium as gym
 from gymnasium.vector import VectorEnv
 
-from common.envs.vector import ManyEnvs, OneEnv
+from common.envs.vector import START, ManyEnvs, OneEnv
 from common.envs.wrappers import ChunkStep, Guard, PixelEnv, Pixels
 from common.errors import UserError
 from settings.tasks import TASKS, TaskSpec
@@ -117,5 +117,6 @@ def make_vec_env(
         return OneEnv(make)
     # Worth importing once rather than in every worker; what cannot be imported is left to the workers.
     module, *_ = SUITES[resolve(env_id).suite]
-    multiprocessing.set_forkserver_preload(["torch", f"common.envs.{module}"])
+    if START == "forkserver":
+        multiprocessing.set_forkserver_preload(["torch", f"common.envs.{module}"])
     return ManyEnvs([make] * num_envs)

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from multiprocessing import connection, forkserver, resource_tracker, util
+from multiprocessing import connection, util
 from queue import Empty
 from typing import Any
 
@@ -20,7 +20,9 @@ from common.errors import EnvError, UserError, blame
 
 Make = Callable[[], gym.Env[Any, Any]]
 PATIENCE = 5.0  # seconds for an environment to answer when the run is to stop, and for its process to end
-MAIN_ONLY = {signal.SIGINT, signal.SIGTERM, signal.SIGHUP}  # signals that the main process alone answers
+MAIN_ONLY = {signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}  # the main process answers
+# Forked from a server that has imported what they need; Windows has no fork.
+START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 
 class OneEnv(SyncVectorEnv):
@@ -53,9 +55,9 @@ class ManyEnvs(AsyncVectorEnv):
         self.hurry: Callable[[], bool] = bool  # whether the run is to stop: then nothing is waited for in vain
         self.processes: list[Any] = []
         self.seeds, self.steps = [0] * len(makes), np.zeros(len(makes), int)  # of the episodes in progress
-        context = "forkserver"
-        if multiprocessing.parent_process():  # a process of ours, young and with one thread: a fork breaks nothing
-            context = "fork"
+        context = START
+        if START == "forkserver" and multiprocessing.parent_process():  # a process of ours, young and with one thread:
+            context = "fork"  # that breaks nothing
         else:
             quiet_server()
         try:
@@ -131,6 +133,10 @@ class ManyEnvs(AsyncVectorEnv):
 
 def quiet_server() -> None:
     """Start the server that new processes are forked from, if it is not there: deaf to the main process's signals."""
+    if START == "spawn":
+        return
+    from multiprocessing import forkserver, resource_tracker  # not there on Windows
+
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
         for start in (resource_tracker.ensure_running, forkserver.ensure_running):
