@@ -34,6 +34,7 @@ AIMS = {
     **dict.fromkeys(("square", "mt10"), 0.85),
     "pen": 0.8,
 }
+NO_EXPERT = ("fetch-slide", "pusht")
 NAMES_WIDTH = 50  # characters of tasks' names in a line of the tables of settings
 FRAMES = ("can", "peg-insert-side", "hammer")  # one task a family
 
@@ -213,6 +214,12 @@ def settings_tables() -> str:
     from ogpo_state import default_args
     from settings.ogpo import SOURCES
 
+    def shown(names: list[str]) -> str:
+        rest = {name for name in names if TASKS[name].suite == "metaworld" and name not in NAMES}
+        if len(rest) < 10:
+            return ", ".join(names)
+        return ", ".join([*(name for name in names if name not in rest), "other Meta-World"])
+
     groups: tuple[dict[tuple[str, ...], list[str]], ...] = ({}, {}, {})
     for preset in ("laptop", "paper"):
         for name in TASKS:
@@ -221,7 +228,9 @@ def settings_tables() -> str:
             made = TASKS[name].suite == "adroit" and preset == "laptop"
             demos = f"{t.num_demos} of a policy file, noise {t.demo_noise:g}" if made else t.demos
             if demos == "scripted":
-                demos = f"{t.num_demos} scripted, noise {t.demo_noise:g}"
+                demos = (
+                    f"{t.num_demos} scripted, noise {t.demo_noise:g}" if name not in NO_EXPERT else "a file of yours"
+                )
             elif demos == "robomimic":
                 demos = f"robomimic-{TASKS[name].datasets[0]}"
             cap = f"{t.horizon:,}" + (f" ({t.collect_horizon:,})" if t.collect_horizon else "")
@@ -252,7 +261,7 @@ def settings_tables() -> str:
             [
                 (line.rstrip(","), *cells)
                 for cells, names in group.items()
-                for line in wrap(", ".join(names), NAMES_WIDTH, break_on_hyphens=False)
+                for line in wrap(shown(names), NAMES_WIDTH, break_on_hyphens=False)
             ],
         )
         for group, head in zip(groups, heads, strict=True)

@@ -4,6 +4,8 @@ A baseline takes OGPO's row of a task (environment, cloning, sizes, critics, sch
 own row here, with the few values that belong to its method.
 """
 
+from settings.ogpo import ALL_HANDS
+
 Table = dict[tuple[str, str], dict]
 
 QC: Table = {("*", "*"): dict(actor_lr=3e-4)}  # the authors' on every task
@@ -27,7 +29,7 @@ DPPO: Table = {  # rates, least noise and, under `paper`, sizes of the authors; 
         noise_std=0.3, num_envs=50, rollout=300, minibatch=750, eval_every=600_000, checkpoint_every=600_000,
         total_steps=5_000_000,
     ),
-    **{("paper", f"{name}*"): dict(noise_std=0.2) for name in ("door", "hammer", "pen", "relocate")},  # K = 3
+    **{("paper", name): dict(noise_std=0.2) for name in ALL_HANDS},  # K = 3
     ("paper", "can"): dict(total_steps=9_000_000),
     ("paper", "square"): dict(rollout=400, minibatch=1_000, total_steps=16_000_000),
     ("paper", "transport"): dict(rollout=400, minibatch=1_000, epochs=5, total_steps=32_000_000),

@@ -31,7 +31,9 @@ def _robosuite(name: str, env: str, horizon: int, datasets: tuple[str, ...], obj
 
 
 def _metaworld(name: str) -> TaskSpec:
-    return TaskSpec(name, "metaworld", f"{name}-v3", 200, (), (("state", 39),), 4)
+    own = f"metaworld-{name}" if name == "hammer" else name  # hammer is Adroit's
+    cap = 400 if name == "push-back" else 200  # its demonstrator is slow
+    return TaskSpec(own, "metaworld", f"{name}-v3", cap, (), (("state", 39),), 4)
 
 
 def _metaworld_set(name: str, tasks: dict[str, int]) -> TaskSpec:
@@ -51,6 +53,21 @@ def _kitchen(name: str, width: int, goals: tuple[str, ...]) -> TaskSpec:
     return TaskSpec(f"kitchen-{name}", "kitchen", "FrankaKitchen-v1", 600, (name,), obs, 9, goals=goals)
 
 
+def _fetch(name: str, env: str, width: int) -> TaskSpec:
+    obs = (("observation", width), ("desired_goal", 3))
+    return TaskSpec(f"fetch-{name}", "fetch", f"Fetch{env}-v4", 50, (), obs, 4)
+
+
+METAWORLD = (  # all tasks of version 3
+    "peg-insert-side", "assembly", "hand-insert", "pick-place", "basketball", "bin-picking", "box-close",
+    "button-press", "button-press-topdown", "button-press-topdown-wall", "button-press-wall", "coffee-button",
+    "coffee-pull", "coffee-push", "dial-turn", "disassemble", "door-close", "door-lock", "door-open", "door-unlock",
+    "drawer-close", "drawer-open", "faucet-close", "faucet-open", "hammer", "handle-press", "handle-press-side",
+    "handle-pull", "handle-pull-side", "lever-pull", "peg-unplug-side", "pick-out-of-hole", "pick-place-wall",
+    "plate-slide", "plate-slide-back", "plate-slide-back-side", "plate-slide-side", "push", "push-back", "push-wall",
+    "reach", "reach-wall", "shelf-place", "soccer", "stick-pull", "stick-push", "sweep", "sweep-into",
+    "window-close", "window-open",
+)  # fmt: skip
 MINARI = ("expert", "human", "cloned")
 MT10 = {  # task: share of the demonstrations. With equal ones half of the tasks are cloned before the others begin.
     "reach": 2, "push": 12, "pick-place": 12, "door-open": 2, "drawer-open": 4, "drawer-close": 1,
@@ -65,7 +82,7 @@ TASKS = {
         _robosuite("square", "NutAssemblySquare", 400, ("mh", "ph"), 14),
         _robosuite("tool_hang", "ToolHang", 1_000, ("ph",), 44),
         _robosuite("transport", "TwoArmTransport", 800, ("mh", "ph"), 41, arms=2),
-        *map(_metaworld, ("peg-insert-side", "assembly", "hand-insert", "pick-place")),
+        *map(_metaworld, METAWORLD),
         _metaworld_set("mt10", MT10),
         *_adroit("door", 39, 28),
         *_adroit("hammer", 46, 26),
@@ -74,5 +91,10 @@ TASKS = {
         _kitchen("complete", 11, ("microwave", "kettle", "light switch", "slide cabinet")),
         _kitchen("mixed", 12, ("microwave", "kettle", "bottom burner", "light switch")),
         _kitchen("partial", 11, ("microwave", "kettle", "light switch", "slide cabinet")),
+        _fetch("reach", "Reach", 10),
+        _fetch("push", "Push", 25),
+        _fetch("slide", "Slide", 25),
+        _fetch("pick-and-place", "PickAndPlace", 25),
+        TaskSpec("pusht", "pusht", "gym_pusht:gym_pusht/PushT-v0", 300, (), (("state", 5),), 2),
     )
 }

@@ -101,6 +101,45 @@ def test_read_arrays_actions_are_those_of_the_environment(tmp_path: Path, capsys
     assert np.abs(get_demos("toy", str(path), 1, 0.0, tmp_path).actions).max() == np.float32(ACTION_LIMIT)
 
 
+@pytest.mark.parametrize(
+    ("units", "high", "given", "read"),
+    [
+        ("environment", 5.0, 1.0, -0.6),
+        ("normalized", 5.0, 1.0, 1.0),
+        ("", 5.0, 1.0, 1.0),  # [-1, 1] is narrower
+        ("normalized", 0.5, 0.25, 0.25),
+        ("environment", 0.5, 0.25, 0.0),
+        ("", 0.5, 0.25, 0.0),  # the box is
+    ],
+)
+def test_save_demos_units_are_what_the_file_says(
+    tmp_path: Path, units: str, high: float, given: float, read: float, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, box = tmp_path / "mine.npz", (np.zeros(2), np.full(2, high))
+    save_demos(path, [(np.ones((3, 6)), np.full((3, 2), given))], units)
+    np.testing.assert_allclose(arrays.read_arrays(path, box)[1], read, atol=2e-5)
+    assert bool(capsys.readouterr().err) == (not units)  # a guess is told
+
+
+@pytest.mark.parametrize(
+    ("units", "given", "said"),
+    [
+        ("environment", 6.0, "episode 0: actions reach 6; they must be in the environment's own units, 0 to 5"),
+        ("normalized", 2.0, "episode 0: actions reach 2; they must be in [-1, 1]: rescale"),
+        ("", -2.0, "actions reach -2; they must be in [-1, 1], or in the environment's own units, 0 to 5: rescale"),
+        ("degrees", 0.0, "units is 'degrees'; normalized or environment is needed"),
+    ],
+)
+def test_read_arrays_actions_outside_their_units_are_one_line(
+    tmp_path: Path, units: str, given: float, said: str
+) -> None:
+    path = tmp_path / "mine.npz"
+    save_demos(path, [(np.ones((3, 6)), np.full((3, 2), given))], units)
+    with pytest.raises(UserError) as caught:
+        arrays.read_arrays(path, (np.zeros(2), np.full(2, 5.0)))
+    one_line(caught.value, path.name, said)
+
+
 def changed(**changes: Any) -> Edit:
     """A file with other arrays, or without some (None)."""
     content = stacked() | {"ends": np.isin(np.arange(14), (3, 10, 13))} | changes

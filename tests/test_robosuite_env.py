@@ -278,9 +278,14 @@ def test_make_vec_env_resets_only_what_the_mask_says(num_envs: int) -> None:
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_resolve_unknown_task_lists_the_choices() -> None:
-    with pytest.raises(UserError, match=r"'lfit'.*toy, lift.*package.module:EnvId"):
-        resolve("lfit")
+@pytest.mark.parametrize(
+    ("given", "near"),
+    [("lfit", "lift"), ("door-open-v3", "door-open"), ("metaworld-push", "push"), ("FetchPush", "fetch-push")],
+)
+def test_resolve_unknown_task_names_the_nearest(given: str, near: str) -> None:
+    with pytest.raises(UserError, match=rf"'{given}'; nearest are .*\b{near},.*package.module:EnvId") as caught:
+        resolve(given)
+    assert len(str(caught.value)) < 200 and "\n" not in str(caught.value)
 
 
 class Tiny(gym.Env):
@@ -362,7 +367,7 @@ def test_user_env_never_ends_twice(horizon: int, flags: tuple[bool, bool]) -> No
         (f"{__name__}:Silent-v0", 'Silent-v0 does not report info\\["success"\\]'),
         (f"{__name__}:Discrete-v0", "finite bounds"),
         (f"{__name__}:Unbounded-v0", "finite bounds"),
-        (f"{__name__}:Image-v0", "1-D Box"),
+        (f"{__name__}:Image-v0", r"observes Box\(0, 255, \(8, 8, 3\), uint8\); .*no images"),
         (f"{__name__}:Missing-v0", "cannot be made"),
         ("no_such_package:Env-v0", "No module named"),
     ],

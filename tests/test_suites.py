@@ -1,8 +1,9 @@
-"""Meta-World, Adroit and Kitchen: the contract of every environment, and demonstrations without and with a network."""
+"""All suites but robosuite: the contract of every environment, and demonstrations without and with a network."""
 
 import copy
 import importlib
 import json
+import sys
 import warnings
 from pathlib import Path
 from types import ModuleType
@@ -12,17 +13,26 @@ import h5py
 import numpy as np
 import pytest
 
-from common.demos import get_demos
+from common.demos import get_demos, save_demos
 from common.envs import TASKS, make_env
 from common.errors import UserError
+from settings.tasks import METAWORLD
+from tests.helpers import slow
 from tests.test_bad_files import BROKEN
 from tests.warm import run_script
 from tools import doctor
 from tools.policy_file import load_policy
+from tools.recording import rollout
+from tools.scripted import find_expert
 
 ROOT = Path(__file__).resolve().parent.parent
-SUITES = ("metaworld", "adroit", "kitchen")
-NAMES = [name for name, task in TASKS.items() if task.suite in SUITES]
+SUITES = ("metaworld", "adroit", "kitchen", "fetch")
+QUICK = ("peg-insert-side", "pick-place", "metaworld-hammer", "mt10")  # of Meta-World's fifty
+NAMES = [
+    name if task.suite != "metaworld" or name in QUICK else slow(name)
+    for name, task in TASKS.items()
+    if task.suite in SUITES
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -81,6 +91,76 @@ def test_metaworld_env_success_ends_and_the_horizon_truncates(name: str, tmp_pat
         make_env(name, horizon=501)
 
 
+def test_tasks_are_all_of_metaworld_each_with_its_policy() -> None:
+    from metaworld.env_dict import ALL_V3_ENVIRONMENTS
+    from metaworld.policies import ENV_POLICY_MAP
+
+    assert {f"{name}-v3" for name in METAWORLD} == ALL_V3_ENVIRONMENTS.keys() == ENV_POLICY_MAP.keys()
+    named = {task.env_name for task in TASKS.values() if task.suite == "metaworld" and not task.tasks}
+    assert len(METAWORLD) == 50 and named == ENV_POLICY_MAP.keys()
+    assert TASKS["hammer"].suite == "adroit" and TASKS["metaworld-hammer"].env_name == "hammer-v3"
+
+
+@pytest.mark.parametrize("name", ["door-open", "metaworld-hammer", slow("push-back")])
+def test_metaworld_expert_demonstrates_any_task(name: str, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
+    demos = get_demos(name, "scripted", 2, 0.2, tmp_path)
+    assert demos.obs.shape[1] == 39 and demos.actions.shape[1] == 4 and len(demos.ends) == 2
+    assert np.diff(demos.ends, prepend=0).max() <= TASKS[name].horizon
+    assert not [w for w in recwarn if "Constant" in str(w.message)]
+
+
+@pytest.mark.parametrize("name", ["fetch-reach", "fetch-push", "fetch-pick-and-place"])
+def test_fetch_experts_succeed_within_the_cap(name: str, tmp_path: Path) -> None:
+    task, expert = TASKS[name], find_expert(TASKS[name])
+    env = make_env(name)
+    for seed in range(5):
+        succeeded, (obs, states, _, rewards) = rollout(env, expert, np.random.default_rng(seed), 0.3, seed)
+        assert succeeded and len(obs) <= task.horizon and rewards.tolist() == [0.0] * (len(obs) - 1) + [1.0]
+        assert obs.shape[1] == sum(width for _, width in task.obs) and len(states) == len(obs)
+        assert (obs[:, -3:] == obs[0, -3:]).all()  # the goal
+    core = env.env.unwrapped
+    moved = obs[-1, :3] if name == "fetch-reach" else obs[-1, 3:6]
+    assert np.linalg.norm(moved - core.goal) < 0.1  # a step before success, which is within 0.05
+    np.testing.assert_allclose(core.data.site("target0").xpos, core.goal)  # in the picture
+    env.close()
+    assert get_demos(name, "scripted", 1, 0.0, tmp_path).obs.shape[1] == obs.shape[1]
+
+
+def test_fetch_horizon_truncates() -> None:
+    env = make_env("fetch-slide", horizon=3)
+    env.reset(seed=0)
+    steps = [env.step(np.zeros(4, np.float32)) for _ in range(3)]
+    assert [step[1:4] for step in steps] == [(0.0, False, False)] * 2 + [(0.0, False, True)]
+    env.close()
+
+
+def test_pusht_missing_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gym_pusht", None)
+    monkeypatch.delitem(sys.modules, "common.envs.pusht_env", raising=False)
+    with pytest.raises(UserError, match=r"pusht cannot be imported .* pip install --no-deps gym-pusht==") as caught:
+        make_env("pusht")
+    assert "\n" not in str(caught.value)
+
+
+def test_pusht_meets_the_contract(tmp_path: Path) -> None:
+    pytest.importorskip("gym_pusht")
+    env = make_env("pusht")
+    start, info = env.reset(seed=3)
+    assert start.shape == (5,) and start.dtype == np.float32 and info == {"success": False}
+    steps = [env.step(np.full(2, x, np.float32)) for x in (-1, 0, 1)]
+    np.testing.assert_array_equal(env.reset(seed=3)[0], start)
+    again = [env.step(np.full(2, x, np.float32)) for x in (-1, 0, 1)]
+    for one, other in zip(steps, again, strict=True):
+        np.testing.assert_array_equal(one[0], other[0])
+        assert one[1:] == other[1:] == (0.0, False, False, {"success": False})
+    block, goal = env.unwrapped.block, env.unwrapped.goal_pose
+    block.angle, block.position = goal[2], goal[:2].tolist()
+    assert env.step(np.full(2, -1, np.float32))[1:] == (1.0, True, False, {"success": True})
+    obs = np.tile(start, (4, 1))
+    save_demos(tmp_path / "mine.npz", [(obs, np.full((4, 2), 384.0))])  # in pixels
+    np.testing.assert_allclose(get_demos("pusht", str(tmp_path / "mine.npz"), 1, 0.0, tmp_path).actions, 0.5)
+
+
 def test_robotics_env_sparse_raw_and_dense_adroit_rewards() -> None:
     sparse, raw, dense = make_env("door"), make_env("door-raw"), make_env("door-dense")
     for env in (sparse, raw, dense):
@@ -119,7 +199,7 @@ def test_robotics_env_kitchen_succeeds_when_all_goals_are_met() -> None:
 
 
 def test_simulation_renders_every_suite() -> None:
-    for name in ("peg-insert-side", "door", "kitchen-complete"):
+    for name in ("peg-insert-side", "door", "kitchen-complete", "fetch-push"):
         env = make_env(name, render=True)
         env.reset(seed=1)
         try:
@@ -214,8 +294,9 @@ def test_load_policy_unfit_file_is_a_user_error(tmp_path: Path, changes: dict, w
 def test_find_expert_without_one_says_what_would_do(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"door has no scripted expert; name a trained policy with --demos POLICY\.npz"):
         get_demos("door", "scripted", 1, 0.0, tmp_path)
-    with pytest.raises(UserError, match="kitchen-mixed has no scripted expert"):
-        get_demos("kitchen-mixed", "scripted", 1, 0.0, tmp_path)
+    for name in ("kitchen-mixed", "fetch-slide", "pusht"):
+        with pytest.raises(UserError, match=f"{name} has no scripted expert; give demonstrations with --demos FILE"):
+            get_demos(name, "scripted", 1, 0.0, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["door", "hammer", "pen", "relocate"])

@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
     check_out(args.out)
     expert = as_expert(args.policy, *find_policy(args.policy, args.seed))
     kept, result = record(args.env, expert, args.episodes, args.seed, args.all)
-    save_demos(args.out, kept)
+    save_demos(args.out, kept, units="normalized")
     print(result)
     obs, actions, _ = kept[0]
     steps = sum(len(actions) for _, actions, _ in kept)

@@ -1,5 +1,6 @@
-"""Scripted experts: who demonstrates which task. Those of robosuite's tasks are in robosuite_experts.py."""
+"""Scripted experts: who demonstrates which task. robosuite_experts.py has robosuite's, fetch_experts.py Fetch's."""
 
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -43,6 +44,7 @@ def metaworld_expert(
     """Meta-World's own policy of the episode's task, with tremor in the three position commands."""
     from metaworld.policies import ENV_POLICY_MAP
 
+    warnings.filterwarnings("ignore", "Constant")  # "may be too high": actions are clipped
     policy = ENV_POLICY_MAP[env.names[env.which]]()
     while True:
         action = np.clip(policy.get_action(obs[:39].astype(np.float64)), -1, 1)
@@ -60,6 +62,10 @@ def find_expert(task: TaskSpec) -> Callable[..., Expert]:
         from tools import robosuite_experts
 
         return getattr(robosuite_experts, f"{task.name}_expert")
+    if task.suite == "fetch" and task.name != "fetch-slide":
+        from tools import fetch_experts
+
+        return getattr(fetch_experts, f"{task.name.removeprefix('fetch-').replace('-', '_')}_expert")
     if task.suite == "adroit":
         raise UserError(f"{task.name} has no scripted expert; name a trained policy with --demos POLICY.npz")
     raise UserError(

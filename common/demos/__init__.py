@@ -123,7 +123,7 @@ def get_demos(
         else:
             path = Path(source)
         box = None
-        if task.suite == "gymnasium":
+        if task.suite in ("gymnasium", "pusht"):
             with closing(make_env(env_id)) as env:
                 box = env.get_wrapper_attr("action_bounds")
         obs, actions, ends = _read(path, task, filter_key, box, pixels)

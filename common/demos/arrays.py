@@ -2,22 +2,23 @@
 
 obs (N, O) and actions (N, A) are the steps of all episodes, one episode after the other; obs[t] is what was seen when
 actions[t] was chosen. Either ends (N,) is True at the last step of every episode, or episode (N,) is the number of each
-step's episode. rewards (N,) may be there; cloning does not need them.
+step's episode. rewards (N,) may be there; cloning does not need them. units may be there, a word of UNITS: what actions
+are in, which their range does not always tell.
 """
 
 import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from common.demos.checks import READS, Bounds, Floats, in_range, matrix
+from common.demos.checks import READS, UNITS, Bounds, Floats, in_range, matrix
 from common.errors import UserError, reading
 from common.files import replacing
 
-NAMES = ("obs", "actions", "ends", "episode", "rewards")
+NAMES = ("obs", "actions", "ends", "episode", "rewards", "units")
 
 
 def read_arrays(path: Path, box: Bounds | None = None) -> tuple[Floats, Floats, NDArray[np.int64]]:
@@ -28,14 +29,20 @@ def read_arrays(path: Path, box: Bounds | None = None) -> tuple[Floats, Floats, 
     steps = _checked(arrays, str(path))
     ends = _ends(arrays, len(steps["obs"]), path)
     names = [f"episode {i}" for i in range(len(ends))]
-    return steps["obs"], in_range(steps["actions"], ends, names, path, box), ends
+    units = str(arrays.get("units", ""))
+    if units not in ("", *UNITS):
+        raise UserError(f"{path}: units is {units[:40]!r}; {' or '.join(UNITS)} is needed, or leave it out")
+    return steps["obs"], in_range(steps["actions"], ends, names, path, box, units), ends
 
 
-def save_demos(path: str | Path, episodes: Iterable[Sequence[ArrayLike]]) -> None:
+def save_demos(
+    path: str | Path, episodes: Iterable[Sequence[ArrayLike]], units: Literal["", "normalized", "environment"] = ""
+) -> None:
     """Writes episodes, all of them successes, to an .npz file that --demos reads; atomically.
 
     An episode of T steps is (obs (T, O), actions (T, A)) or (obs, actions, rewards (T,)); obs[t] is what was seen when
-    actions[t] was chosen. Actions are in [-1, 1], or in the units of the environment.
+    actions[t] was chosen. units: "normalized" for actions in [-1, 1], "environment" for those in the units of the
+    environment; empty leaves it to the reader, by their range.
     Raises UserError, and writes nothing, if they have other shapes or are not finite.
     """
     path = Path(path)
@@ -55,7 +62,7 @@ def save_demos(path: str | Path, episodes: Iterable[Sequence[ArrayLike]]) -> Non
     columns = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     ends = np.concatenate([np.arange(len(part["obs"])) == len(part["obs"]) - 1 for part in parts])
     with replacing(path) as temp:
-        np.savez(temp, **columns, ends=ends)
+        np.savez(temp, **columns, ends=ends, **({"units": np.array(units)} if units else {}))
 
 
 def _episode(episode: Sequence[ArrayLike], where: str) -> dict[str, Floats]:

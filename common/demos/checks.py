@@ -15,6 +15,7 @@ Floats = NDArray[np.float32]
 Bounds = tuple[NDArray[Any], NDArray[Any]]  # least and largest action, each (A,)
 TOP = 1 + 1e-6  # largest action of a file, with room for rounding
 ACTION_LIMIT = 1 - 1e-5  # the ends of the range are unreachable for squashed policies
+UNITS = ("normalized", "environment")  # of actions, where a file says so: in [-1, 1], or as the environment takes them
 # The end of a refusal of what is in none of the formats.
 READS = (
     "--demos reads FILE.hdf5 in robomimic's layout, FILE.npz or a folder of .npy files with obs, actions and ends, and "
@@ -50,22 +51,29 @@ def joined(episodes: list[tuple[Floats, Floats]]) -> tuple[Floats, Floats, NDArr
 
 
 def in_range(
-    actions: Floats, ends: NDArray[np.int64], names: Sequence[str], path: Path, box: Bounds | None = None
-) -> Floats:
-    """Actions (N, A) within +-ACTION_LIMIT; those in the units of the `box` are brought to [-1, 1], with a note.
+    actions: Floats, ends: NDArray[np.int64], names: Sequence[str], path: Path, box: Bounds | None = None,
+    units: str = "",
+) -> Floats:  # fmt: skip
+    """Actions (N, A) within +-ACTION_LIMIT; those in the units of the `box` are brought to [-1, 1].
 
+    units: one of UNITS, or empty: what the range of the actions suggests, with a note.
     Raises UserError if they are in neither, naming the episode: `ends` (E,) are exclusive, `names` those of E episodes.
     """
-    if box and _in_units_of(box, actions, path):
-        actions = (2 * (actions - box[0]) / (box[1] - box[0]) - 1).astype(np.float32)
-    if (largest := np.abs(actions).max(1)).max() > TOP:
-        name = names[int(np.searchsorted(ends, largest.argmax(), side="right"))]
-        own = f", or in the environment's own units, {box[0].min():g} to {box[1].max():g}" if box else ""
+    taken, judged, ranges = actions, actions, [] if box and units == "environment" else ["[-1, 1]"]
+    if box and units != "normalized" and actions.shape[1:] == box[0].shape:
+        low, high = (np.asarray(bound, np.float64) for bound in box)
+        judged = ((2 * actions - low - high) / (high - low)).astype(np.float32)
+        if units or _in_units_of(box, actions, path):
+            taken = judged
+    if np.abs(taken).max() > TOP:
+        row, column = np.unravel_index(np.abs(judged).argmax(), judged.shape)
+        if judged is not actions:
+            ranges.append(f"the environment's own units, {low[column]:g} to {high[column]:g}")
         raise UserError(
-            f"{path}: {name}: actions reach {largest.max():g}; they must be in [-1, 1], as the environment takes "
-            f"them{own}: rescale them"
+            f"{path}: {names[int(np.searchsorted(ends, row, side='right'))]}: actions reach {actions[row, column]:g}; "
+            f"they must be in {', or in '.join(ranges)}: rescale them"
         )
-    return np.clip(actions, -ACTION_LIMIT, ACTION_LIMIT)
+    return np.clip(taken, -ACTION_LIMIT, ACTION_LIMIT)
 
 
 def _in_units_of(box: Bounds, actions: Floats, path: Path) -> bool:

@@ -6,6 +6,7 @@ episode a function of s and the actions.
 """
 
 import ctypes
+import difflib
 import importlib
 import multiprocessing
 import os
@@ -22,12 +23,16 @@ from common.envs.wrappers import ChunkStep, Guard, PixelEnv, Pixels
 from common.errors import UserError
 from settings.tasks import TASKS, TaskSpec
 
+# Its own list of dependencies has the OpenCV that replaces ours and needs system libraries.
+_PUSHT = "pymunk==6.11.1 pygame==2.6.1 shapely==2.2.0 && pip install --no-deps gym-pusht==0.1.8"
 SUITES = {  # suite -> module of this package, class, made with (task, horizon, render=...), and what pip installs
     "toy": ("toy", "ToyReach", ""),
     "robosuite": ("robosuite_env", "RobosuiteEnv", "--no-deps -r requirements-nodeps.txt"),
     "metaworld": ("metaworld_env", "MetaWorldEnv", "metaworld==3.1.1"),
     "adroit": ("robotics_env", "RoboticsEnv", "gymnasium-robotics==1.4.2"),
     "kitchen": ("robotics_env", "RoboticsEnv", "gymnasium-robotics==1.4.2"),
+    "fetch": ("robotics_env", "RoboticsEnv", "gymnasium-robotics==1.4.2"),
+    "pusht": ("pusht_env", "PushT", _PUSHT),
     "gymnasium": ("gymnasium_env", "UserEnv", ""),
 }
 
@@ -54,8 +59,10 @@ def resolve(env_id: str) -> TaskSpec:
         return TASKS[env_id]
     module, _, name = env_id.partition(":")
     if not (module and name):
-        names = ", ".join(TASKS)
-        raise UserError(f"unknown task {env_id!r}; use one of {names}, or package.module:EnvId for your own")
+        near = ", ".join(difflib.get_close_matches(env_id.lower(), TASKS, 5, cutoff=0))
+        raise UserError(
+            f"unknown task {env_id!r}; nearest are {near}; docs/tasks.md lists all; package.module:EnvId is your own"
+        )
     return TaskSpec(env_id, "gymnasium", env_id)
 
 
