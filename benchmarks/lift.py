@@ -17,6 +17,7 @@ import numpy as np
 import plots
 import runs
 from common.evaluate import wilson
+from common.jobs import execute_all
 from runs import ROOT, RUNS, Run
 from study_configs import settings
 
@@ -188,7 +189,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.what == "run":
-        sys.exit(runs.execute_all(run_one, [(config, seed) for config in args.configs for seed in SEEDS], args.jobs))
+        sys.exit(execute_all(run_one, [(config, seed) for config in args.configs for seed in SEEDS], args.jobs))
     {"store": store, "report": report}[args.what]()
 
 

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 import plots
 import runs
 import study_stats as stats
+from common.jobs import execute_all
 from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "peers"
@@ -111,7 +112,7 @@ def tune(methods: Sequence[str], jobs: int) -> int:
 
 def execute(jobs: list[tuple], workers: int) -> int:
     clones = list(dict.fromkeys((job[0], "clone", job[2]) for job in jobs))
-    return runs.execute_all(
+    return execute_all(
         run_one, [*clones, *jobs], workers, lambda job: None if job[1] == "clone" else (job[0], "clone", job[2])
     )
 

@@ -13,6 +13,7 @@ import sys
 import plots
 import runs
 import tasks
+from common.jobs import execute_all
 from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "pixels"
@@ -76,7 +77,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if args.what == "run":
-        sys.exit(runs.execute_all(run_one, [(name, seed) for seed in args.seeds for name in args.tasks], args.jobs))
+        sys.exit(execute_all(run_one, [(name, seed) for seed in args.seeds for name in args.tasks], args.jobs))
     {"store": store, "report": report}[args.what]()
 
 

@@ -9,12 +9,8 @@ fields of `Run`. `execute` makes a run, `keep` stores finished ones, `read` give
 import gzip
 import json
 import math
-import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -23,63 +19,17 @@ from typing import Any
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from common import jobs
 from common.files import write_atomic
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = ROOT / "runs"
-STOPPED = 130
 
 
 def execute(script: str, name: str, flags: Sequence[str], resume: Sequence[str] = ()) -> int:
-    """Exit code of one run, to its end: skipped if it is finished, resumed (with flags of its own) if interrupted.
-
-    A run told to stop ends with 0, its checkpoint saved; here that is STOPPED.
-    """
-    folder = RUNS / name
-    if (folder / "wall_seconds").exists():
-        return 0
-    started = time.time()
-    if (folder / "checkpoint.pt").exists():
-        flags = ["--resume", str(folder), *resume]
-    else:
-        shutil.rmtree(folder, ignore_errors=True)
-        flags = ["--run-name", name, *flags]
-    RUNS.mkdir(exist_ok=True)
-    with open(RUNS / f"{name}.txt", "a+") as out:
-        start = out.tell()
-        code = subprocess.run(
-            [sys.executable, script, *flags], cwd=ROOT, stdout=out, stderr=subprocess.STDOUT
-        ).returncode
-        out.seek(start)
-        if code == 0 and "saved; go on with" in out.read():
-            return STOPPED
-    if code == 0:
-        (folder / "wall_seconds").write_text(f"{time.time() - started:.0f}\n")
-    return code
-
-
-def execute_all(
-    one: Callable[..., int],
-    jobs: Sequence[tuple],
-    workers: int,
-    needs: Callable[[tuple], tuple | None] = lambda _: None,
-) -> int:
-    """Runs one(*job) for every job, `workers` at a time, and lists those that failed: 0 if none did, else 1.
-
-    needs(job) is an earlier job without whose success this one cannot run, or None.
-    """
-    with ThreadPoolExecutor(workers) as pool:
-        started: dict[tuple, Future[int]] = {}
-
-        def work(job: tuple, needed: Future[int] | None) -> int:
-            return (needed.result() if needed else 0) or one(*job)
-
-        for job in jobs:  # in this order, so that a worker only ever waits for a job that another one has
-            started[job] = pool.submit(work, job, started.get(needs(job)))
-        codes = [future.result() for future in started.values()]
-    failed = [job for job, code in zip(started, codes, strict=True) if code]
-    print(f"{len(started) - len(failed)} finished, {len(failed)} failed: {failed or '-'}")
-    return int(bool(failed))
+    """Exit code of one run in runs/NAME, as `jobs.execute`; SIGTERM stops it like Ctrl-C."""
+    with jobs.stopped_by_signals():
+        return jobs.execute(script, RUNS / name, flags, resume)
 
 
 @dataclass(frozen=True)
@@ -153,10 +103,10 @@ def keep(store: Path, folders: Mapping[str, Path], files: Callable[[Path], dict[
     """
     found = {}
     for name, folder in folders.items():
-        if (folder / "wall_seconds").exists():
+        if (folder / jobs.FINISHED).exists():
             recorded = json.loads((folder / "args.json").read_text())
             args = recorded.pop("args")
-            wall_seconds = int((folder / "wall_seconds").read_text())
+            wall_seconds = int((folder / jobs.FINISHED).read_text())
             metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
             found[name] = Run(name, args, recorded, wall_seconds, metrics, files(folder))
     if found:

@@ -22,6 +22,7 @@ from matplotlib.axes import Axes
 import plots
 import runs
 import study_stats as stats
+from common.jobs import execute_all
 from runs import ROOT, RUNS
 from study_configs import ALONE, CLAIMS, CONFIGS, EARLIER, EVERY, FIGURES, SAME, SEEDS, STEPS, Figure, Panel, settings
 
@@ -79,7 +80,7 @@ def run(
         task, config, seed = job
         return None if config in (*ALONE, "clone") else (task, "clone", seed)
 
-    return runs.execute_all(run_one, list(dict.fromkeys(clones + others)), jobs, needs)
+    return execute_all(run_one, list(dict.fromkeys(clones + others)), jobs, needs)
 
 
 def store() -> None:

@@ -21,6 +21,7 @@ import plots
 import runs
 from common.envs import TASKS
 from common.evaluate import wilson
+from common.jobs import execute_all
 from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "tasks"
@@ -55,7 +56,7 @@ def run(jobs: int, names: list[str], seeds: list[int], policies: Path | None) ->
     def one(name: str, seed: int) -> int:
         return runs.execute("ogpo_state.py", f"task_{name}_s{seed}", run_flags(name, seed, policies))
 
-    return runs.execute_all(one, [(name, seed) for seed in seeds for name in names], jobs)
+    return execute_all(one, [(name, seed) for seed in seeds for name in names], jobs)
 
 
 def store() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 import runs
+from common.jobs import execute_all
 from runs import ROOT, RUNS, Run
 
 STORE = ROOT / "benchmarks" / "toy"
@@ -144,7 +145,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "store", "report"))
     what = parser.parse_args().what
     if what == "run":  # one at a time, for their times
-        sys.exit(runs.execute_all(run_one, [(name,) for name in COMMANDS], workers=1))
+        sys.exit(execute_all(run_one, [(name,) for name in COMMANDS], workers=1))
     {"store": store, "report": report}[what]()
 
 

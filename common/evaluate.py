@@ -14,6 +14,7 @@ from torch import Tensor
 from common.errors import UserError, first_line
 from common.files import replacing
 from common.rng import Rng
+from common.runlog import counted
 
 Policy = Callable[[Tensor, Rng], Tensor]  # observations (n, O), source of noise -> chunks (n, H, A)
 Act = Callable[[np.ndarray], np.ndarray]
@@ -58,7 +59,7 @@ class EvalResult:
         low, high = self.interval
         parts = ", ".join(f"{name} {rate:.2f}" for name, rate in self.by_part.items())
         return (
-            f"success {self.rate:.2f} [{low:.2f}, {high:.2f}] over {len(self.success)} episodes, "
+            f"success {self.rate:.2f} [{low:.2f}, {high:.2f}] over {counted(len(self.success), 'episode')}, "
             f"mean length {self.mean_length:.1f}{f' ({parts})' if parts else ''}"
         )
 

@@ -18,11 +18,10 @@ from filelock import FileLock
 
 from common.errors import UserError, first_line
 from common.machine import describe_machine
-from common.runlog import write_json
+from common.runlog import LOCK, write_json
 
 RECORD = "args.json"
 FIRST = {RECORD, "metrics.jsonl", "tensorboard", "wandb", "wandb_id.json", "cloned.pt", "before.mp4"}  # before it saves
-LOCK = ".lock"  # of who makes the folder's record, then of who writes its log
 FIRST |= {"cloned.pt.tmp", "checkpoint.pt.tmp"}
 
 Weights = Sequence[Callable[..., Any]]  # classes and functions of a script that its checkpoints depend on

@@ -23,7 +23,7 @@ from common.evaluate import Encode, EvalResult, Policy, record_video
 from common.evaluator import Evaluator, Work, acting, evaluate_all
 from common.record import RECORD
 from common.replay import ReplayBuffer
-from common.runlog import plot_curves, read_metrics
+from common.runlog import counted, plot_curves, read_metrics
 from common.seeds import eval_seeds
 from common.tracked_run import TrackedRun
 
@@ -88,6 +88,7 @@ class Run(TrackedRun):
         self.task, self.horizon, self.device, self.pixels = resolve(env), horizon, device, pixels
         self.started = time.perf_counter()
         self.said: set[str] = set()  # notes
+        self.demos = ""  # what they are
         self.policies: dict[str, Policy] = {}
         self.encode: Encode = np.asarray
         self.evaluation: dict[str, Any] | None = None  # arguments of the one that the run waits for
@@ -104,6 +105,7 @@ class Run(TrackedRun):
     def open_log(self, total_steps: int, wandb_project: str, tensorboard: bool) -> None:
         """As `TrackedRun.open_log`; an evaluation that a stop cut short is made now, one that went on begins again."""
         super().open_log(total_steps, wandb_project, tensorboard)
+        self._introduce(total_steps)
         self.push(self._draw)
         keys = [f"eval/{name}_success" for name in ACTING]
         self.rates = [(row["step"], row[k]) for row in read_metrics(self.folder) for k in keys if k in row]
@@ -113,6 +115,20 @@ class Run(TrackedRun):
             del saved["evaluation"]
         if beside := saved.pop("beside", None):
             self._begin_again(beside)
+
+    def _introduce(self, total_steps: int) -> None:
+        a, nets = self.args, {}
+        for name, net in vars(self.parts["agent"]).items():
+            if isinstance(net, nn.Module):
+                nets[name] = sum(p.numel() for p in net.parameters() if p.requires_grad)  # of an average: 0
+        about = {
+            "task": ", ".join([a["env"], *(f"{k} {a[k]}" for k in ("preset", "variant", "method", "seed") if k in a)]),
+            "demonstrations": self.demos,
+            "networks": f"{', '.join(f'{k} {n:,}' for k, n in nets.items() if n)} parameters",
+        }
+        during = counted(total_steps // a["eval_every"], "evaluation")
+        rest = f"{during} of {counted(a['eval_interval_episodes'], 'episode')}, then one of {a['eval_episodes']:,}"
+        self.introduce(self.device, about, total_steps, rest)
 
     def open_evaluation(self, processes: int, chunk: int) -> None:
         """Environments of the evaluations; what they show and take gives obs_dim and act_dim.
@@ -139,6 +155,7 @@ class Run(TrackedRun):
         with self.stop.at_once():
             demos = get_demos(self.task.name, source, num, noise, cache, filter_key=filter_key, pixels=self.pixels)
         demos.check_fit(self.task.name, self.obs_dim, self.act_dim, self.horizon)
+        self.demos = f"{counted(len(demos.ends), 'episode')}, {counted(len(demos.obs), 'step')}, {source}"
         return demos
 
     def check_disk(self, buffer_bytes: int) -> None:
@@ -276,6 +293,7 @@ class Run(TrackedRun):
                     seeds,
                     encode=self.encode,
                 )
+                self.log.say(f"video: {self.folder / name}")
         except UserError as error:
             self._note_once("video", str(error))
         except Exception as error:  # of the environment: a run does without pictures
@@ -301,4 +319,4 @@ class Run(TrackedRun):
     def _draw(self, kind: type[BaseException] | None, *_: object) -> None:
         """Draw the learning curve, unless the user is in a hurry."""
         if self.step and kind is not KeyboardInterrupt:
-            self.log.say(f"learning curve: {plot_curves(self.folder)}")
+            self.log.say(f"metrics: {self.folder / 'metrics.jsonl'}\nlearning curve: {plot_curves(self.folder)}")

@@ -1,15 +1,15 @@
-"""Run folder: metrics.jsonl, the progress line, TensorBoard and W&B doors, learning curves."""
+"""Run folder: metrics.jsonl, what a run says, TensorBoard and W&B doors, learning curves."""
 
-import fcntl
 import importlib
 import json
 import math
 import os
 import shutil
 import sys
+import textwrap
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -17,10 +17,12 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from common.errors import UserError, first_line
 from common.files import replacing, write_atomic
 
+LOCK = ".lock"  # in a run folder: of who makes its record, then of who writes its log
 _LIVE_PERIOD = 0.2  # seconds between refreshes of the live line on a terminal
 _PLAIN_PERIOD = 15.0  # seconds between progress lines in a file or pipe
 _RATE_WINDOW = 60.0  # seconds over which the speed is averaged
@@ -81,13 +83,14 @@ class RunLog:
         self._marks: deque[tuple[float, int]] = deque()  # times and steps of the last progress lines
         self._live = sys.stdout.isatty()
         path = self.run_dir / "metrics.jsonl"
-        self._file = open(path, "ab")
+        self._lock = FileLock(self.run_dir / LOCK, timeout=0)  # the system drops it when the process ends
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system drops it when the process ends
-        except BlockingIOError as error:
+            self._lock.acquire()
+        except Timeout as error:
             raise UserError(f"another process still writes {run_dir}; stop it, or wait for its end") from error
         except OSError:
             pass  # a file system without locks
+        self._file = open(path, "ab")
         self._truncate(resume_bytes or 0)
         self._tensorboard: Any = None
         self._wandb: Any = None
@@ -164,6 +167,7 @@ class RunLog:
         if self._live and self._marks:
             print(flush=True)
         self._file.close()
+        self._lock.release()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:
@@ -189,6 +193,23 @@ class RunLog:
         except Exception as error:
             self._wandb = None
             self.say(f"note: W&B is off for the rest of this run ({first_line(error)}); metrics.jsonl has every number")
+
+
+def counted(n: int, thing: str) -> str:
+    """1 step, 2,000 steps."""
+    return f"{n:,} {thing}{'' if n == 1 else 's'}"
+
+
+def aligned(texts: Mapping[str, str], width: int = 80) -> str:
+    """A line "name: text" each, wrapped at `width` columns (a longer word stays whole); without the empty texts."""
+    indent = max(map(len, texts)) + 2
+    return "\n".join(
+        textwrap.fill(
+            text, width, initial_indent=f"{name}:".ljust(indent), subsequent_indent=" " * indent,
+            break_long_words=False, break_on_hyphens=False,
+        )
+        for name, text in texts.items() if text
+    )  # fmt: skip
 
 
 def write_json(path: Path, value: object) -> None:

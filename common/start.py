@@ -70,6 +70,13 @@ def load_run(folder: Path, weights: record.Weights) -> dict[str, Any]:
     return checkpoint.load(folder / CHECKPOINT)
 
 
+def describe_device(device: torch.device, asked: str) -> str:
+    """The device and why it is this one; asked: what `pick_device` was."""
+    if device.type == "cuda":
+        return f"{device} ({torch.cuda.get_device_name(device)})"
+    return f"{device}: {'no CUDA device found' if asked == 'auto' else 'asked for'}"
+
+
 def pick_device(name: str, threads: int = 0) -> torch.device:
     """auto: cuda if there is a GPU, else cpu. threads: torch's on a CPU, 0 leaves them as they are.
 

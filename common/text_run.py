@@ -17,7 +17,7 @@ from common.errors import UserError, first_line
 from common.files import write_atomic
 from common.judge import get_judge
 from common.judge.metrics import REAL, Judge, format_table, score_texts, split_real, unigram_entropy
-from common.runlog import write_json
+from common.runlog import counted, write_json
 from common.text import TextData, load_text, toy_probabilities
 from common.textplots import plot_scores
 from common.tracked_run import TrackedRun
@@ -58,8 +58,20 @@ class TextRun(TrackedRun):
         def make() -> None:
             checkpoint.check_run_dir(self.folder, 3 * 16 * weights)
             super(TextRun, self).open_log(total_steps, wandb_project, tensorboard)
+            self._introduce(weights)
 
         self.ranks.by_chief(make, self.device)
+
+    def _introduce(self, weights: int) -> None:
+        a, data, (rows, length) = self.args, self.data, self.data.train.shape
+        about = {
+            "corpus": f"{data.name}, seed {a['seed']}; {rows:,} rows of {length} tokens ({rows * length:,}), "
+            f"{len(data.valid):,} held out",
+            "network": f"{weights:,} parameters, vocabulary {data.tokenizer.vocab_size:,}",
+        }
+        during = counted(-(-self.total_steps // a["eval_every"]), "evaluation")
+        rest = f"{counted(a['batch'], 'row')} each; {during}, then one of {counted(a['samples'], 'sample')}"
+        self.introduce(self.device, about, self.total_steps, rest)
 
     def save(self) -> None:
         self.ranks.by_chief(super().save, self.device)
@@ -106,7 +118,8 @@ class TextRun(TrackedRun):
             sample = decode(self.data, rows[:1])[0]
             shown.append(f"{n:4d} call{'s' * (n > 1)}: perplexity {perplexity:.1f}, entropy {entropy:.2f}: {sample!r}")
         self.log.log(self.step, metrics)
-        self.log.say("\n  ".join([f"step {self.step}: {len(rows)} samples, judge {self.judge.name}", *shown]))
+        about = f"step {self.step}: {counted(len(rows), 'sample')}, judge {self.judge.name}"
+        self.log.say("\n  ".join([about, *shown]))
 
     def evaluate(self, generate: Generate, steps: Sequence[int], samples: int, show: int, tag: str = "") -> None:
         """Print samples and the table of perplexity, entropy and distances; write samples, table and figure.
@@ -120,7 +133,7 @@ class TextRun(TrackedRun):
             write_json(folder / "args.json", self.args)
         real, reference = split_real(self.data.valid, samples)
         if len(real) < samples:
-            print(f"note: real text has only {len(real)} rows: --samples {len(real)} compares equal numbers")
+            print(f"note: real text has only {counted(len(real), 'row')}: --samples {len(real)} compares equal numbers")
         scores, shown = [], []
         for n in (*steps, None):
             label = f"{n} steps" if n else REAL
@@ -136,7 +149,8 @@ class TextRun(TrackedRun):
         write_atomic(folder / f"{table_name}.md", f"{table}\n".encode())
         write_json(folder / f"{table_name}.json", [asdict(score) for score in scores])
         plot_scores({self.folder.name: scores}, folder / f"{table_name}.png", f"{self.data.name}: {samples} samples")
-        print("\n".join([*shown, "", table]), flush=True)
+        files = f"table, numbers, figure: {folder / table_name}.md, .json, .png"
+        print("\n".join([*shown, "", table, "", files]), flush=True)
 
     def _judged(self, rows: np.ndarray) -> list[str]:
         """Texts as the judge is to read them: GPT-2 expects separators as the tokenizer writes them."""

@@ -8,10 +8,12 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from common import checkpoint
 from common.errors import EnvError, RunError, UserError, first_line
-from common.runlog import RunLog
-from common.start import CHECKPOINT
+from common.runlog import RunLog, aligned, counted
+from common.start import CHECKPOINT, describe_device
 
 VERSION = 2  # of what a run's checkpoints hold; 1 did not say so
 
@@ -39,6 +41,12 @@ class TrackedRun(ExitStack):
             resume_bytes=self.saved["log"] if self.saved else None, args=self.args,
         )  # fmt: skip
         self.callback(self.log.close)
+
+    def introduce(self, device: torch.device, about: Mapping[str, str], total_steps: int, rest: str) -> None:
+        """Print what this run is, before its first step. about: {name: text}; rest: of the budget beside the steps."""
+        steps = counted(total_steps, "step") + (f", {self.step:,} of them made" if self.step else "")
+        head = {"run": str(self.folder), "device": describe_device(device, self.args["device"])}
+        self.log.say(aligned(head | about | {"budget": f"{steps}; {rest}"}))
 
     def track(self, **parts: object) -> None:
         """What a checkpoint holds, by name; what the run's checkpoint has of it is restored here, once.

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from matplotlib.figure import Figure
 
-from common import cli
+from common import cli, jobs
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -49,7 +49,7 @@ def test_execute_told_to_stop_is_not_finished(monkeypatch: pytest.MonkeyPatch, t
     (tmp_path / "name").mkdir()
     (tmp_path / "name" / "checkpoint.pt").touch()  # so that the folder is kept
     script = tmp_path / "script.py"
-    for words, code in (("saved; go on with: --resume", runs.STOPPED), ("success 0.50", 0)):
+    for words, code in (("saved; go on with: --resume", jobs.STOPPED), ("success 0.50", 0)):
         script.write_text(f"print({words!r}); print('learning curve')")
         assert runs.execute(str(script), "name", []) == code
         assert (tmp_path / "name" / "wall_seconds").exists() == (code == 0)

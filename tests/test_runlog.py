@@ -61,7 +61,7 @@ def test_run_log_killed_and_resumed_equals_uninterrupted(tmp_path):
         file.write(b'{"step": 7, "x"')  # the kill fell into a write
     with pytest.raises(UserError, match="another process still writes"):
         RunLog(cut, total_steps=10, resume_bytes=position, args={"seed": 1})
-    log._file.close()
+    log.close()  # lets go of the lock, as the end of the process would
     log = RunLog(cut, total_steps=10, resume_bytes=position, args={"seed": 1})
     for step in range(5, 10):
         log.log(step, {"x": step / 3})
@@ -162,6 +162,49 @@ def test_run_log_tensorboard_gets_the_same_numbers(tmp_path):
     assert [(e.step, e.value) for e in events.Scalars("x")] == [(3, 0.5), (4, 0.75)]
 
 
+def test_run_log_tensorboard_of_a_resumed_run_has_every_step_once(tmp_path):
+    pytest.importorskip("torch.utils.tensorboard", reason="tensorboard is optional")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = RunLog(tmp_path, total_steps=10, tensorboard=True, args={})
+    log.log(3, {"x": 0.5})
+    position = log.position()
+    log.log(4, {"x": 0.625})  # after the checkpoint: made again
+    log.close()
+    log = RunLog(tmp_path, total_steps=10, tensorboard=True, resume_bytes=position, args={})
+    for step, value in ((4, 0.75), (5, 1.0)):
+        log.log(step, {"x": value})
+    log.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(e.step, e.value) for e in events.Scalars("x")] == [(3, 0.5), (4, 0.75), (5, 1.0)]
+
+
+def test_run_log_wandb_offline_gets_arguments_and_final_numbers_under_one_id(tmp_path, monkeypatch):
+    """The real package, which writes to files what it would send."""
+    wandb = pytest.importorskip("wandb", reason="wandb is optional")
+    for name, value in {"MODE": "offline", "SILENT": "true"}.items():
+        monkeypatch.setenv(f"WANDB_{name}", value)
+    for name in ("CONFIG_DIR", "CACHE_DIR", "DATA_DIR"):
+        monkeypatch.setenv(f"WANDB_{name}", str(tmp_path / "home"))
+    folder, ids = tmp_path / "run", []
+    args = {"seed": 1, "actor_hidden": (16, 16), "env": "toy"}
+    for resume, step in ((None, 3), (0, 5)):
+        log = RunLog(folder, total_steps=10, wandb_project="p", resume_bytes=resume, args=args)
+        log.log(step, {"eval/success": step / 8, "bad": math.nan})
+        log.log(step + 1, {"final/success": step / 16})
+        run = wandb.run
+        ids.append(run.id)
+        assert (run.project, run.name, dict(run.config)) == ("p", "run", args | {"actor_hidden": [16, 16]})
+        assert run.summary["eval/success"] == step / 8 and run.summary["final/success"] == step / 16
+        assert run.summary["step"] == step + 1
+        log.close()
+        assert wandb.run is None  # finished
+    assert ids[0] == ids[1] == json.loads((folder / "wandb_id.json").read_text())
+    written = sorted(folder.glob(f"wandb/offline-run-*-{ids[0]}/run-{ids[0]}.wandb"))
+    assert len(written) == 2 and all(b"final/success" in file.read_bytes() for file in written)
+
+
 class FakeWandb(types.ModuleType):
     """A W&B whose service can be down from the start (`up` = 0) or fail after `up` calls."""
 
@@ -213,6 +256,16 @@ def test_run_log_wandb_failure_costs_one_note_and_no_number(tmp_path, monkeypatc
     out = capsys.readouterr().out
     assert out.count("note: W&B is off") == 1 and out.count("\n") == 1
     assert len(read_metrics(tmp_path)) == 4
+
+
+def test_aligned_wraps_below_the_text_and_leaves_out_empty_ones():
+    said = runlog.aligned({"run": "a/" + "long" * 30, "none": "", "budget": "word " * 20})
+    assert [line[:8] for line in said.split("\n")] == ["run:    ", "budget: ", "        "]
+    assert all(len(line) <= 80 for line in said.split("\n")[1:]) and "a/" + "long" * 30 in said
+
+
+def test_counted_has_the_right_number():
+    assert [runlog.counted(n, "step") for n in (0, 1, 2000)] == ["0 steps", "1 step", "2,000 steps"]
 
 
 def test_plot_curves_draws_what_was_logged(tmp_path):

@@ -234,6 +234,10 @@ def test_main_on_own_text_needs_the_encoding_of_the_checkpoint(
     flm_train.main(["--data", str(text), *places, *size, *short, "--run-name", "flow"])
     out = capsys.readouterr().out
     assert "encoding: 512 tokens trained on this text" in out and "   1 call: perplexity" in out
+    saved = checkpoint.load(tmp_path / "flow" / "checkpoint.pt")["net"]
+    assert f"network: {sum(x.numel() for x in saved.values()):,} parameters, vocabulary 512\n" in out
+    assert "budget:  5 steps; 8 rows each; 1 evaluation, then one of 64 samples\n" in out
+    assert f"table, numbers, figure: {tmp_path / 'flow' / 'evaluation_ngram'}.md, .json, .png\n" in out
     (real,) = (int(line.split()[-2]) for line in out.splitlines() if line.startswith("| real text |"))
     assert real < 64 and f"note: real text has only {real} rows: --samples {real} compares equal numbers" in out
     distil = ["--teacher", str(tmp_path / "flow"), *places, *short, "--steps", "1", "--run-name"]

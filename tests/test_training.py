@@ -166,6 +166,14 @@ def test_main_run_folder_holds_what_its_reader_needs_and_eval_repeats_its_number
     logged = {k for row in read_metrics(run) for k in row}
     documented = (ROOT / "docs" / "ogpo_state.md").read_text()
     assert not [k for k in logged if f"`{k}`" not in documented]
+    head = out.splitlines()[:6]
+    assert [line.partition(":")[0] for line in head] == [
+        "run", "device", "task", "demonstrations", "networks", "budget",
+    ]  # fmt: skip
+    assert all(len(line) <= 80 for line in head[1:]) and str(run) in head[0] and "no CUDA device" in head[1]
+    nets = checkpoint.load(run / "checkpoint.pt")["agent"]
+    assert f"critic {sum(x.numel() for k, x in nets['critic'].items() if 'obs_' not in k):,} " in head[4]
+    assert f"metrics: {run / 'metrics.jsonl'}\nlearning curve: {run / 'learning_curve.png'}\n" in out
     final = [line for line in out.splitlines() if line.startswith("final, ")]
     assert len(final) == 2
     again = train(tmp_path, "--eval", str(run)).stdout
