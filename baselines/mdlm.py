@@ -662,9 +662,10 @@ def main(argv: list[str]) -> None:
         elif ranks.chief:
             make = functools.partial(generate, net, args, sample.samples)
             run.evaluate(make, sample.steps, sample.samples, sample.show, sampler_tag(sample))
-            bound = validate(net, data.valid, args, count=1_024, times=16)
-            write_json(folder / "likelihood.json", bound)
-            print(", ".join(f"{name} {value:.4f}" for name, value in bound.items()), flush=True)
+            if not (r.eval and (folder / "likelihood.json").exists()):
+                bound = validate(net, data.valid, args, count=1_024, times=16)
+                write_json(folder / "likelihood.json", bound)
+                print(", ".join(f"{name} {value:.4f}" for name, value in bound.items()), flush=True)
 
 
 if __name__ == "__main__":

@@ -96,19 +96,26 @@ def write(store: Path, runs: Iterable[Run]) -> None:
     read.cache_clear()
 
 
+def is_finished(folder: Path) -> bool:
+    """Whether `execute` has made this run to its end."""
+    return (folder / jobs.FINISHED).exists()
+
+
+def load(name: str, folder: Path, files: Mapping[str, Any] | None = None) -> Run:
+    """A finished run from its folder, under this name."""
+    recorded = json.loads((folder / "args.json").read_text())
+    args = recorded.pop("args")
+    wall_seconds = int((folder / jobs.FINISHED).read_text())
+    metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return Run(name, args, recorded, wall_seconds, metrics, dict(files or {}))
+
+
 def keep(store: Path, folders: Mapping[str, Path], files: Callable[[Path], dict[str, Any]] = lambda _: {}) -> list[str]:
     """Stores those of the runs {name: folder} that are finished, beside what is stored; returns their names.
 
     files(folder) are the results to keep beside arguments, wall time and metrics.
     """
-    found = {}
-    for name, folder in folders.items():
-        if (folder / jobs.FINISHED).exists():
-            recorded = json.loads((folder / "args.json").read_text())
-            args = recorded.pop("args")
-            wall_seconds = int((folder / jobs.FINISHED).read_text())
-            metrics = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-            found[name] = Run(name, args, recorded, wall_seconds, metrics, files(folder))
+    found = {name: load(name, folder, files(folder)) for name, folder in folders.items() if is_finished(folder)}
     if found:
         write(store, ({**read(store), **found}).values())
     return list(found)

@@ -14,6 +14,7 @@ import peers
 import pixels
 import study
 import tasks
+import text_report
 import toy
 from runs import ROOT
 
@@ -30,7 +31,7 @@ def measured() -> dict[str, str]:
 def tables() -> dict[str, str]:
     """{name: Markdown table}, without a newline at the end."""
     found: dict[str, str] = {}
-    for benchmark in (lift, tasks, pixels, flm, study, diagnose, toy, peers, captions):
+    for benchmark in (lift, tasks, pixels, flm, study, diagnose, toy, peers, captions, text_report):
         found |= benchmark.tables()
     return found | measured()
 

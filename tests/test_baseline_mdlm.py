@@ -510,10 +510,13 @@ def test_run_logs_and_evaluates(base: Path, capsys: pytest.CaptureFixture[str]) 
     valid = [row for row in rows if "valid/elbo" in row]
     assert len(valid) == 2 and all(0 < row["valid/ce"] < math.log(18) + 0.1 for row in valid)
     assert json.loads((base / "likelihood.json").read_text()) == {k: valid[-1][k] for k in ("valid/ce", "valid/elbo")}
+    (base / "likelihood.json").unlink()  # an evaluation makes it where it is missing, and only there
     mdlm.main(["--eval", str(base), "--steps", "1", "3", "--temperature", "0.5", *places(base.parent)])
     found, out = json.loads((base / "likelihood.json").read_text()), capsys.readouterr().out
     assert valid[-1]["valid/ce"] == pytest.approx(found["valid/ce"], rel=0.02)  # of more times and rows
     assert "| 3 steps |" in out and f"valid/elbo {found['valid/elbo']:.4f}" in out
+    mdlm.main(["--eval", str(base), "--steps", "1", "--temperature", "0.6", *places(base.parent)])
+    assert "valid/elbo" not in capsys.readouterr().out
     scores = json.loads((base / "evaluation_ngram_t0.5_p1.json").read_text())
     assert [score["text"] for score in scores] == ["1 steps", "3 steps", "real text"]
 
