@@ -44,7 +44,8 @@ METHODS = {  # teachers first
 COLOURS = dict(zip(METHODS, ("black", *plots.PALETTE[1:4], "tab:orange", *plots.PALETTE[4:7]), strict=True))
 TEACHERS = tuple(method for method, m in METHODS.items() if not m.teacher)
 TIMED = TEACHERS[:-1]  # run with FLM's seconds too
-TUNED: dict[tuple[str, str], str] = {}  # (data, teacher) -> rate that `tune` chose, where it is not the default
+# (data, teacher) -> rate that `tune` chose, where it is not the default
+TUNED: dict[tuple[str, str], str] = {("toy", "mdlm"): "1.5e-3", ("toy", "flm"): "1.5e-3"}
 Job = tuple[str, str, int, str]  # data, method, seed, and: "" equal tokens, "seconds", or a rate that is tried
 
 
