@@ -223,7 +223,8 @@ def unpack(part: object, state: Any) -> Any:
     if isinstance(part, np.random.Generator):
         part.bit_generator.state = state
     elif isinstance(part, torch.optim.Optimizer):
-        _load_optimizer(part, state)
+        if state:  # a shared copy has none
+            _load_optimizer(part, state)
     elif hasattr(part, "load_state_dict"):
         part.load_state_dict(state)
     elif isinstance(part, torch.Tensor):

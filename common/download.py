@@ -10,9 +10,11 @@ import huggingface_hub
 import torch
 
 from common.errors import UserError, first_line, reading
-from common.files import sha256, write_atomic
+from common.files import locked, sha256, write_atomic
 
 ADDRESS = re.compile(r"https://huggingface\.co/(datasets/)?([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
+RUN = re.compile(r"hf://(\w[\w.-]*/\w[\w.-]*)(?:@(\w[\w./-]*))?")
+RUN_FILES = ("args.json", "checkpoint.pt", "cloned.pt")  # of a run on the hub nothing else is read
 
 
 def obtain(path: Path, url: str, otherwise: str, known: str | None = None) -> Path:
@@ -47,6 +49,43 @@ def _download(url: str, folder: Path) -> Path:
     # Without a network this fails at once, where the download tries for long.
     huggingface_hub.get_hf_file_metadata(huggingface_hub.hf_hub_url(repository, name, **where))
     return Path(huggingface_hub.hf_hub_download(repository, name, local_dir=folder, **where))
+
+
+def obtain_run(name: str, data_dir: Path) -> Path:
+    """The folder of a run: `name`, or the copy of hf://owner/name[@revision] in data_dir/hub, downloaded once.
+
+    Raises UserError on another address, a repository without a run, and where the hub gives nothing.
+    """
+    if not name.startswith("hf://"):
+        return Path(name)
+    if not (found := RUN.fullmatch(name)):
+        raise UserError(f"{name} is no address of a run on the hub; give hf://owner/name or hf://owner/name@revision")
+    repository, revision = found.groups()
+    folder = data_dir / "hub" / (repository + (f"@{revision.replace('/', '-')}" if revision else ""))
+    if folder.is_dir():
+        return folder
+    try:
+        with (
+            locked(folder.with_name(f".{folder.name}.lock")),  # several processes of one command
+            TemporaryDirectory(dir=folder.parent, prefix=".") as temp,
+        ):
+            if not folder.is_dir():
+                new = Path(temp) / "run"
+                huggingface_hub.snapshot_download(
+                    repository, revision=revision, local_dir=new, allow_patterns=list(RUN_FILES)
+                )
+                if missing := [file for file in RUN_FILES[:2] if not (new / file).is_file()]:
+                    raise UserError(f"{name} is no run: it has no {missing[0]}; share one with python -m tools.share")
+                os.replace(new, folder)
+                print(f"{name} is now in {folder}; delete that to download it again", flush=True)
+    except UserError:
+        raise
+    except Exception as error:  # hub, network and disk each have exceptions of their own
+        raise UserError(
+            f"cannot download {name} ({first_line(error)}); check the name, the network and, for a private one, the "
+            "token (hf auth login), or give a folder"
+        ) from error
+    return folder
 
 
 def digest_file(path: Path) -> Path:

@@ -55,6 +55,16 @@ class EvalResult:
         parts = np.array(self.parts)
         return {name: float(self.success[parts == name].mean()) for name in sorted(set(self.parts))}
 
+    def summary(self) -> dict[str, Any]:
+        """These numbers, for a file."""
+        return {
+            "episodes": len(self.success),
+            "successes": int(self.success.sum()),
+            "interval": self.interval,
+            "mean_length": self.mean_length,
+            "by_task": self.by_part,
+        }
+
     def __str__(self) -> str:
         low, high = self.interval
         parts = ", ".join(f"{name} {rate:.2f}" for name, rate in self.by_part.items())

@@ -18,12 +18,12 @@ from common import checkpoint
 from common.demos import Demos, get_demos
 from common.envs import Pixels, make_env, make_vec_env, resolve
 from common.episodes import Episodes
-from common.errors import EnvError, UserError, blame, reading
+from common.errors import EnvError, UserError, blame, first_line, reading
 from common.evaluate import Encode, EvalResult, Policy, record_video
 from common.evaluator import Evaluator, Work, acting, evaluate_all
 from common.record import RECORD
 from common.replay import ReplayBuffer
-from common.runlog import counted, plot_curves, read_metrics
+from common.runlog import counted, plot_curves, read_metrics, write_json
 from common.seeds import eval_seeds
 from common.tracked_run import TrackedRun
 
@@ -176,7 +176,23 @@ class Run(TrackedRun):
                 self.evaluator.ask(work)
             results = self.evaluator.answer() if self.evaluator else work(self.eval_envs)
         self.evaluation = None
-        return self._report(self.step, label, log, results)
+        self._report(self.step, label, log, results)
+        if use == "final" and not only:
+            self._keep_evaluation(use, results)
+        return results
+
+    def _keep_evaluation(self, use: str, results: Mapping[str, EvalResult]) -> None:
+        """Write evaluation.json and, by --eval, the video that is not there yet."""
+        kept = {"step": self.step, "seeds": use, "horizon": self.horizon, "eval_envs": self.args["eval_envs"]}
+        kept["policies"] = {name: result.summary() for name, result in results.items()}
+        try:
+            write_json(self.folder / "evaluation.json", kept)
+        except OSError as error:
+            self._note_once("evaluation", f"evaluation.json is not written ({first_line(error)})")
+            return
+        if self.args["eval"] and not (self.folder / "after.mp4").exists():
+            acts = next(name for name in ACTING if name in results)
+            self.record_video(acts, "after.mp4", self.args["video"])
 
     def begin_evaluation(self, use: str, episodes: int, label: str, log: str, only: str = "") -> None:
         """Like `evaluate`, of the policies as they are now, but training goes on while it lasts (`good_enough`)."""
@@ -224,7 +240,7 @@ class Run(TrackedRun):
         seeds = eval_seeds(use, episodes)
         return partial(evaluate_all, chosen, encode, seeds, self.task.tasks, self.device)
 
-    def _report(self, step: int, label: str, log: str, results: dict[str, EvalResult]) -> dict[str, EvalResult]:
+    def _report(self, step: int, label: str, log: str, results: dict[str, EvalResult]) -> None:
         if log:
             rates = {f"{log}/{k}_success": r.rate for k, r in results.items()}
             rates |= {f"{log}/{k}_length": r.mean_length for k, r in results.items()}
@@ -233,10 +249,8 @@ class Run(TrackedRun):
             self.log.log(step, rates)
         if log == "eval":
             self.rates += [(step, results[name].rate) for name in ACTING if name in results]
-        say = self.log.say if self.log else print
         for name, result in results.items():
-            say(f"{label}, {POLICY_NAMES.get(name, name)}: {result}")
-        return results
+            self._say(f"{label}, {POLICY_NAMES.get(name, name)}: {result}")
 
     def show_progress(self, episodes: Episodes) -> None:
         """Refresh the progress line."""
@@ -272,9 +286,13 @@ class Run(TrackedRun):
                 "every step costs (docs/tasks.md, dense rewards)",
             )
 
+    def _say(self, text: str) -> None:
+        """Print a line, beside the progress line if there is one."""
+        (self.log.say if self.log else print)(text)
+
     def _note_once(self, kind: str, text: str) -> None:
         if kind not in self.said:
-            self.log.say(f"note: {text}")
+            self._say(f"note: {text}")
         self.said.add(kind)
 
     def record_video(self, policy: str, name: str, wanted: bool) -> None:
@@ -293,7 +311,7 @@ class Run(TrackedRun):
                     seeds,
                     encode=self.encode,
                 )
-                self.log.say(f"video: {self.folder / name}")
+                self._say(f"video: {self.folder / name}")
         except UserError as error:
             self._note_once("video", str(error))
         except Exception as error:  # of the environment: a run does without pictures

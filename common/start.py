@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import torch
 
 from common import checkpoint, cli, record
+from common.download import obtain_run
 from common.errors import UserError
 from common.ranges import check_ranges
 
@@ -32,7 +33,7 @@ def start(
     argument, an environment of somebody's module that the command line does not name, and what `check` raises on all
     arguments.
     """
-    script = sys.modules[default_args.__module__]
+    script, argv = sys.modules[default_args.__module__], with_folders(argv)
     chief = os.environ.get("RANK", "0") == "0"
     flags = cli.peek(argv, *chosen_by, "eval", "resume")
     if empty := [name for name, value in flags.items() if not value]:
@@ -42,6 +43,11 @@ def start(
     saved, chosen = None, {name: flags[name] for name in chosen_by if name in flags}
     if old := flags.get("eval") or flags.get("resume"):
         run_dir, saved = Path(old), load_run(Path(old), weights)
+        if "resume" in flags and saved.get("shared"):
+            raise UserError(
+                f"--resume {old}: a shared copy holds the weights alone; its optimizers and replay buffer are missing; "
+                "--eval it, or start a new run from it (--cloned, --teacher)"
+            )
         env = saved["args"].get("env", "")
         if ":" in env and flags.get("env") != env:
             raise UserError(f"{old} runs code of the module in its --env {env}; if you trust it, add --env {env}")
@@ -62,6 +68,14 @@ def start(
         name, root = flat["run_name"] or re.sub(r"[:/\\]+", "-", name), Path(flat["run_dir"])
         run_dir = record.reserve(root, name, not flat["run_name"], weights, flat) if chief else root / name
     return args, saved, run_dir
+
+
+def with_folders(argv: Sequence[str]) -> list[str]:
+    """argv with runs on the hub, hf://owner/name[@revision], replaced by the folders of their copies in --data-dir."""
+    data_dir = Path(cli.peek(argv, "data-dir").get("data_dir", "data"))
+    hub = re.compile(r"(--[\w-]+=)?(hf://.*)")
+    found = ((arg, hub.fullmatch(arg)) for arg in argv)
+    return [f"{at[1] or ''}{obtain_run(at[2], data_dir)}" if at else arg for arg, at in found]
 
 
 def load_run(folder: Path, weights: record.Weights) -> dict[str, Any]:

@@ -15,16 +15,16 @@ from common.rng import Rng
 from tests.helpers import perturbed, small_agent
 
 
-def save_run(folder: Path, name: str = "ogpo_state.py") -> tuple[og.Agent, og.Args]:
-    """A run folder with the checkpoint of a small agent, as a script leaves it."""
-    agent, args = small_agent(og)
+def save_run(folder: Path, **values: object) -> tuple[og.Agent, og.Args]:
+    """A run folder with the checkpoint of a small agent of these arguments, as a script leaves it."""
+    agent, args = small_agent(og, **values)
     perturbed(agent.actor, 0.1)
     agent.actor_ema.load_state_dict(agent.actor.state_dict())
     perturbed(agent.critic_ema, 0.1)
     agent.best_of_n_on = True
     folder.mkdir()
     checkpoint.save(folder / "checkpoint.pt", {"step": 1, "args": cli.flatten(args), "agent": checkpoint.pack(agent)})
-    made = {"script": name, "definitions": record.definitions((og.VelocityNet, og.CriticEnsemble))}
+    made = {"script": "ogpo_state.py", "definitions": record.definitions((og.VelocityNet, og.CriticEnsemble))}
     (folder / "args.json").write_text(json.dumps(made))
     return agent, args
 
@@ -53,6 +53,7 @@ def test_load_policy_acts_as_the_agent_of_the_run(which: str, function: object, 
         ({}, "without an args.json"),
         ({"script": "flm_train.py", "definitions": {}}, "trains no robot policy"),
         ({"script": "gone.py", "definitions": {}}, "made by gone.py, which is not here"),
+        ({"script": "/elsewhere/gone.py", "definitions": {}}, "made by gone.py, which is not here"),
     ],
 )
 def test_load_policy_refuses_other_folders_in_one_line(record_of: dict, said: str, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def find_policy(name: str, seed: int) -> tuple[Act, Callable[[], None]]:
 
     seed: of the noise of a run's policy. Raises UserError if there is none.
     """
-    if Path(name).is_dir():
+    if Path(name).is_dir() or name.startswith("hf://"):
         policy = load_policy(name, seed=seed)
         return lambda obs, env: policy(obs), policy.reset
     module, _, function = name.partition(":")
