@@ -172,7 +172,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
         length=32, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, steps=(1, 2, 4, 8, 32)
     ),
     "toy": dict(  # with convolutions: nothing else shows where a token stands in a row of masks alone [B 11.2]
-        length=8, layers=2, width=128, heads=4, batch=128, micro_batch=0, total_steps=500, lr=3e-3, warmup=50,
+        length=8, layers=2, width=128, heads=4, batch=128, micro_batch=0, total_steps=500, lr=1.5e-3, warmup=50,
         eval_every=250, checkpoint_every=250, samples=2_048, steps=(1, 2, 4, 8, 32), precision="fp32",
         noise_width=128,
     ),

@@ -159,7 +159,7 @@ SETTINGS: dict[str, dict[str, Any]] = {  # data -> changes to the defaults
     "captions": dict(length=32, dropout=0.1, batch=32, micro_batch=32, total_steps=1_000, steps=(1, 4, 8, 32)),
     "toy": dict(
         length=8, layers=2, width=128, heads=4, embed_init="uniform", space="onehot", batch=128, micro_batch=0,
-        total_steps=500, lr=3e-3, warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,),
+        total_steps=500, lr=1.5e-3, warmup=50, eval_every=250, checkpoint_every=250, samples=2_048, steps=(32,),
         precision="fp32", conv=0, self_condition=0.0, sampler="bridge", temperature=1.0,
     ),
 }  # fmt: skip
