@@ -15,6 +15,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
+
 import flm
 import runs
 from common.files import write_atomic
@@ -33,6 +35,13 @@ SAMPLES = 1_024  # rows drawn for them: two to three captions each, of which the
 PUBLISHED = {  # file of Texygen's repository -> name
     "seq": "SeqGAN", "maligan": "MaliGAN", "rank": "RankGAN", "leakgan": "LeakGAN", "textgan": "TextGAN", "mle": "MLE",
 }  # fmt: skip
+SHORT = (  # run, title and text of the lines of the short table
+    ("flm", "FLM, 32 calls", "32 steps"),
+    ("fmlm", "FMLM, one call", "1 steps"),
+    ("fmlm", "FMLM, eight calls", "8 steps"),
+    ("flm", "held-out captions", REAL),
+)
+SHORT_PUBLISHED = ("training captions, from packed rows", "SeqGAN", "LeakGAN", "MLE")
 TEXYGEN = "3104e22ac75f3cc2070da2bf5e2da6d2bef149ad"  # the commit of those files
 
 
@@ -132,9 +141,34 @@ def score_table() -> str:
     return runs.table(head, "|---|---:|---:|---:|---:|---:|", lines)
 
 
+def short_table() -> str:
+    """Means over seeds of a few numbers of calls, and the published samples."""
+    lines = []
+    for kind, title, calls in SHORT:
+        scored: dict[int, tuple[flm.TextScore, dict[str, list[float]]]] = {}
+        for seed, stored in runs.read_seeds(STORE, f"captions_{kind}", SEEDS).items():
+            by_text = {s.text: s for s in flm.read_scores(stored, "ngram")}
+            scored[seed] = by_text[calls], stored.files["bleu.json"].get(calls.replace(" ", "_"), {})
+        if not scored:
+            continue
+        scores = [s for s, _ in scored.values()]
+        each = ", ".join(f"{s.perplexity:.0f}" for s in scores) if calls != REAL else f"{scores[0].perplexity:.0f}"
+        means = [np.mean([getattr(s, name) for s in scores]) for name in ("entropy", "copied")]
+        found = [bleu for _, bleu in scored.values() if bleu]
+        bleus = [" / ".join(f"{x:.3f}" for x in np.mean([b[k] for b in found], 0)) for k in ("bleu", "self") if found]
+        lines.append((title, each, f"{means[0]:.3f}", f"{means[1]:.2%}", *(bleus or ("-", "-"))))
+    file = STORE / "published.json"
+    for name, scores in (json.loads(file.read_text()) if file.exists() else {}).items():
+        if lines and name in SHORT_PUBLISHED:
+            lines.append((name, "-", "-", "-", *row(name, scores)[1:3]))
+    orders = ", ".join(map(str, ORDERS))
+    head = f"| text | perplexity (ngram), each seed | entropy | copied 8-grams | BLEU-{orders} | self-BLEU-{orders} |"
+    return runs.table(head, "|---|---|---:|---:|---|---|", lines)
+
+
 def tables() -> dict[str, str]:
     """Those that have lines."""
-    found = {"captions/scores": score_table(), "captions/bleu": bleu_table()}
+    found = {"captions/short": short_table(), "captions/scores": score_table(), "captions/bleu": bleu_table()}
     return {name: table for name, table in found.items() if table.count("\n") > 1}
 
 
