@@ -24,8 +24,10 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from common import cli
 from common.machine import describe_machine
 from common.runlog import read_metrics, write_json
+from common.start import pick_device
 from runs import ROOT, table
 
 STORE = ROOT / "benchmarks" / "gpu"
@@ -107,7 +109,7 @@ def check(name: str, folder: Path, device: str, tiny: bool, seconds: float) -> d
         out.seek(0)
         lines = out.read().strip().splitlines()
     if code:
-        return {"failed": lines[-1] if lines else f"exit code {code}"}
+        return {"failed": next((line for line in reversed(lines) if line.strip("=")), f"exit code {code}")}
     return measured(folder / name) | {"seconds": time.monotonic() - started}
 
 
@@ -142,6 +144,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="a few steps of small networks")
     parser.add_argument("--out", type=Path, default=STORE, help="folder of results.json and results.md")
     args = parser.parse_args()
+    pick_device(args.device)  # without it no case can run, and no page is written
     end, found = time.monotonic() + 60 * args.minutes, {}
     folder = Path(tempfile.mkdtemp(prefix="gpu_check_"))
     machine = describe_machine()
@@ -161,4 +164,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    main()
+    cli.run(main)

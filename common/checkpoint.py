@@ -74,7 +74,7 @@ def load(path: Path) -> dict[str, Any]:
         return state
     if problems:
         raise UserError(f"no readable checkpoint at {path} ({'; '.join(problems)}); start a new run")
-    raise UserError(f"no checkpoint at {path}; check the path, or start a new run without --resume")
+    raise UserError(f"no checkpoint at {path}; give the folder of a run")
 
 
 def not_finite(state: Any, name: str = "") -> list[str]:

@@ -40,10 +40,10 @@ def output(folder: Path) -> Path:
     return folder.parent / f"{folder.name}.txt"
 
 
-def execute(script: str, folder: Path, flags: Sequence[str], resume: Sequence[str] = ()) -> int:
+def execute(script: str, folder: Path, flags: Sequence[str], resume: Sequence[str] = (), cwd: Path = ROOT) -> int:
     """Exit code of one run, to its end: skipped if it is finished, resumed if it was interrupted.
 
-    flags: of a new run, which put it into `folder` but for its name. Paths are relative to the repository.
+    flags: of a new run, which put it into `folder` but for its name. Paths in them are relative to `cwd`.
     A run told to stop ends with 0, its checkpoint saved; here that is STOPPED.
     """
     if (folder / FINISHED).exists():
@@ -59,7 +59,7 @@ def execute(script: str, folder: Path, flags: Sequence[str], resume: Sequence[st
             shutil.rmtree(folder, ignore_errors=True)
         # In a session of its own, so that Ctrl-C reaches it once, from here: a second one would not let it save.
         command = [sys.executable, script, *line(folder, flags, resume)]
-        process = subprocess.Popen(command, cwd=ROOT, stdout=out, stderr=out, start_new_session=True)
+        process = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out, start_new_session=True)
         with stoppable(process.terminate):
             try:
                 code = process.wait()

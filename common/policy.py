@@ -124,6 +124,7 @@ def script_of(run: Path) -> ModuleType:
     found = [folder for folder in FOLDERS if name and (ROOT / folder / name).is_file()]
     if not found:
         made = f"made by {name}, which is not here" if name else "without an args.json"
+        made = made if run.is_dir() else "there is no such folder"
         raise UserError(f"{run}: {made}; give the folder of a run of ogpo_state.py, a variant or a baseline")
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))

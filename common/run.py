@@ -126,8 +126,9 @@ class Run(TrackedRun):
             "demonstrations": self.demos,
             "networks": f"{', '.join(f'{k} {n:,}' for k, n in nets.items() if n)} parameters",
         }
-        during = counted(total_steps // a["eval_every"], "evaluation")
-        rest = f"{during} of {counted(a['eval_interval_episodes'], 'episode')}, then one of {a['eval_episodes']:,}"
+        rest = f"an evaluation of {counted(a['eval_episodes'], 'episode')} at the end"
+        if during := total_steps // a["eval_every"]:
+            rest = f"{counted(during, 'evaluation')} of {a['eval_interval_episodes']:,}, {rest}"
         self.introduce(self.device, about, total_steps, rest)
 
     def open_evaluation(self, processes: int, chunk: int) -> None:
@@ -304,6 +305,7 @@ class Run(TrackedRun):
             with suppress(checkpoint.Stopped), self.stop.at_once(), ExitStack() as stack:
                 env = make_env(self.task.name, horizon=self.horizon, render=True, pixels=self.pixels)
                 stack.callback(env.close)
+                self._say(f"recording {name}; without a GPU this can take minutes, and --no-video leaves it out")
                 record_video(
                     env,
                     acting(self.policies[policy], self.device),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from common import cli
+from common.errors import UserError
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
@@ -81,7 +82,7 @@ def test_main_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_
         gpu_check, "describe_machine", lambda: {"gpu": None, "cpu": "a CPU", "versions": {"torch": "2"}}
     )
     monkeypatch.setattr(subprocess, "run", run)
-    words = ["gpu_check.py", "--only", "flm-eager", "flm-fp32", "--out", str(tmp_path / "out")]
+    words = ["gpu_check.py", "--device", "cpu", "--only", "flm-eager", "flm-fp32", "--out", str(tmp_path / "out")]
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as end:
         gpu_check.main()
@@ -92,3 +93,10 @@ def test_main_leaves_out_what_does_not_fit(monkeypatch: pytest.MonkeyPatch, tmp_
     with pytest.raises(SystemExit):
         gpu_check.main()
     assert len(ran) == 2
+
+
+def test_without_the_device_it_says_so_once_and_writes_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--device", "nonsense", "--out", str(tmp_path / "gpu")])
+    with pytest.raises(UserError, match="--device nonsense: "):
+        gpu_check.main()
+    assert not (tmp_path / "gpu").exists()

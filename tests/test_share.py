@@ -140,7 +140,7 @@ def test_shared_language_model_is_the_averaged_network_and_half_is_half(
         (["run", "copy", "--private"], "--private is for --push"),
         (["run", "run"], "run is there already"),
         (["run", "copy", "--half"], "--half is for language models"),
-        (["nowhere", "copy"], "without an args.json"),
+        (["nowhere", "copy"], "nowhere: there is no such folder"),
     ],
 )
 def test_share_refuses_in_one_line(

@@ -147,6 +147,16 @@ def test_main_skips_finished_runs_and_goes_on_with_failed_ones(
         sweep.plan(script, ["--seed", "1", "2", "--fail", "other", "--run-dir", str(tmp_path)])
 
 
+def test_main_runs_in_the_current_folder(
+    script: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Where the user's module and demonstrations are, as without a sweep."""
+    monkeypatch.chdir(tmp_path)
+    assert go(script, "--seed", 1, 2, "--run-dir", ".") == 0
+    assert "2 new; what a run prints is in NAME.txt" in capsys.readouterr().out
+    assert [len(calls(tmp_path / f"fake__seed-{seed}")) for seed in (1, 2)] == [1, 1]
+
+
 def test_main_on_submitit_runs_the_same(script: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     pytest.importorskip("submitit", reason="submitit is optional")
     words = (script, "--seed", 1, "--fail", "no", "diverges", "--run-dir", tmp_path, "--engine", "local", "--jobs", 2)

@@ -97,7 +97,7 @@ def plan(script: str, words: Sequence[str]) -> dict[Path, list[str]]:
         name = re.sub(r"[^\w.+-]+", "-", "__".join([Path(script).stem, *differs]))
         flags = [word for setting in chosen for word in setting]
         args = arguments(module, flags)
-        folder = jobs.ROOT / args["run_dir"] / name
+        folder = Path.cwd() / args["run_dir"] / name  # as if it were started here
         if folder in found:
             raise UserError(f"two runs would be {name}: {shlex.join(found[folder])}, and {shlex.join(flags)}")
         made = record.read(folder).get("args", {}) if jobs.state(folder) != "new" else {}
@@ -167,7 +167,7 @@ def main(argv: Sequence[str]) -> None:
         if states[folder] == "finished":
             return 0
         try:
-            code = launch(str(Path(args.script).resolve()), folder, runs[folder])
+            code = launch(str(Path(args.script).resolve()), folder, runs[folder], (), Path.cwd())
             said = {0: "finished", jobs.STOPPED: "stopped", jobs.BUSY: "another process has it"}.get(code)
             lines = [] if said else jobs.output(folder).read_text().splitlines()
             print(f"{name}: {said or f'exit code {code}: {lines[-1] if lines else None}'}", flush=True)
