@@ -68,7 +68,8 @@ def test_evaluator_environments_that_cannot_be_made() -> None:
         Evaluator(make_nothing)
 
 
-@pytest.mark.parametrize("envs", [slow("1"), "3"])
+@pytest.mark.slow
+@pytest.mark.parametrize("envs", ["1", "3"])
 def test_begin_evaluation_gives_what_evaluate_does_and_resumes_exactly(envs: str, tmp_path: Path) -> None:
     """Runs that wait for their evaluations, that do not, and of the latter one that is killed, stopped and resumed."""
     flags = [*SMALL, *BESIDE, "--num-envs", envs, "--checkpoint-every", "100"]

@@ -119,7 +119,7 @@ def end(process: subprocess.Popen[str], code: int) -> str:
     ("fault", "envs", "said"),
     [
         slow("raises", "1", "the environment, episode seed 1000000001, step 5: ZeroDivisionError: no such (line.py:"),
-        ("raises", "2", "environment 1, episode seed 1001000000, step 5: ZeroDivisionError: no such (line.py:"),
+        slow("raises", "2", "environment 1, episode seed 1001000000, step 5: ZeroDivisionError: no such (line.py:"),
         slow("reset", "1", "the environment, episode seed 1000000001, reset: OSError: no simulator (line.py:"),
         slow("reset", "2", "environment 1, episode seed 1001000000, reset: OSError: no simulator (line.py:"),
         slow("obs", "1", "the environment, episode seed 1000000001, step 5: number 1 of the observation is nan"),

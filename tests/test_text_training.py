@@ -87,7 +87,7 @@ def test_train_stopped_and_resumed_ends_with_the_same_bits(
     assert len(timeless(tmp_path / "whole")) > 60 and timeless(tmp_path / "whole") == timeless(tmp_path / "cut")
 
 
-@pytest.mark.parametrize("module", [flm_train, fmlm_distill])
+@pytest.mark.parametrize("module", [flm_train, slow(fmlm_distill)])
 @pytest.mark.parametrize(("method", "step", "saved"), [slow("log_training", 25, 20), ("log_samples", 20, 10)])
 def test_train_resumed_from_a_periodic_checkpoint_ends_with_the_same_bits(
     tmp_path: Path, module: ModuleType, method: str, step: int, saved: int, monkeypatch: pytest.MonkeyPatch
@@ -178,7 +178,7 @@ def test_torchrun_that_is_told_to_stop_leaves_a_saved_run(tmp_path: Path, launch
         assert process.returncode == 0 and "Traceback" not in err
 
 
-@pytest.mark.parametrize("module", [flm_train, fmlm_distill])
+@pytest.mark.parametrize("module", [flm_train, slow(fmlm_distill)])
 def test_train_stopped_in_its_last_step_does_not_evaluate(
     tmp_path: Path, module: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

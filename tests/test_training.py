@@ -184,7 +184,7 @@ def test_main_run_folder_holds_what_its_reader_needs_and_eval_repeats_its_number
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--env", "nosuch"], ["nosuch", "lift", "toy"]),
+        (["--env", "nosuch"], ["nosuch", "nearest", "push"]),
         (["--env", "no.such.module:Env-v0"], ["no.such.module"]),
         (["--env", "toy", "--demos", "missing.hdf5"], ["missing.hdf5"]),
         (["--env", "toy", "--demos", "robomimic"], ["toy"]),
@@ -352,7 +352,7 @@ def test_main_lift_runs_from_demonstrations_to_evaluation(tmp_path: Path) -> Non
     assert "over 2 episodes" in out
 
 
-@pytest.mark.parametrize("name", ["peg-insert-side", slow("door-dense"), slow("kitchen-mixed")])
+@pytest.mark.parametrize("name", [slow("peg-insert-side"), slow("door-dense"), slow("kitchen-mixed")])
 def test_main_every_family_runs_in_miniature(tmp_path: Path, name: str) -> None:
     demos = random_demos(tmp_path / "demos.hdf5", name)
     out = train(
