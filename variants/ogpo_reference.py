@@ -103,7 +103,7 @@ class TaskArgs:
     horizon: Count = 300  # episode cap in steps (a truncation: it bootstraps); default: the task's own
     collect_horizon: Natural = 0  # cap of training episodes: a shorter one wastes fewer steps on failures; 0: the same
     num_envs: Workers = 1  # environments collecting in parallel processes
-    demos: str = "scripted"  # scripted, robomimic, minari (docs/tasks.md), POLICY.npz to roll out, or FILE.hdf5
+    demos: str = "scripted"  # scripted, robomimic, minari, POLICY.npz, or a file or folder of episodes (docs/tasks.md)
     num_demos: Count = 60  # number of demonstrations made by an expert
     demo_noise: NonNegative = 0.5  # noise of that expert's actions, in units of the action range
     filter_key: str = ""  # only the demonstrations under mask/<key> of the file
