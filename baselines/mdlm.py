@@ -638,7 +638,7 @@ def main(argv: list[str]) -> None:
     if 2**k.rounds > k.calls:
         raise UserError(f"--rounds {k.rounds}: the teacher's --calls {k.calls} cannot be halved so often; give fewer")
     ranks, data_dir = Ranks.of_torchrun(), Path(r.data_dir)
-    device = pick_device(r.device, r.threads)
+    device = pick_device(r.device, r.threads, float64=True)
     torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
     data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
     vocab = data.tokenizer.vocab_size

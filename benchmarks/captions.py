@@ -145,18 +145,15 @@ def short_table() -> str:
     """Means over seeds of a few numbers of calls, and the published samples."""
     lines = []
     for kind, title, calls in SHORT:
-        scored: dict[int, tuple[flm.TextScore, dict[str, list[float]]]] = {}
-        for seed, stored in runs.read_seeds(STORE, f"captions_{kind}", SEEDS).items():
-            by_text = {s.text: s for s in flm.read_scores(stored, "ngram")}
-            scored[seed] = by_text[calls], stored.files["bleu.json"].get(calls.replace(" ", "_"), {})
-        if not scored:
+        stored = runs.read_seeds(STORE, f"captions_{kind}", SEEDS).values()
+        scores = [s for run in stored for s in flm.read_scores(run, "ngram") if s.text == calls]
+        bleus = [scored for run in stored if (scored := run.files["bleu.json"].get(calls.replace(" ", "_")))]
+        if not scores:
             continue
-        scores = [s for s, _ in scored.values()]
-        each = ", ".join(f"{s.perplexity:.0f}" for s in scores) if calls != REAL else f"{scores[0].perplexity:.0f}"
-        means = [np.mean([getattr(s, name) for s in scores]) for name in ("entropy", "copied")]
-        found = [bleu for _, bleu in scored.values() if bleu]
-        bleus = [" / ".join(f"{x:.3f}" for x in np.mean([b[k] for b in found], 0)) for k in ("bleu", "self") if found]
-        lines.append((title, each, f"{means[0]:.3f}", f"{means[1]:.2%}", *(bleus or ("-", "-"))))
+        each = ", ".join(f"{s.perplexity:.0f}" for s in (scores[:1] if calls == REAL else scores))
+        entropy, copied = np.mean([(s.entropy, s.copied) for s in scores], 0)
+        mean = {kind: np.mean([scored[kind] for scored in bleus], 0) for kind in (bleus[0] if bleus else ())}
+        lines.append((title, each, f"{entropy:.3f}", f"{copied:.2%}", *(row(title, mean)[1:3] if mean else "--")))
     file = STORE / "published.json"
     for name, scores in (json.loads(file.read_text()) if file.exists() else {}).items():
         if lines and name in SHORT_PUBLISHED:

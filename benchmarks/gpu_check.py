@@ -36,7 +36,8 @@ PAPER = ["--layers", "12", "--width", "768", "--heads", "12", "--conv", "0", "--
 BATCH = ["--batch", "64", "--micro-batch", "0"]
 ROWS = ["--length", "128", "--loss-rows", "32", *BATCH]
 LONG = ["--length", "1024", "--batch", "8", "--micro-batch", "8", "--loss-rows", "4"]
-TEXT_TINY = ["--total-steps", "4", "--log-every", "2", "--layers", "1", "--width", "32", "--heads", "2"]
+TEXT_TINY = ["--total-steps", "4", "--log-every", "2"]
+NARROW = ["--layers", "1", "--width", "32", "--heads", "2"]  # a student has its teacher's network
 ROBOT = ["--env", "toy", "--no-video", "--bc-steps", "200", "--eval-interval-episodes", "4", "--eval-episodes", "4"]
 STATE = ["--total-steps", "3000", "--eval-every", "3000", "--log-every", "250"]
 PIXELS = ["--total-steps", "1500", "--eval-every", "1500", "--log-every", "250"]
@@ -78,10 +79,10 @@ def command(name: str, folder: Path, device: str, tiny: bool) -> list[str]:
     flags = [*case.flags, "--device", device, "--run-dir", str(folder), "--run-name", name]
     if case.teacher:
         flags += ["--teacher", str(folder / case.teacher)]
+    if tiny and "--env" in flags:
+        flags += ROBOT_TINY
     elif tiny:
-        flags += TEXT_TINY[4:] if case.script == "flm_train.py" else []
-    if tiny:
-        flags += ROBOT_TINY if "--env" in flags else TEXT_TINY[:4]
+        flags += TEXT_TINY if case.teacher else [*TEXT_TINY, *NARROW]
     return [sys.executable, *launcher, case.script, *flags]
 
 

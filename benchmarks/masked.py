@@ -40,8 +40,8 @@ TAUS = (0.02, 0.1, 0.2, 0.4, 0.6, 0.8, 0.95)
 WEIGHTS = (flm.DiT, flm.Clock, flm.EmbeddingSpace, flm.OneHotSpace, flm.interpolant)
 
 
-def likelihood(logits: Tensor, tokens: Tensor, where: Tensor | None = None) -> float:
-    """Mean cross entropy of logits (B, L, V) at tokens (B, L), over the places of a mask (B, L)."""
+def cross_entropy(logits: Tensor, tokens: Tensor, where: Tensor | None = None) -> float:
+    """Mean nats of logits (B, L, V) at tokens (B, L), over the places of a mask (B, L)."""
     nats = F.cross_entropy(logits.mT.double(), tokens, reduction="none")  # (B, L)
     return float((nats if where is None else nats[where]).mean())
 
@@ -72,7 +72,7 @@ def masked_alone(args: flm.Args, train: np.ndarray, held: Tensor, mask: Tensor, 
         if (step + 1) % EVERY == 0 or step + 1 == a.total_steps:
             with torch.no_grad():
                 logits = torch.cat([predict(*part) for part in zip(held.split(32), mask.split(32), strict=True)])
-            found[step + 1] = likelihood(logits, held, mask)
+            found[step + 1] = cross_entropy(logits, held, mask)
             print(f"masked alone, step {step + 1}: {found[step + 1]:.3f}", flush=True)
     return found
 
@@ -101,11 +101,11 @@ def denoiser(net: flm.DiT, held: Tensor, mask: Tensor, pi: Tensor) -> dict[str, 
 
         for name, fill in (("noise", torch.zeros_like(mean)), ("mean", mean)):
             x = torch.where(mask[..., None], noise + t * fill, t * clean)
-            found[name].append(likelihood(predict(x), held, mask))
+            found[name].append(cross_entropy(predict(x), held, mask))
         x = noise + t * clean
         evidence = (t * x.double() @ white.mT - t * t * norm / 2) / (1 - t) ** 2  # (B, L, V)
-        found["network"].append(likelihood(predict(x), held))
-        found["own"].append(likelihood(pi.log() + evidence, held))
+        found["network"].append(cross_entropy(predict(x), held))
+        found["own"].append(cross_entropy(pi.log() + evidence, held))
         print(f"tau {tau}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in found.items()), flush=True)
     return found
 
@@ -128,7 +128,7 @@ def main() -> None:
     net = flm.DiT(args.model, vocab)
     net.load_state_dict(saved["ema"])
     found = {
-        "unigram": likelihood(pi.log().expand(*held.shape, -1), held, mask),
+        "unigram": cross_entropy(pi.log().expand(*held.shape, -1), held, mask),
         "tau": list(TAUS),
         **denoiser(net.eval(), held, mask, pi),
         "masked alone": masked_alone(args, data.train, held, mask, vocab),

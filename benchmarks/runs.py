@@ -98,7 +98,7 @@ def write(store: Path, runs: Iterable[Run]) -> None:
 
 def is_finished(folder: Path) -> bool:
     """Whether `execute` has made this run to its end."""
-    return (folder / jobs.FINISHED).exists()
+    return jobs.state(folder) == "finished"
 
 
 def load(name: str, folder: Path, files: Mapping[str, Any] | None = None) -> Run:

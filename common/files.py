@@ -38,20 +38,29 @@ def write_atomic(path: Path, content: bytes) -> None:
 
 
 @contextmanager
+def hold(path: Path, wait: bool = True) -> Iterator[OSError | None]:
+    """Holds the lock file `path`; gives what stands in the way, and goes on: Timeout if another process has it and this
+    one does not wait, another OSError on a file system without locks.
+    """
+    lock, problem = FileLock(path, timeout=-1 if wait else 0), None
+    try:
+        lock.acquire()  # the system lifts it when the process ends, however it ends
+    except OSError as error:
+        problem = error
+    try:
+        yield problem
+    finally:
+        lock.release()
+
+
+@contextmanager
 def locked(path: Path) -> Iterator[bool]:
     """Waits for the lock file `path`, however long, and holds it. False, and a note, on a file system without locks."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
-    try:
-        lock.acquire()  # the system lifts it when the process ends, however it ends
-        held = True
-    except OSError as error:
-        held = False
-        note(f"note: {path.parent} has no file locks ({first_line(error)}); every process works for itself")
-    try:
-        yield held
-    finally:
-        lock.release()
+    with hold(path) as problem:
+        if problem:
+            note(f"note: {path.parent} has no file locks ({first_line(problem)}); every process works for itself")
+        yield not problem
 
 
 def sha256(path: Path) -> str:

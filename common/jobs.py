@@ -11,7 +11,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import Timeout
+
+from common.files import hold
 
 ROOT = Path(__file__).resolve().parent.parent
 FINISHED = "wall_seconds"  # file in the folder of a finished run
@@ -46,13 +48,13 @@ def execute(script: str, folder: Path, flags: Sequence[str], resume: Sequence[st
     flags: of a new run, which put it into `folder` but for its name. Paths in them are relative to `cwd`.
     A run told to stop ends with 0, its checkpoint saved; here that is STOPPED.
     """
-    if (folder / FINISHED).exists():
+    if state(folder) == "finished":
         return 0
     if _stopping.is_set():
         return STOPPED
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with open(output(folder), "a+") as out, _alone(folder) as alone:
-        if not alone:
+    with open(output(folder), "a+") as out, hold(folder.parent / f".{folder.name}.lock", wait=False) as problem:
+        if isinstance(problem, Timeout):
             return BUSY
         started, start = time.time(), out.tell()
         if state(folder) == "new":
@@ -107,22 +109,6 @@ def execute_all(
     failed = [" ".join(map(str, job)) for job, code in zip(started, codes, strict=True) if code]
     print(f"{len(started) - len(failed)} finished, {len(failed)} failed: {', '.join(failed) or '-'}")
     return int(bool(failed))
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[bool]:
-    """Whether no other process runs this folder's run from here, as far as the file system has locks."""
-    lock, alone = FileLock(folder.parent / f".{folder.name}.lock", timeout=0), True
-    try:
-        lock.acquire()
-    except Timeout:
-        alone = False
-    except OSError:
-        pass
-    try:
-        yield alone
-    finally:
-        lock.release()
 
 
 @contextmanager

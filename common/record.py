@@ -7,16 +7,16 @@ import inspect
 import json
 import os
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 import psutil
-from filelock import FileLock
 
 from common.errors import UserError, first_line
+from common.files import hold
 from common.machine import describe_machine
 from common.runlog import LOCK, write_json
 
@@ -63,7 +63,7 @@ def reserve(root: Path, name: str, numbered: bool, weights: Weights, args: Mappi
         path = root / (name if n == 1 else f"{name}-{n}")
         try:
             path.mkdir(parents=True, exist_ok=not numbered)
-            with _alone_in(path):
+            with hold(path / LOCK):  # as far as the file system has locks
                 if not _abandoned(path):
                     raise FileExistsError
                 (path / RECORD).unlink(missing_ok=True)
@@ -79,18 +79,6 @@ def reserve(root: Path, name: str, numbered: bool, weights: Weights, args: Mappi
         atexit.register(_remove_unused, path)
         return path
     raise AssertionError
-
-
-@contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """No other process is in this block for the same folder, where the file system has locks."""
-    lock = FileLock(folder / LOCK)
-    with suppress(OSError):
-        lock.acquire()
-    try:
-        yield
-    finally:
-        lock.release()
 
 
 def _abandoned(path: Path) -> bool:

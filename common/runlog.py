@@ -10,17 +10,17 @@ import textwrap
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
+from filelock import Timeout
 
 from common.errors import UserError, first_line
-from common.files import replacing, write_atomic
+from common.files import hold, replacing, write_atomic
 
 LOCK = ".lock"  # in a run folder: of who makes its record, then of who writes its log
 _LIVE_PERIOD = 0.2  # seconds between refreshes of the live line on a terminal
@@ -83,13 +83,9 @@ class RunLog:
         self._marks: deque[tuple[float, int]] = deque()  # times and steps of the last progress lines
         self._live = sys.stdout.isatty()
         path = self.run_dir / "metrics.jsonl"
-        self._lock = FileLock(self.run_dir / LOCK, timeout=0)  # the system drops it when the process ends
-        try:
-            self._lock.acquire()
-        except Timeout as error:
-            raise UserError(f"another process still writes {run_dir}; stop it, or wait for its end") from error
-        except OSError:
-            pass  # a file system without locks
+        self._lock = ExitStack()  # until `close`, or the end of the process
+        if isinstance(self._lock.enter_context(hold(self.run_dir / LOCK, wait=False)), Timeout):
+            raise UserError(f"another process still writes {run_dir}; stop it, or wait for its end")
         self._file = open(path, "ab")
         self._truncate(resume_bytes or 0)
         self._tensorboard: Any = None
@@ -167,7 +163,7 @@ class RunLog:
         if self._live and self._marks:
             print(flush=True)
         self._file.close()
-        self._lock.release()
+        self._lock.close()
         if self._tensorboard is not None:
             self._tensorboard.close()
         if self._wandb is not None:

@@ -91,11 +91,13 @@ def describe_device(device: torch.device, asked: str) -> str:
     return f"{device}: {'no CUDA device found' if asked == 'auto' else 'asked for'}"
 
 
-def pick_device(name: str, threads: int = 0) -> torch.device:
+def pick_device(name: str, threads: int = 0, float64: bool = False) -> torch.device:
     """auto: cuda if there is a GPU, else cpu. threads: torch's on a CPU, 0 leaves them as they are.
 
-    Raises UserError on a device this machine does not have.
+    Raises UserError on a device this machine does not have, and on Apple's GPU if float64 is needed.
     """
+    if float64 and name.startswith("mps"):
+        raise UserError(f"--device {name}: it has no float64, which times and samples need; use cpu")
     if threads:
         torch.set_num_threads(threads)
     if name == "auto":

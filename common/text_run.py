@@ -34,10 +34,8 @@ class TextRun(TrackedRun):
     ) -> None:  # fmt: skip
         """judge: of the first process; the first arguments are those of `TrackedRun`.
 
-        Raises UserError if the data are not encoded as they were when the checkpoint was made, or on Apple's GPU.
+        Raises UserError if the data are not encoded as they were when the checkpoint was made.
         """
-        if device.type == "mps":
-            raise UserError("--device mps: it has no float64, which times and samples need; use cpu")
         super().__init__(folder, saved, checkpoint.StopSignal(), args)
         self.ranks, self.device, self.data, self.judge = ranks, device, data, judge
         self.total_steps = 0  # to make

@@ -9,7 +9,6 @@ import torch
 
 from common.errors import UserError
 from common.start import pick_device
-from common.text_run import TextRun
 
 ROOT = Path(__file__).resolve().parent.parent
 # A system without fcntl, fork, SIGHUP and signal masks: as much of Windows as can be had elsewhere.
@@ -82,9 +81,9 @@ if __name__ == "__main__":
     assert first.startswith("another process still writes") and last == "True 0"
 
 
-def test_apples_gpu_is_refused_where_it_is_not_there_and_for_text(tmp_path: Path) -> None:
+def test_apples_gpu_is_refused_where_it_is_not_there_and_for_text() -> None:
     if not torch.backends.mps.is_available():
         with pytest.raises(UserError, match=r"--device mps: .*; use auto, cpu or cuda"):
             pick_device("mps")
     with pytest.raises(UserError, match="--device mps: it has no float64, which times and samples need; use cpu"):
-        TextRun(tmp_path, None, args={}, ranks=None, device=torch.device("mps"), data=None, judge=None)
+        pick_device("mps", float64=True)

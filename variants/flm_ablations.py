@@ -619,7 +619,7 @@ def main(argv: list[str]) -> None:
     if args.flow.predict == "velocity" and args.flow.space != "onehot":
         raise UserError("--predict velocity needs --space onehot: its target is the noise itself")
     ranks, data_dir = Ranks.of_torchrun(), Path(r.data_dir)
-    device = pick_device(r.device, r.threads)
+    device = pick_device(r.device, r.threads, float64=True)
     torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
     data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
     vocab = data.tokenizer.vocab_size

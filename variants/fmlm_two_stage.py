@@ -689,7 +689,7 @@ def main(argv: list[str]) -> None:
     if not (r.teacher or r.eval or r.released):
         raise UserError("--teacher RUN is needed: the residual network corrects a trained flow")
     ranks, data_dir = Ranks.of_torchrun(), Path(r.data_dir)
-    device = pick_device(r.device, r.threads)
+    device = pick_device(r.device, r.threads, float64=True)
     torch.set_float32_matmul_precision("high")  # TF32 for the fp32 products of a GPU
     data = open_text(r.data, m.length, data_dir, m.tokenizer, m.tokenizer_path, ranks)
     vocab = data.tokenizer.vocab_size

@@ -104,6 +104,7 @@ class UserEnv(gym.Wrapper[Floats, Floats, Any, NDArray[Any]]):
         super().__init__(env)
         self.env_id, self.seen = env_id, seen
         self.action_bounds = action.low.ravel(), action.high.ravel()  # in the environment's own units
+        self.box = [bound.astype(np.float64) for bound in self.action_bounds]
         self.observation_space = gym.spaces.Box(-np.inf, np.inf, (sum(widths.values()),), np.float32)
         self.action_space = gym.spaces.Box(-1, 1, self.action_bounds[0].shape, np.float32)
         with _in_one_line(f"{env_id} fails at its first reset or step"):
@@ -118,7 +119,7 @@ class UserEnv(gym.Wrapper[Floats, Floats, Any, NDArray[Any]]):
 
     def step(self, action: Floats) -> tuple[Floats, float, bool, bool, dict[str, Any]]:
         """As the environment's own step; success ends the episode."""
-        low, high = (bound.astype(np.float64) for bound in self.action_bounds)
+        low, high = self.box
         own, space = np.clip((low + high) / 2 + (high - low) / 2 * action, low, high), self.env.action_space
         obs, reward, terminated, truncated, info = self.env.step(own.astype(space.dtype).reshape(space.shape))
         said = [info[name] for name in ("success", "is_success") if name in info]
